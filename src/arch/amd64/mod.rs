@@ -1,0 +1,7 @@
+//! x86-64: registers, paging and exceptions. Nothing here touches a guest.
+
+mod exception;
+mod registers;
+
+pub use exception::{Injection, InjectionKind, vector};
+pub use registers::{ControlRegister, DescriptorTable, GpRegisters, Registers, Segment, cr0, cr4, efer, rflags};

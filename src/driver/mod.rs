@@ -1,0 +1,213 @@
+//! What a driver offers: one trait a capability. Nothing here is shaped by one hypervisor.
+//!
+//! A driver is `Send` and used by one thread at a time. Physical addresses below [`VmInfo::memory_size`] are the guest's;
+//! frames that [`VmiFrames::allocate_frame`] gives lie above and are read and written like the guest's own.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
+use crate::arch::amd64::{Injection, Registers};
+use crate::error::Result;
+use crate::event::{VmiEvent, VmiEventResponse};
+
+#[cfg(feature = "mock")]
+pub mod mock;
+
+/// What a driver can do with the guest it is attached to. Found by probing, never by a version number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "a set of independent facts, each read by name")]
+pub struct Caps {
+    /// Guest memory can be written.
+    pub write: bool,
+    /// Registers can be read and written.
+    pub registers: bool,
+    /// Views can be created, and pages remapped and protected in them.
+    pub views: bool,
+    /// Most views that can exist beside the default one.
+    pub max_views: u16,
+    /// Events can be monitored.
+    pub events: bool,
+    /// [`crate::event::EventAction::SingleStep`] works.
+    pub single_step: bool,
+    /// [`crate::event::EventAction::FastSingleStep`] works.
+    pub fast_single_step: bool,
+    /// [`crate::event::EventAction::Emulate`] works.
+    pub emulate_read: bool,
+    /// Exceptions and interrupts can be injected.
+    pub injection: bool,
+    /// The guest can be paused.
+    pub pause: bool,
+    /// [`VmiProtection::set_memory_access_multi`] is one call and not a loop.
+    pub multi_access: bool,
+}
+
+/// Facts about the guest that do not change while it lives.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VmInfo {
+    /// The driver's name: `"emu"`, `"xen"`, `"dump"`, `"mock"`.
+    pub driver: &'static str,
+    /// The guest's name, as the user knows it.
+    pub name: String,
+    /// Bytes of guest-physical address space, from 0.
+    pub memory_size: u64,
+    /// How many vCPUs there are.
+    pub vcpus: u16,
+}
+
+/// Which events a driver is to raise.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Monitor {
+    /// INT3, wherever it is executed. Memory accesses and single-steps that were asked for need no monitor.
+    Breakpoint,
+    /// Writes to a control register.
+    ControlRegister(crate::arch::amd64::ControlRegister),
+    /// Writes to one model-specific register.
+    Msr(u32),
+    /// CPUID.
+    Cpuid,
+}
+
+/// Why [`VmiEvents::wait`] came back.
+#[derive(Clone, Copy, Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once an event and consumed at once: a box would cost an allocation a hit")]
+pub enum Wait {
+    /// An event; its vCPU is held until [`VmiEvents::respond`].
+    Event(VmiEvent),
+    /// The time is over, or [`Waker::wake`] was called. The guest is fine.
+    Timeout,
+    /// Every vCPU has halted for good, or stands still because it is paused or held: waiting longer brings nothing.
+    Idle,
+}
+
+/// Wakes a thread that is in [`VmiEvents::wait`]. Usable from any thread and in a signal handler.
+pub trait Waker: Send + Sync {
+    /// Makes the wait that is under way, or the next one, return [`Wait::Timeout`] at once.
+    fn wake(&self);
+}
+
+/// Who the guest is and what can be done with it.
+pub trait VmiInfo {
+    /// Facts about the guest.
+    fn info(&self) -> &VmInfo;
+
+    /// What the driver can do with it.
+    fn caps(&self) -> Caps;
+}
+
+/// Reading guest-physical memory, as the default view shows it.
+pub trait VmiRead {
+    /// Fills `buf` from `pa` on. All or nothing: an address beyond memory is an error.
+    fn read(&self, pa: Pa, buf: &mut [u8]) -> Result<()>;
+}
+
+/// Writing guest-physical memory of the default view, and frames.
+pub trait VmiWrite {
+    /// Writes all of `bytes` at `pa`, or nothing. Code the guest has run from there is forgotten.
+    fn write(&mut self, pa: Pa, bytes: &[u8]) -> Result<()>;
+}
+
+/// Registers of a vCPU that is held or paused, or of one that runs (then a snapshot).
+pub trait VmiRegisters {
+    /// Reads the registers of `vcpu`.
+    fn registers(&self, vcpu: VcpuId) -> Result<Registers>;
+
+    /// Writes the registers of `vcpu`. Segment selectors and attributes, TR, GDTR and IDTR are left as they are.
+    fn set_registers(&mut self, vcpu: VcpuId, registers: &Registers) -> Result<()>;
+}
+
+/// Views: alternative maps of guest-physical memory.
+pub trait VmiViews {
+    /// Makes a view that maps every page to itself with `access`.
+    fn create_view(&mut self, access: MemoryAccess) -> Result<View>;
+
+    /// Removes a view. An error if a vCPU is in it or it is the default one.
+    fn destroy_view(&mut self, view: View) -> Result<()>;
+
+    /// Puts every vCPU into `view`. A vCPU that is held by an event goes there too when it is answered without a view.
+    fn switch_to_view(&mut self, view: View) -> Result<()>;
+
+    /// The view `vcpu` is in.
+    fn vcpu_view(&self, vcpu: VcpuId) -> Result<View>;
+
+    /// Shows `frame` at `gfn` in `view`; `None` shows the page's own frame again. Access rights stay as they are.
+    /// An error in the default view.
+    fn remap(&mut self, view: View, gfn: Gfn, frame: Option<Gfn>) -> Result<()>;
+}
+
+/// Access rights of pages in views.
+pub trait VmiProtection {
+    /// The rights of `gfn` in `view`.
+    fn memory_access(&self, view: View, gfn: Gfn) -> Result<MemoryAccess>;
+
+    /// Sets the rights of `gfn` in `view`. They hold from the next instruction of every vCPU on.
+    fn set_memory_access(&mut self, view: View, gfn: Gfn, access: MemoryAccess) -> Result<()>;
+
+    /// Sets the rights of many pages in `view`: all or none of them.
+    fn set_memory_access_multi(&mut self, view: View, pages: &[(Gfn, MemoryAccess)]) -> Result<()>;
+}
+
+/// Frames for shadow pages: memory that no guest-physical address of the default view shows.
+pub trait VmiFrames {
+    /// Takes a frame. Its content is undefined. Frames lie above guest memory, as close together as possible.
+    fn allocate_frame(&mut self) -> Result<Gfn>;
+
+    /// Gives a frame back. An error if it was not allocated, or if a view still shows it.
+    fn free_frame(&mut self, frame: Gfn) -> Result<()>;
+
+    /// How many frames are taken.
+    fn frames_in_use(&self) -> usize;
+}
+
+/// Events.
+pub trait VmiEvents {
+    /// Switches the raising of one kind of event on or off. Switching on twice is fine.
+    fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()>;
+
+    /// Lets the guest run until an event, until `timeout` is over or until it is woken.
+    ///
+    /// A vCPU whose event is not answered yet stands still meanwhile; the others run.
+    fn wait(&mut self, timeout: Duration) -> Result<Wait>;
+
+    /// Answers the event that holds `vcpu`. Exactly one answer an event; on an error the event is still unanswered.
+    fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()>;
+
+    /// What wakes a [`VmiEvents::wait`] from another thread.
+    fn waker(&self) -> Arc<dyn Waker>;
+}
+
+/// Delivering interrupts and exceptions.
+pub trait VmiInject {
+    /// Delivers `injection` to `vcpu` before its next instruction. If the vCPU is held: once it is answered.
+    fn inject(&mut self, vcpu: VcpuId, injection: &Injection) -> Result<()>;
+}
+
+/// Holding the whole guest.
+pub trait VmiControl {
+    /// Holds every vCPU. Counted: as many [`VmiControl::resume`] let it go on.
+    fn pause(&mut self) -> Result<()>;
+
+    /// Takes back one [`VmiControl::pause`]. An error if there is none.
+    fn resume(&mut self) -> Result<()>;
+}
+
+/// Everything together: what the tap works on. Implemented by itself for whatever has all the parts.
+pub trait VmiDriver:
+    VmiInfo + VmiRead + VmiWrite + VmiRegisters + VmiViews + VmiProtection + VmiFrames + VmiEvents + VmiInject + VmiControl + Send
+{
+}
+
+impl<T> VmiDriver for T where
+    T: VmiInfo
+        + VmiRead
+        + VmiWrite
+        + VmiRegisters
+        + VmiViews
+        + VmiProtection
+        + VmiFrames
+        + VmiEvents
+        + VmiInject
+        + VmiControl
+        + Send
+{
+}

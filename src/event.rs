@@ -1,0 +1,123 @@
+//! Events a driver raises and the answers they get: plain data.
+
+use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
+use crate::arch::amd64::{ControlRegister, Registers};
+
+/// One event of one vCPU. The vCPU stands still until the event is answered with [`crate::driver::VmiEvents::respond`].
+#[derive(Clone, Copy, Debug)]
+pub struct VmiEvent {
+    /// The vCPU it happened on.
+    pub vcpu: VcpuId,
+    /// The view that vCPU was in; `None` if the driver has no views.
+    pub view: Option<View>,
+    /// The vCPU's registers at the event.
+    pub registers: Registers,
+    /// What happened.
+    pub reason: EventReason,
+}
+
+/// What an event was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EventReason {
+    /// An INT3 (vector 3, software exception) was executed. `registers.rip` is the address *of* the INT3.
+    Breakpoint {
+        /// The frame the instruction was fetched from, as the guest numbers it.
+        gfn: Gfn,
+        /// Length of the instruction in bytes: 1 for 0xCC, 2 for `CD 03`.
+        insn_len: u8,
+    },
+    /// An access that the view does not allow. `registers.rip` is the instruction, which has not taken effect.
+    MemoryAccess {
+        /// The first physical address that was denied.
+        pa: Pa,
+        /// The virtual address, where the driver knows it.
+        va: Option<Va>,
+        /// Which accesses were denied.
+        access: MemoryAccess,
+    },
+    /// The one instruction asked for by [`EventAction::SingleStep`] is done (or ended in an exception, which has been delivered).
+    SingleStep {
+        /// The frame of the instruction that comes next, where the driver knows it.
+        gfn: Option<Gfn>,
+    },
+    /// A control register is about to be written.
+    WriteControlRegister {
+        /// Which.
+        register: ControlRegister,
+        /// Its value now.
+        old: u64,
+        /// The value to be written.
+        new: u64,
+    },
+    /// A model-specific register is about to be written.
+    WriteMsr {
+        /// Its number.
+        msr: u32,
+        /// Its value now.
+        old: u64,
+        /// The value to be written.
+        new: u64,
+    },
+    /// CPUID is about to be executed.
+    Cpuid {
+        /// EAX.
+        leaf: u32,
+        /// ECX.
+        subleaf: u32,
+        /// Length of the instruction in bytes.
+        insn_len: u8,
+    },
+}
+
+/// What is to happen to the vCPU of an event.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum EventAction {
+    /// Go on: retry the instruction, or carry out the register write or the CPUID that was announced.
+    #[default]
+    Continue,
+    /// Deliver the INT3 to the guest through its own IDT, as if nobody had looked.
+    Reinject,
+    /// Execute one instruction in `view`, then go on in the vCPU's own view without another event. A repeated string
+    /// instruction is carried to its end. If `view` denies an access of the instruction, a `MemoryAccess` event follows.
+    FastSingleStep {
+        /// The view for that one instruction.
+        view: View,
+    },
+    /// Execute one instruction in `view` (as above), then raise [`EventReason::SingleStep`], still in `view`.
+    SingleStep {
+        /// The view for that one instruction.
+        view: View,
+    },
+    /// Serve the denied read from the default view without switching: the guest gets the original bytes.
+    Emulate,
+    /// Skip the effect of the denied write, or of the announced register write or CPUID: the instruction counts as executed.
+    Deny,
+}
+
+/// The answer to one event. Order of effects: registers, then view, then action.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VmiEventResponse {
+    /// What the vCPU does next.
+    pub action: EventAction,
+    /// The view the vCPU is to be in from now on (after a fast single-step: the view it comes back to); `None`: as it is.
+    pub view: Option<View>,
+    /// New values for the general-purpose registers, RIP and RFLAGS; `None`: as they are.
+    pub registers: Option<crate::arch::amd64::GpRegisters>,
+}
+
+impl VmiEventResponse {
+    /// Goes on in the same view with the same registers.
+    pub const CONTINUE: Self = Self { action: EventAction::Continue, view: None, registers: None };
+
+    /// An answer with that action, the same view and the same registers.
+    pub const fn action(action: EventAction) -> Self {
+        Self { action, view: None, registers: None }
+    }
+
+    /// The same answer, with the vCPU in `view` from now on.
+    #[must_use]
+    pub const fn in_view(mut self, view: View) -> Self {
+        self.view = Some(view);
+        self
+    }
+}

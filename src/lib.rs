@@ -1,0 +1,11 @@
+//! Tap a running virtual machine without the machine noticing.
+
+pub mod addr;
+pub mod arch;
+pub mod core;
+pub mod driver;
+pub mod error;
+pub mod event;
+
+pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
+pub use error::{Result, VmiError};
