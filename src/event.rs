@@ -4,7 +4,7 @@ use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{ControlRegister, Registers};
 
 /// One event of one vCPU. The vCPU stands still until the event is answered with [`crate::driver::VmiEvents::respond`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct VmiEvent {
     /// The vCPU it happened on.
     pub vcpu: VcpuId,
@@ -95,7 +95,7 @@ pub enum EventAction {
 }
 
 /// The answer to one event. Order of effects: registers, then view, then action.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct VmiEventResponse {
     /// What the vCPU does next.
     pub action: EventAction,

@@ -69,7 +69,7 @@ pub enum Monitor {
 }
 
 /// Why [`VmiEvents::wait`] came back.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[expect(clippy::large_enum_variant, reason = "made once an event and consumed at once: a box would cost an allocation a hit")]
 pub enum Wait {
     /// An event; its vCPU is held until [`VmiEvents::respond`].
