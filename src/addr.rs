@@ -29,6 +29,7 @@ macro_rules! address {
             }
 
             /// First address of the 4 KiB page that holds the address.
+            #[must_use]
             pub const fn page(self) -> Self {
                 Self(self.0 & !(PAGE_SIZE - 1))
             }
