@@ -1,7 +1,9 @@
 //! x86-64: registers, paging and exceptions. Nothing here touches a guest.
 
 mod exception;
+mod paging;
 mod registers;
 
 pub use exception::{Injection, InjectionKind, vector};
+pub use paging::{AddressContext, pte};
 pub use registers::{ControlRegister, DescriptorTable, GpRegisters, Registers, Segment, cr0, cr4, efer, rflags};

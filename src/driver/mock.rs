@@ -1,1 +1,0 @@
-//! A driver that records calls. (Being written.)
