@@ -5,5 +5,5 @@ mod paging;
 mod registers;
 
 pub use exception::{Injection, InjectionKind, vector};
-pub use paging::{AddressContext, pte};
+pub use paging::{AddressContext, Walk, pte, walk};
 pub use registers::{ControlRegister, DescriptorTable, GpRegisters, Registers, Segment, cr0, cr4, efer, rflags};
