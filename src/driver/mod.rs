@@ -13,6 +13,8 @@ use crate::event::{VmiEvent, VmiEventResponse};
 
 #[cfg(feature = "mock")]
 pub mod mock;
+#[cfg(feature = "emu")]
+pub mod emu;
 
 /// What a driver can do with the guest it is attached to. Found by probing, never by a version number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

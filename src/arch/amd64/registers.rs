@@ -12,6 +12,8 @@ pub mod cr0 {
 
 /// Bits of CR4 (Intel SDM vol. 3, 2.5).
 pub mod cr4 {
+    /// Only ring 0 may read the time-stamp counter.
+    pub const TSD: u64 = 1 << 2;
     /// Physical address extension.
     pub const PAE: u64 = 1 << 5;
     /// Five-level paging.

@@ -1,0 +1,170 @@
+//! The few instructions the driver has to know: those it carries out or watches itself, and those that need care when stepped.
+
+/// The longest instruction, in bytes.
+pub const MAX_LEN: usize = 15;
+
+/// What an instruction is to the driver.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Insn {
+    /// The engine does it; the driver need not know it.
+    Plain,
+    /// A repeated string instruction: the engine does one iteration at a time.
+    RepString,
+    /// After it, interrupts wait for one more instruction (`sti`, `mov ss`).
+    InhibitsInterrupts,
+    /// INT3, and its length with prefixes.
+    Int3(u8),
+    /// `hlt`.
+    Halt,
+    /// The bytes given end before the instruction can be told.
+    Incomplete,
+    /// One that the driver carries out or watches, and its length in bytes.
+    System(System, u8),
+}
+
+/// Instructions that the driver carries out or watches.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum System {
+    Syscall,
+    /// `mov crN, gpr`.
+    WriteCr {
+        cr: u8,
+        gpr: u8,
+    },
+    Wrmsr,
+    Rdmsr,
+    Rdtsc,
+    Rdtscp,
+    Cpuid,
+    /// `invlpg`, `invpcid`, `lmsw`: the engine does it, and the other engine's TLB must follow.
+    DropsTranslations,
+}
+
+const fn is_prefix(byte: u8) -> bool {
+    matches!(byte, 0x40..=0x4f | 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 | 0x66 | 0x67 | 0xf0 | 0xf2 | 0xf3)
+}
+
+/// Tells what the instruction at the start of `bytes` is, in 64-bit mode.
+pub fn decode(bytes: &[u8]) -> Insn {
+    let mut rep = false;
+    let mut rex = 0_u8;
+    let mut at = 0;
+    let byte = |at: usize| bytes.get(at).copied();
+    let opcode = loop {
+        let Some(byte) = byte(at) else { return Insn::Incomplete };
+        if !is_prefix(byte) {
+            break byte;
+        }
+        rep |= matches!(byte, 0xf2 | 0xf3);
+        // REX counts only right before the opcode.
+        rex = if byte & 0xf0 == 0x40 { byte } else { 0 };
+        at += 1;
+        if at >= MAX_LEN {
+            return Insn::Plain;
+        }
+    };
+    match opcode {
+        0xcc => Insn::Int3(at as u8 + 1),
+        0xf4 => Insn::Halt,
+        0xfb => Insn::InhibitsInterrupts,
+        0x8e => match byte(at + 1) {
+            None => Insn::Incomplete,
+            Some(modrm) if modrm >> 3 & 7 == 2 => Insn::InhibitsInterrupts,
+            Some(_) => Insn::Plain,
+        },
+        0x6c..=0x6f | 0xa4..=0xa7 | 0xaa..=0xaf if rep => Insn::RepString,
+        0x0f => two_byte(byte, at, rex),
+        _ => Insn::Plain,
+    }
+}
+
+fn two_byte(byte: impl Fn(usize) -> Option<u8>, at: usize, rex: u8) -> Insn {
+    let len = at as u8 + 2;
+    let Some(second) = byte(at + 1) else { return Insn::Incomplete };
+    let system = match second {
+        0x05 => System::Syscall,
+        0x30 => System::Wrmsr,
+        0x31 => System::Rdtsc,
+        0x32 => System::Rdmsr,
+        0xa2 => System::Cpuid,
+        0x22 => {
+            let Some(modrm) = byte(at + 2) else { return Insn::Incomplete };
+            let cr = (modrm >> 3 & 7) | (rex << 1 & 8);
+            return Insn::System(System::WriteCr { cr, gpr: (modrm & 7) | (rex << 3 & 8) }, len + 1);
+        }
+        0x01 => match byte(at + 2) {
+            None => return Insn::Incomplete,
+            Some(0xf9) => return Insn::System(System::Rdtscp, len + 1),
+            // /6 is LMSW; /7 with a memory operand is INVLPG.
+            Some(modrm) if modrm >> 3 & 7 == 6 || (modrm >> 3 & 7 == 7 && modrm < 0xc0) => System::DropsTranslations,
+            Some(_) => return Insn::Plain,
+        },
+        0x38 => match byte(at + 2) {
+            None => return Insn::Incomplete,
+            Some(0x82) => System::DropsTranslations,
+            Some(_) => return Insn::Plain,
+        },
+        _ => return Insn::Plain,
+    };
+    Insn::System(system, len)
+}
+
+/// Calls `found(first, last)` for each range of offsets in a page at which a system instruction may begin. A range holds the
+/// opcode and the prefixes before it; what really begins there is for [`decode`] to tell when it is run.
+pub fn scan(page: &[u8], mut found: impl FnMut(usize, usize)) {
+    let byte = |at: usize| page.get(at).copied();
+    let mut prefixes = 0;
+    for (at, &value) in page.iter().enumerate() {
+        if value == 0x0f {
+            let candidate = match byte(at + 1) {
+                None | Some(0x05 | 0x22 | 0x30 | 0x31 | 0x32 | 0xa2) => true,
+                Some(0x01) => byte(at + 2).is_none_or(|modrm| modrm == 0xf9 || modrm >> 3 & 7 >= 6),
+                Some(0x38) => byte(at + 2).is_none_or(|third| third == 0x82),
+                Some(_) => false,
+            };
+            if candidate {
+                found(at - prefixes, at);
+            }
+        }
+        prefixes = if is_prefix(value) { (prefixes + 1).min(MAX_LEN - 1) } else { 0 };
+    }
+    if prefixes > 0 {
+        // Prefixes at the end of the page: the opcode is on the next one.
+        found(page.len() - prefixes, page.len() - 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn system_instructions_are_told_with_their_operands() {
+        assert_eq!(decode(&[0x0f, 0x05]), Insn::System(System::Syscall, 2));
+        assert_eq!(decode(&[0x0f, 0x22, 0xd8]), Insn::System(System::WriteCr { cr: 3, gpr: 0 }, 3));
+        assert_eq!(decode(&[0x41, 0x0f, 0x22, 0xdf]), Insn::System(System::WriteCr { cr: 3, gpr: 15 }, 4));
+        assert_eq!(decode(&[0x44, 0x0f, 0x22, 0xc0]), Insn::System(System::WriteCr { cr: 8, gpr: 0 }, 4));
+        assert_eq!(decode(&[0x0f, 0x01, 0x3f]), Insn::System(System::DropsTranslations, 2));
+        assert_eq!(decode(&[0x0f, 0x01, 0xf8]), Insn::Plain, "swapgs");
+        assert_eq!(decode(&[0x0f, 0x01, 0xf9]), Insn::System(System::Rdtscp, 3));
+        assert_eq!(decode(&[0xf3, 0xa4]), Insn::RepString);
+        assert_eq!(decode(&[0xf3, 0x48, 0xa5]), Insn::RepString);
+        assert_eq!(decode(&[0xa4]), Insn::Plain);
+        assert_eq!(decode(&[0x8e, 0xd0]), Insn::InhibitsInterrupts, "mov ss, ax");
+        assert_eq!(decode(&[0x8e, 0xd8]), Insn::Plain, "mov ds, ax");
+        assert_eq!(decode(&[0x48, 0x0f]), Insn::Incomplete);
+        assert_eq!(decode(&[0x66; 20]), Insn::Plain);
+    }
+
+    #[test]
+    fn a_scan_finds_what_decode_would_tell_and_what_the_page_cuts_off() {
+        let mut page = [0x90; 64];
+        page[10..13].copy_from_slice(&[0x41, 0x0f, 0x22]);
+        page[13] = 0xdf;
+        page[62] = 0x48;
+        page[63] = 0x0f;
+        let mut ranges = Vec::new();
+        scan(&page, |first, last| ranges.push((first, last)));
+        assert_eq!(ranges, [(10, 11), (62, 63)]);
+    }
+}

@@ -1,0 +1,848 @@
+//! The machine: vCPUs on two engines.
+//!
+//! The *main* engine runs guest code at full speed, one vCPU after the other in slices. The *stepper* runs one instruction at a
+//! time in whatever view is asked for; switching one engine between the two ways would throw its translated code away. A
+//! vCPU's registers rest in its context between runs and are copied into the engine that is to run it.
+//!
+//! Both engines keep a TLB and translated code. What can make them wrong is seen by the driver: instructions that change the
+//! MMU are stepped (`insn.rs`), stores to translated code are stepped (`memory.rs`), and changes of views mark both TLBs stale.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use rustc_hash::FxHashSet;
+
+use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Va, VcpuId, View};
+use crate::arch::amd64::{ControlRegister, InjectionKind, cr4, vector};
+use crate::driver::{Monitor, Wait, Waker};
+use crate::error::{Result, VmiError};
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+
+use super::apic::{self, Ipi, Target};
+use super::deliver::{self, Fault};
+use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, fetch, rescan, translate};
+use super::insn::{self, Insn, System};
+use super::layout::{HF_INHIBIT_IRQ, Layout};
+use super::memory::{Memory, Which};
+use super::sys::{Access, Engine, EngineKind, Library, code, reg};
+use super::vcpu::{Held, Mode, State, Step, Vcpu};
+
+/// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
+const SLICE: u64 = 10_000;
+/// Iterations of a repeated string instruction that are stepped before the clock is looked at.
+const STRING_BURST: u32 = 4096;
+/// Turns of the loop between two looks at the clock, when turns are short because of events.
+const TURNS: u32 = 64;
+
+const RAX: u8 = 0;
+const RCX: u8 = 1;
+const RDX: u8 = 2;
+const RBX: u8 = 3;
+
+const MSR_TSC: u32 = 0x10;
+const MSR_TSC_AUX: u32 = 0xc000_0103;
+const DR6_BS: u64 = 1 << 14;
+
+/// Wakes a wait: a flag that the loop looks at.
+#[derive(Debug, Default)]
+pub struct Bell(AtomicBool);
+
+impl Waker for Bell {
+    fn wake(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Which events are raised.
+#[derive(Debug, Default)]
+pub struct Monitors {
+    breakpoint: bool,
+    cpuid: bool,
+    cr: [bool; 5],
+    msrs: FxHashSet<u32>,
+}
+
+impl Monitors {
+    pub fn set(&mut self, monitor: Monitor, on: bool) {
+        match monitor {
+            Monitor::Breakpoint => self.breakpoint = on,
+            Monitor::Cpuid => self.cpuid = on,
+            Monitor::ControlRegister(register) => {
+                if let Some(flag) = self.cr.get_mut(cr_number(register)) {
+                    *flag = on;
+                }
+            }
+            Monitor::Msr(msr) if on => {
+                self.msrs.insert(msr);
+            }
+            Monitor::Msr(msr) => {
+                self.msrs.remove(&msr);
+            }
+        }
+    }
+}
+
+const fn cr_number(register: ControlRegister) -> usize {
+    match register {
+        ControlRegister::Cr0 => 0,
+        ControlRegister::Cr3 => 3,
+        ControlRegister::Cr4 => 4,
+    }
+}
+
+/// How an instruction that the driver looks at goes on.
+enum Went {
+    /// The engine is to do it.
+    Native,
+    /// It is done.
+    Done,
+    /// It is announced first.
+    Event(VmiEvent),
+}
+
+/// The whole machine.
+pub struct Machine {
+    pub memory: Rc<Memory>,
+    pub devices: Rc<Devices>,
+    pub monitors: Monitors,
+    pub vcpus: Vec<Vcpu>,
+    pub bell: Arc<Bell>,
+    pub pauses: u32,
+    main: Engine<CpuHooks>,
+    stepper: Engine<CpuHooks>,
+    /// The vCPU whose context the main engine holds unchanged.
+    loaded: Option<usize>,
+    /// For whom each engine's TLB is filled.
+    filled_for: [Option<(usize, Mode)>; 2],
+    current: usize,
+    slice: u64,
+    /// Virtual time: basic blocks run by all vCPUs together.
+    now: u64,
+    /// Frame that stands in for a page whose stores are to be discarded.
+    scratch: Gfn,
+}
+
+impl Machine {
+    /// A machine without vCPUs over `memory`.
+    pub fn new(library: &Arc<Library>, memory: Memory) -> Result<Self> {
+        let scratch = memory.reserve_frame()?;
+        let memory = Rc::new(memory);
+        let devices = Rc::new(Devices::default());
+        let engine = |which, kind| {
+            Engine::new(library, kind, memory.ram(), CpuHooks::new(which, &memory, &devices))
+        };
+        Ok(Self {
+            main: engine(Which::Main, EngineKind::Main)?,
+            stepper: engine(Which::Stepper, EngineKind::Stepper)?,
+            memory,
+            devices,
+            monitors: Monitors::default(),
+            vcpus: Vec::new(),
+            bell: Arc::default(),
+            pauses: 0,
+            loaded: None,
+            filled_for: [None; 2],
+            current: 0,
+            slice: SLICE,
+            now: 0,
+            scratch,
+        })
+    }
+
+    /// Adds a vCPU whose state `set_up` gives to the engine.
+    pub fn add_vcpu(&mut self, layout: Layout, set_up: impl FnOnce(&mut Engine<CpuHooks>) -> Result<()>) -> Result<&mut Vcpu> {
+        let id = self.vcpus.len();
+        set_up(&mut self.main)?;
+        self.loaded = None;
+        self.vcpus.push(Vcpu {
+            context: self.main.context()?,
+            layout,
+            apic: apic::Apic::new(id as u32),
+            view: View::DEFAULT,
+            state: State::Running,
+            held: Held::No,
+            step: None,
+            injection: None,
+            announced: false,
+            denied_page: None,
+            cpuid_leaf: 0,
+        });
+        self.vcpu_mut(id)
+    }
+
+    /// Virtual time now.
+    pub const fn now(&self) -> u64 {
+        self.now
+    }
+
+    fn no_vcpu(&self, index: usize) -> VmiError {
+        VmiError::VcpuNotFound { vcpu: VcpuId(index as u16), count: self.vcpus.len() as u16 }
+    }
+
+    pub fn vcpu(&self, index: usize) -> Result<&Vcpu> {
+        self.vcpus.get(index).ok_or_else(|| self.no_vcpu(index))
+    }
+
+    /// The vCPU, to be changed: the main engine's copy of its state counts no more.
+    pub fn vcpu_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
+        if self.loaded == Some(index) {
+            self.loaded = None;
+        }
+        let error = self.no_vcpu(index);
+        self.vcpus.get_mut(index).ok_or(error)
+    }
+
+    /// Sets CR0 and CR4, which change the engine's own mode flags with them.
+    pub fn set_mode_registers(&mut self, index: usize, cr0: u64, cr4: u64) -> Result<()> {
+        let error = self.no_vcpu(index);
+        let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
+        if vcpu.cr(0) == cr0 && vcpu.cr(4) == cr4 {
+            return Ok(());
+        }
+        self.loaded = None;
+        self.main.restore(&vcpu.context);
+        self.main.write_register(reg::CR4, cr4)?;
+        self.main.write_register(reg::CR0, cr0)?;
+        self.main.save(&mut vcpu.context);
+        self.memory.mark_stale();
+        Ok(())
+    }
+
+    // --- the loop ---
+
+    /// Runs until an event, the end of the time, the bell, or until nothing can run.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Wait> {
+        let mut deadline = None;
+        let mut turns = 0;
+        loop {
+            if self.bell.0.swap(false, Ordering::Acquire) {
+                return Ok(Wait::Timeout);
+            }
+            if self.pauses > 0 {
+                return Ok(Wait::Idle);
+            }
+            let Some(index) = self.pick() else {
+                if self.skip_to_next_timer() {
+                    continue;
+                }
+                return Ok(Wait::Idle);
+            };
+            if let Some(event) = self.advance(index)? {
+                return Ok(Wait::Event(event));
+            }
+            // The clock is read only now and then: a turn may take less time than reading it.
+            turns += 1;
+            if self.slice == 0 || turns >= TURNS {
+                turns = 0;
+                let now = Instant::now();
+                if now >= *deadline.get_or_insert(now + timeout) {
+                    return Ok(Wait::Timeout);
+                }
+            }
+        }
+    }
+
+    /// The vCPU whose turn it is: the current one until its slice is used up, then the next that can run.
+    fn pick(&mut self) -> Option<usize> {
+        let count = self.vcpus.len();
+        let skip = usize::from(self.slice == 0);
+        for turn in 0..count {
+            let index = (self.current + skip + turn) % count;
+            if self.can_run(index) {
+                if index != self.current || self.slice == 0 {
+                    self.current = index;
+                    self.slice = SLICE;
+                }
+                return Some(index);
+            }
+        }
+        None
+    }
+
+    fn can_run(&mut self, index: usize) -> bool {
+        let now = self.now;
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return false };
+        if vcpu.held != Held::No {
+            return false;
+        }
+        match vcpu.state {
+            State::Running => true,
+            State::Shutdown => false,
+            State::Halted => {
+                vcpu.apic.tick(now);
+                vcpu.injection.is_some() || (vcpu.apic.pending().is_some() && vcpu.takes_interrupts())
+            }
+        }
+    }
+
+    /// All sleep: lets time pass until the first timer of one that can be woken.
+    fn skip_to_next_timer(&mut self) -> bool {
+        let sleeps = |vcpu: &&Vcpu| vcpu.state == State::Halted && vcpu.held == Held::No && vcpu.takes_interrupts();
+        let due = self.vcpus.iter().filter(sleeps).filter_map(|vcpu| vcpu.apic.due()).min();
+        match due {
+            Some(due) if due > self.now => {
+                self.now = due;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// One turn of one vCPU.
+    fn advance(&mut self, index: usize) -> Result<Option<VmiEvent>> {
+        let now = self.now;
+        let memory = Rc::clone(&self.memory);
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
+        if let Some(injection) = vcpu.injection.take() {
+            match injection.kind {
+                InjectionKind::External => deliver::external(vcpu, &memory, injection.vector),
+                InjectionKind::Exception => {
+                    let fault = Fault { vector: injection.vector, error_code: injection.error_code, cr2: injection.cr2 };
+                    deliver::fault(vcpu, &memory, fault);
+                }
+                InjectionKind::Software => {
+                    let next = vcpu.rip().wrapping_add(injection.insn_len.into());
+                    deliver::software(vcpu, &memory, injection.vector, next);
+                }
+            }
+            self.loaded = None;
+            return Ok(None);
+        }
+        if let Some(step) = vcpu.step {
+            return self.step(index, step);
+        }
+        vcpu.apic.tick(now);
+        let mut wants_interrupts = false;
+        if let Some(vector) = vcpu.apic.pending() {
+            if vcpu.takes_interrupts() {
+                vcpu.apic.accept(vector);
+                deliver::external(vcpu, &memory, vector);
+                self.loaded = None;
+                return Ok(None);
+            }
+            wants_interrupts = true;
+        }
+        self.run_main(index, wants_interrupts)
+    }
+
+    /// Makes both engines forget code that was overwritten.
+    fn forget_overwritten(&mut self) {
+        while let Some((first, end)) = self.memory.next_to_forget() {
+            for engine in [&mut self.main, &mut self.stepper] {
+                engine.hooks().window_open.set(true);
+                engine.forget_code(WINDOW | first, WINDOW | end);
+                engine.hooks().window_open.set(false);
+            }
+            rescan(&self.memory, self.main.as_ref(), first, end);
+        }
+    }
+
+    /// Empties the engine's TLB if what it holds may be wrong for that vCPU in that mode.
+    fn prepare(&mut self, which: Which, index: usize, mode: Mode) {
+        self.forget_overwritten();
+        let engine = if which == Which::Main { &mut self.main } else { &mut self.stepper };
+        let filled_for = &mut self.filled_for[which as usize];
+        if self.memory.is_stale(which) || *filled_for != Some((index, mode)) {
+            engine.flush_tlb();
+            engine.hooks().flushed();
+            *filled_for = Some((index, mode));
+            engine.hooks().mode.set(mode);
+        }
+        engine.hooks().exit.set(Exit::None);
+    }
+
+    fn run_main(&mut self, index: usize, wants_interrupts: bool) -> Result<Option<VmiEvent>> {
+        let error = self.no_vcpu(index);
+        let vcpu = self.vcpus.get(index).ok_or(error)?;
+        let (mode, rip, due) = (vcpu.mode(vcpu.view), vcpu.rip(), vcpu.apic.due());
+        self.prepare(Which::Main, index, mode);
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
+        if self.loaded != Some(index) {
+            self.main.restore(&vcpu.context);
+        }
+        let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).clamp(1, self.slice));
+        let hooks = self.main.hooks();
+        hooks.budget.set(budget);
+        hooks.wants_interrupts.set(wants_interrupts);
+        let ended = self.main.run(rip, 0);
+        self.main.save(&mut vcpu.context);
+        self.loaded = Some(index);
+        let hooks = self.main.hooks();
+        let used = budget - hooks.budget.get();
+        self.now += used;
+        self.slice -= used;
+        match hooks.exit.get() {
+            Exit::Budget | Exit::Retry => Ok(None),
+            Exit::System => self.step(index, self.in_place(index)?),
+            exit => self.after(index, Which::Main, exit, ended, None),
+        }
+    }
+
+    /// A step in the vCPU's own view that nobody asked for.
+    fn in_place(&self, index: usize) -> Result<Step> {
+        let view = self.vcpu(index)?.view;
+        Ok(Step { view, back: view, report: false, discard: None })
+    }
+
+    /// Acts on why a run ended. `step` is what was being stepped, if it was the stepper's run.
+    fn after(&mut self, index: usize, which: Which, exit: Exit, ended: i32, step: Option<Step>) -> Result<Option<VmiEvent>> {
+        let memory = Rc::clone(&self.memory);
+        match (exit, ended) {
+            (Exit::Interrupt(vector::BP), _) if self.is_software(index)? => self.guest_breakpoint(index, step),
+            (Exit::Interrupt(vector), _) => {
+                let is_software = self.is_software(index)?;
+                let vcpu = self.vcpu_mut(index)?;
+                if vector == vector::DB {
+                    let dr6 = vcpu.context.u64(vcpu.layout.dr6);
+                    vcpu.context.set_u64(vcpu.layout.dr6, dr6 | DR6_BS);
+                    deliver::fault(vcpu, &memory, Fault::plain(vector));
+                } else if is_software {
+                    let next = vcpu.rip();
+                    // A failing gate must find RIP at the instruction: INT n is two bytes long.
+                    vcpu.set_rip(next.wrapping_sub(2));
+                    deliver::software(vcpu, &memory, vector, next);
+                } else {
+                    let has_code = matches!(vector, vector::DF | vector::TS..=vector::PF | vector::AC);
+                    let error_code = has_code.then(|| vcpu.context.u32(vcpu.layout.error_code));
+                    deliver::fault(vcpu, &memory, Fault { vector, error_code, cr2: None });
+                }
+                Ok(None)
+            }
+            (Exit::Denied(denied), _) => self.denied(index, which, denied, step),
+            (_, code::INSN_INVALID) => {
+                deliver::fault(self.vcpu_mut(index)?, &memory, Fault::plain(vector::UD));
+                Ok(None)
+            }
+            (_, code::OK) => {
+                // Nothing ended the run but `hlt`.
+                self.vcpu_mut(index)?.state = State::Halted;
+                Ok(None)
+            }
+            (_, ended) => Err(self.main.error("running the guest", ended)),
+        }
+    }
+
+    fn is_software(&self, index: usize) -> Result<bool> {
+        let vcpu = self.vcpu(index)?;
+        Ok(vcpu.context.u32(vcpu.layout.exception_is_int) != 0)
+    }
+
+    /// An INT3 was executed; RIP is behind it.
+    fn guest_breakpoint(&mut self, index: usize, step: Option<Step>) -> Result<Option<VmiEvent>> {
+        let memory = Rc::clone(&self.memory);
+        let raised = self.monitors.breakpoint;
+        let vcpu = self.vcpu_mut(index)?;
+        let next = vcpu.rip();
+        let view = step.map_or(vcpu.view, |step| step.view);
+        let mode = vcpu.mode(view);
+        let at = next.wrapping_sub(1);
+        let page = translate(&memory, &mode, at, Access::Fetch, vcpu.cpl(), || 0).ok();
+        let mut byte = [0];
+        let is_int3 = page.is_some_and(|page| {
+            memory.ram().read(u64::from(page.frame) << PAGE_SHIFT | at & (PAGE_SIZE - 1), &mut byte).is_some() && byte == [0xcc]
+        });
+        let len = if is_int3 { 1 } else { 2 };
+        let rip = next.wrapping_sub(len.into());
+        vcpu.set_rip(rip);
+        if !raised {
+            deliver::software(vcpu, &memory, vector::BP, next);
+            return Ok(None);
+        }
+        // The two-byte form may begin on the page before; its last byte's page is as good a name for it.
+        let gfn = page.map_or(Gfn(0), |page| Gfn(page.gfn));
+        Ok(Some(self.raise(index, view, EventReason::Breakpoint { gfn, insn_len: len }, Held::Breakpoint(len))?))
+    }
+
+    fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<VmiEvent> {
+        let error = self.no_vcpu(index);
+        let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
+        vcpu.held = held;
+        if !matches!(held, Held::Announced(_)) {
+            // The instruction that was to be stepped has another fate now; the answer decides.
+            vcpu.step = None;
+            vcpu.view = view;
+        }
+        Ok(VmiEvent { vcpu: VcpuId(index as u16), view: Some(view), registers: vcpu.registers(), reason })
+    }
+
+    fn denied(&mut self, index: usize, which: Which, denied: Denied, step: Option<Step>) -> Result<Option<VmiEvent>> {
+        let memory = Rc::clone(&self.memory);
+        let vcpu = self.vcpu(index)?;
+        let rip = vcpu.rip();
+        let mut va = denied.va;
+        if denied.access == Access::Fetch {
+            if rip & !(PAGE_SIZE - 1) == va {
+                va = rip;
+            } else if which == Which::Main {
+                // The engine translates ahead: an instruction that is not reached yet runs into the page. One step tells.
+                return self.step(index, self.in_place(index)?);
+            }
+        }
+        match denied.why {
+            Why::Code => self.step(index, self.in_place(index)?),
+            Why::PageFault(code) => {
+                // The handler may map the page without dropping anything: the entry that led here must not stay.
+                memory.mark_stale_in(which);
+                deliver::fault(self.vcpu_mut(index)?, &memory, Fault::page(code, va));
+                Ok(None)
+            }
+            Why::NonCanonical => {
+                memory.mark_stale_in(which);
+                deliver::fault(self.vcpu_mut(index)?, &memory, Fault::with_code(vector::GP, 0));
+                Ok(None)
+            }
+            Why::View { gfn } => {
+                let access = match denied.access {
+                    Access::Read => MemoryAccess::R,
+                    Access::Write => MemoryAccess::W,
+                    Access::Fetch => MemoryAccess::X,
+                };
+                let view = step.map_or(vcpu.view, |step| step.view);
+                let pa = Gfn(gfn).pa(va);
+                self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
+                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access };
+                Ok(Some(self.raise(index, view, reason, Held::Access)?))
+            }
+        }
+    }
+
+    // --- stepping ---
+
+    /// Carries out one instruction in the view of `step`; what is left to do stays in the vCPU.
+    fn step(&mut self, index: usize, step: Step) -> Result<Option<VmiEvent>> {
+        if let Some(gfn) = step.discard {
+            // Loads still see the page; stores go to the copy, which is dropped.
+            let mut page = [0; PAGE_SIZE as usize];
+            self.memory.read(gfn.pa(0), &mut page)?;
+            self.memory.write(self.scratch.pa(0), &page)?;
+        }
+        let event = self.step_once(index, step);
+        if step.discard.is_some() {
+            self.stepper.hooks().discard.set(None);
+            self.memory.mark_stale_in(Which::Stepper);
+        }
+        event
+    }
+
+    fn step_once(&mut self, index: usize, step: Step) -> Result<Option<VmiEvent>> {
+        let memory = Rc::clone(&self.memory);
+        let error = self.no_vcpu(index);
+        let vcpu = self.vcpus.get(index).ok_or(error)?;
+        let (mode, rip, hflags) = (vcpu.mode(step.view), vcpu.rip(), vcpu.hflags());
+        let mut bytes = [0; insn::MAX_LEN];
+        let len = fetch(&memory, &mode, rip, &mut bytes);
+        let insn = insn::decode(bytes.get(..len).unwrap_or_default());
+        match insn {
+            Insn::Int3(len) => {
+                // As if the engine had run it: RIP behind the instruction.
+                self.vcpu_mut(index)?.set_rip(rip.wrapping_add(len.into()));
+                let event = self.guest_breakpoint(index, Some(step))?;
+                return if event.is_some() { Ok(event) } else { self.finish(index, step) };
+            }
+            Insn::System(system, len) => match self.system(index, system, len, step.view)? {
+                Went::Event(event) => return Ok(Some(event)),
+                Went::Done => return self.finish(index, step),
+                Went::Native => {}
+            },
+            _ => {}
+        }
+        if let Some(gfn) = step.discard {
+            self.memory.mark_stale_in(Which::Stepper);
+            self.stepper.hooks().discard.set(Some((gfn, self.scratch)));
+        }
+        let mut left = STRING_BURST;
+        loop {
+            self.prepare(Which::Stepper, index, mode);
+            self.loaded = None;
+            let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
+            // With interrupts inhibited the engine translates this one instruction and nothing ahead of it.
+            vcpu.set_hflags(hflags | HF_INHIBIT_IRQ);
+            self.stepper.restore(&vcpu.context);
+            let ended = self.stepper.run(rip, 1);
+            self.stepper.save(&mut vcpu.context);
+            let exit = self.stepper.hooks().exit.get();
+            if exit == Exit::Retry {
+                vcpu.set_hflags(hflags);
+                continue;
+            }
+            if exit != Exit::None || ended != code::OK {
+                vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ | hflags & HF_INHIBIT_IRQ);
+                let event = self.after(index, Which::Stepper, exit, ended, Some(step))?;
+                return if event.is_some() { Ok(event) } else { self.finish(index, step) };
+            }
+            match insn {
+                Insn::Halt => vcpu.state = State::Halted,
+                Insn::InhibitsInterrupts => vcpu.set_hflags(vcpu.hflags() | HF_INHIBIT_IRQ),
+                Insn::RepString if vcpu.rip() == rip => {
+                    left -= 1;
+                    if left > 0 {
+                        continue;
+                    }
+                    // Not at its end yet: the clock must be looked at, then it goes on here.
+                    vcpu.step = Some(step);
+                    return Ok(None);
+                }
+                Insn::System(system, _) => self.after_system(index, system)?,
+                _ => {}
+            }
+            return self.finish(index, step);
+        }
+    }
+
+    fn finish(&mut self, index: usize, step: Step) -> Result<Option<VmiEvent>> {
+        let error = self.no_vcpu(index);
+        let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
+        vcpu.step = None;
+        vcpu.announced = false;
+        if !step.report {
+            vcpu.view = step.back;
+            return Ok(None);
+        }
+        let mode = vcpu.mode(step.view);
+        let next = translate(&self.memory, &mode, vcpu.rip(), Access::Fetch, vcpu.cpl(), || 0).ok();
+        let gfn = next.map(|page| Gfn(page.gfn));
+        Ok(Some(self.raise(index, step.view, EventReason::SingleStep { gfn }, Held::Stepped)?))
+    }
+
+    /// Instructions the driver carries out itself or announces.
+    fn system(&mut self, index: usize, system: System, len: u8, view: View) -> Result<Went> {
+        let memory = Rc::clone(&self.memory);
+        let now = self.now;
+        let vcpu = self.vcpu_mut(index)?;
+        let announced = vcpu.announced;
+        let kernel = vcpu.cpl() == 0;
+        let rip = vcpu.rip();
+        let next = rip.wrapping_add(len.into());
+        match system {
+            System::Syscall => {
+                deliver::syscall(vcpu, &memory, len);
+                Ok(Went::Done)
+            }
+            System::Rdtsc | System::Rdtscp if kernel || vcpu.cr(4) & cr4::TSD == 0 => {
+                set_pair(vcpu, now);
+                vcpu.set_rip(next);
+                if system == System::Rdtscp {
+                    let aux = self.read_msr(index, MSR_TSC_AUX)?;
+                    self.vcpu_mut(index)?.set_gpr(RCX, aux & 0xffff_ffff);
+                }
+                Ok(Went::Done)
+            }
+            System::WriteCr { cr, gpr } if kernel => {
+                let register = match cr {
+                    0 => ControlRegister::Cr0,
+                    3 => ControlRegister::Cr3,
+                    4 => ControlRegister::Cr4,
+                    _ => return Ok(Went::Native),
+                };
+                let (old, new) = (vcpu.cr(cr.into()), vcpu.gpr(gpr));
+                if announced || self.monitors.cr.get(cr_number(register)) != Some(&true) {
+                    return Ok(Went::Native);
+                }
+                let reason = EventReason::WriteControlRegister { register, old, new };
+                Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
+            }
+            System::Cpuid if self.monitors.cpuid && !announced => {
+                let vcpu = self.vcpu(index)?;
+                let (leaf, subleaf) = (vcpu.gpr(RAX) as u32, vcpu.gpr(RCX) as u32);
+                let reason = EventReason::Cpuid { leaf, subleaf, insn_len: len };
+                Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
+            }
+            System::Cpuid => {
+                vcpu.cpuid_leaf = vcpu.gpr(RAX) as u32;
+                Ok(Went::Native)
+            }
+            System::Wrmsr if kernel => self.wrmsr(index, len, view),
+            System::Rdmsr if kernel => self.rdmsr(index, len),
+            _ => Ok(Went::Native),
+        }
+    }
+
+    fn wrmsr(&mut self, index: usize, len: u8, view: View) -> Result<Went> {
+        let memory = Rc::clone(&self.memory);
+        let now = self.now;
+        let vcpu = self.vcpu(index)?;
+        let msr = vcpu.gpr(RCX) as u32;
+        let new = vcpu.gpr(RDX) << 32 | vcpu.gpr(RAX) & 0xffff_ffff;
+        if self.monitors.msrs.contains(&msr) && !vcpu.announced {
+            let old = self.read_msr(index, msr)?;
+            let reason = EventReason::WriteMsr { msr, old, new };
+            return Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?));
+        }
+        let vcpu = self.vcpu_mut(index)?;
+        let next = vcpu.rip().wrapping_add(len.into());
+        match msr {
+            apic::FIRST_MSR..=apic::LAST_MSR => match vcpu.apic.write(msr, new, now) {
+                None => deliver::fault(vcpu, &memory, Fault::with_code(vector::GP, 0)),
+                Some(sent) => {
+                    vcpu.set_rip(next);
+                    if let Some(ipi) = sent {
+                        self.send(index, ipi);
+                    }
+                }
+            },
+            // The APIC stays where it is and on, and time goes on as it does.
+            apic::BASE_MSR | MSR_TSC => vcpu.set_rip(next),
+            _ => return Ok(Went::Native),
+        }
+        Ok(Went::Done)
+    }
+
+    fn rdmsr(&mut self, index: usize, len: u8) -> Result<Went> {
+        let memory = Rc::clone(&self.memory);
+        let now = self.now;
+        let vcpu = self.vcpu_mut(index)?;
+        let msr = vcpu.gpr(RCX) as u32;
+        if !matches!(msr, apic::FIRST_MSR..=apic::LAST_MSR | apic::BASE_MSR | MSR_TSC) {
+            return Ok(Went::Native);
+        }
+        match virtual_msr(vcpu, index, msr, now) {
+            None => deliver::fault(vcpu, &memory, Fault::with_code(vector::GP, 0)),
+            Some(value) => {
+                set_pair(vcpu, value);
+                vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
+            }
+        }
+        Ok(Went::Done)
+    }
+
+    /// The value of an MSR of a vCPU; 0 for one that does not exist.
+    fn read_msr(&mut self, index: usize, msr: u32) -> Result<u64> {
+        let now = self.now;
+        let vcpu = self.vcpu(index)?;
+        if let Some(value) = virtual_msr(vcpu, index, msr, now) {
+            return Ok(value);
+        }
+        if self.loaded != Some(index) {
+            let error = self.no_vcpu(index);
+            let vcpu = self.vcpus.get(index).ok_or(error)?;
+            self.main.restore(&vcpu.context);
+            self.loaded = Some(index);
+        }
+        self.main.read_msr(msr)
+    }
+
+    fn send(&mut self, from: usize, ipi: Ipi) {
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
+            let is_target = match ipi.to {
+                Target::Vcpu(id) => index as u32 == id,
+                Target::Itself => index == from,
+                Target::All => true,
+                Target::Others => index != from,
+            };
+            if is_target {
+                vcpu.apic.request(ipi.vector);
+            }
+        }
+    }
+
+    /// What the other engine and the guest must know after the stepper did a system instruction.
+    fn after_system(&mut self, index: usize, system: System) -> Result<()> {
+        match system {
+            System::WriteCr { .. } | System::DropsTranslations | System::Wrmsr => self.memory.mark_stale_in(Which::Main),
+            System::Cpuid => {
+                let vcpu = self.vcpu_mut(index)?;
+                match vcpu.cpuid_leaf {
+                    1 => {
+                        // The APIC id and the APICs there are; no XSAVE, AVX, F16C or FMA: the engine does not carry them out.
+                        let id = (index as u64) << 24;
+                        vcpu.set_gpr(RBX, vcpu.gpr(RBX) & 0x00ff_ffff | id);
+                        let hidden = 1 << 12 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29;
+                        vcpu.set_gpr(RCX, vcpu.gpr(RCX) & !hidden | 1 << 21);
+                        vcpu.set_gpr(RDX, vcpu.gpr(RDX) | 1 << 9);
+                    }
+                    // No AVX2 and nothing of AVX-512.
+                    7 => vcpu.set_gpr(RBX, vcpu.gpr(RBX) & !(1 << 5 | 0xfc23 << 16)),
+                    0xb => vcpu.set_gpr(RDX, index as u64),
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    // --- answers ---
+
+    /// Answers the event that holds a vCPU.
+    pub fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
+        let index = usize::from(vcpu.0);
+        let memory = Rc::clone(&self.memory);
+        let held = self.vcpu(index)?.held;
+        if held == Held::No {
+            return Err(VmiError::NoPendingEvent { vcpu });
+        }
+        let step_view = match response.action {
+            EventAction::FastSingleStep { view } | EventAction::SingleStep { view } => Some(view),
+            _ => None,
+        };
+        for view in [response.view, step_view].into_iter().flatten() {
+            if !memory.has_view(view) {
+                return Err(VmiError::ViewNotFound { view });
+            }
+        }
+        let fits = match response.action {
+            EventAction::Reinject => matches!(held, Held::Breakpoint(_)),
+            EventAction::Emulate => held == Held::Access,
+            EventAction::Deny => matches!(held, Held::Access | Held::Announced(_)),
+            EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,
+        };
+        if !fits {
+            let reason = format!("{:?} does not answer this kind of event", response.action);
+            return Err(VmiError::InvalidArgument { what: "response", reason });
+        }
+        let vcpu = self.vcpu_mut(index)?;
+        let denied_page = vcpu.denied_page;
+        if let Some(gp) = &response.registers {
+            vcpu.set_gp(gp);
+        }
+        if let Some(view) = response.view {
+            vcpu.view = view;
+        }
+        vcpu.held = Held::No;
+        let back = vcpu.view;
+        let step = |view, report, discard| Some(Step { view, back, report, discard });
+        match response.action {
+            EventAction::Continue => vcpu.announced = matches!(held, Held::Announced(_)),
+            EventAction::Reinject => {
+                let Held::Breakpoint(len) = held else { return Ok(()) };
+                let next = vcpu.rip().wrapping_add(len.into());
+                deliver::software(vcpu, &memory, vector::BP, next);
+            }
+            EventAction::FastSingleStep { view } => vcpu.step = step(view, false, None),
+            EventAction::SingleStep { view } => {
+                vcpu.step = step(view, true, None);
+            }
+            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, None),
+            EventAction::Deny => match held {
+                Held::Announced(len) => {
+                    vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
+                    let pending = vcpu.step.take();
+                    if let Some(pending) = pending {
+                        vcpu.view = pending.back;
+                    }
+                }
+                _ => vcpu.step = step(View::DEFAULT, false, denied_page),
+            },
+        }
+        Ok(())
+    }
+}
+
+fn set_pair(vcpu: &mut Vcpu, value: u64) {
+    vcpu.set_gpr(RAX, value & 0xffff_ffff);
+    vcpu.set_gpr(RDX, value >> 32);
+}
+
+/// The MSRs that the driver keeps itself.
+fn virtual_msr(vcpu: &Vcpu, index: usize, msr: u32, now: u64) -> Option<u64> {
+    match msr {
+        apic::FIRST_MSR..=apic::LAST_MSR => vcpu.apic.read(msr, now),
+        // At its usual place, enabled, in x2APIC mode; bit 8 marks the first processor.
+        apic::BASE_MSR => Some(0xfee0_0c00 | u64::from(index == 0) << 8),
+        MSR_TSC => Some(now),
+        _ => None,
+    }
+}

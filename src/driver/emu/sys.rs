@@ -1,0 +1,664 @@
+//! The one place that speaks to libunicorn, and the only unsafe code of the embedded driver.
+//!
+//! The library is opened at run time; nothing of it is linked or shipped. What leaves this file is safe: an [`Engine`] is one
+//! emulated processor over a [`Ram`], a [`Context`] a copy of its state, [`Hooks`] what the processor asks while it runs.
+
+#![expect(unsafe_code, reason = "the FFI boundary: every block names the invariant it rests on")]
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use crate::error::{Result, VmiError};
+
+/// Error codes of the engine (unicorn.h, `uc_err`) that the driver tells apart.
+pub mod code {
+    pub const OK: i32 = 0;
+    pub const READ_UNMAPPED: i32 = 6;
+    pub const WRITE_UNMAPPED: i32 = 7;
+    pub const INSN_INVALID: i32 = 10;
+    pub const EXCEPTION: i32 = 21;
+}
+
+/// Register numbers (x86.h, `uc_x86_reg`).
+pub mod reg {
+    pub const CS: i32 = 11;
+    pub const EFLAGS: i32 = 25;
+    pub const RAX: i32 = 35;
+    pub const RIP: i32 = 41;
+    pub const CR0: i32 = 50;
+    pub const CR2: i32 = 52;
+    pub const CR3: i32 = 53;
+    pub const CR4: i32 = 54;
+    pub const DR6: i32 = 72;
+    pub const R15: i32 = 113;
+    pub const IDTR: i32 = 242;
+    pub const GDTR: i32 = 243;
+    pub const TR: i32 = 245;
+    pub const MSR: i32 = 248;
+    pub const FS_BASE: i32 = 250;
+    pub const GS_BASE: i32 = 251;
+}
+
+const ARCH_X86: c_int = 4;
+const MODE_64: c_int = 8;
+const PROT_ALL: u32 = 7;
+
+const HOOK_INTR: c_int = 1 << 0;
+const HOOK_INSN: c_int = 1 << 1;
+const HOOK_CODE: c_int = 1 << 2;
+const HOOK_BLOCK: c_int = 1 << 3;
+const HOOK_MEM_READ_UNMAPPED: c_int = 1 << 4;
+const HOOK_MEM_WRITE_UNMAPPED: c_int = 1 << 5;
+const HOOK_MEM_WRITE: c_int = 1 << 11;
+const HOOK_TLB_FILL: c_int = 1 << 17;
+const INSN_IN: c_int = 218;
+const INSN_OUT: c_int = 500;
+
+const MEM_WRITE: c_int = 17;
+const MEM_FETCH: c_int = 18;
+const MEM_WRITE_UNMAPPED: c_int = 20;
+
+// uc_ctl's first argument: the request, how many arguments follow (from bit 26), and the direction (from bit 30).
+const CTL_WRITE: u32 = 1 << 30;
+const CTL_USE_EXITS: u32 = 4 | 1 << 26 | CTL_WRITE;
+const CTL_CPU_MODEL: u32 = 7 | 1 << 26 | CTL_WRITE;
+const CTL_REMOVE_CACHE: u32 = 9 | 2 << 26 | CTL_WRITE;
+const CTL_FLUSH_TLB: u32 = 11 | CTL_WRITE;
+const CTL_TLB_TYPE: u32 = 12 | 1 << 26 | CTL_WRITE;
+const CTL_TCG_BUFFER_SIZE: u32 = 13 | 1 << 26 | CTL_WRITE;
+const TLB_VIRTUAL: c_int = 1;
+const CPU_SKYLAKE_CLIENT: c_int = 21;
+
+type Uc = c_void;
+
+/// The oldest release whose behaviour was measured, as `uc_version` packs it.
+const OLDEST: (u32, u32, u32) = (2, 1, 4);
+
+macro_rules! library {
+    ($($name:ident: $type:ty),* $(,)?) => {
+        /// libunicorn, opened.
+        pub struct Library {
+            $($name: $type,)*
+            path: PathBuf,
+            version: (u32, u32, u32),
+            // Dropped last: the function pointers above point into it.
+            _handle: libloading::Library,
+        }
+
+        impl Library {
+            /// Opens the library at `path` and binds what the driver needs.
+            pub fn open(path: &Path) -> Result<Arc<Self>> {
+                let unusable = |reason: String| VmiError::Image { what: path.display().to_string(), reason };
+                // SAFETY: loading runs the library's initialisers; the caller named this file as libunicorn, whose initialisers
+                // only set up its own tables.
+                let handle = unsafe { libloading::Library::new(path) }.map_err(|error| unusable(error.to_string()))?;
+                // SAFETY: `uc_version` has had this prototype since the first release.
+                let version = unsafe { handle.get::<unsafe extern "C" fn(*mut u32, *mut u32) -> u32>(b"uc_version\0") }
+                    .map_err(|error| unusable(error.to_string()))?;
+                // SAFETY: both pointers may be null; the packed version is returned.
+                let packed = unsafe { version(std::ptr::null_mut(), std::ptr::null_mut()) };
+                let version = (packed >> 24, packed >> 16 & 0xff, packed >> 8 & 0xff);
+                if version < OLDEST || version.0 != OLDEST.0 {
+                    return Err(unusable(format!(
+                        "it is Unicorn {}.{}.{}; vmitap needs {}.{}.{} or a later release of {}.x",
+                        version.0, version.1, version.2, OLDEST.0, OLDEST.1, OLDEST.2, OLDEST.0
+                    )));
+                }
+                $(
+                    // SAFETY: the prototype is the one unicorn.h of the releases accepted above declares.
+                    let $name = *unsafe { handle.get::<$type>(concat!(stringify!($name), "\0").as_bytes()) }
+                        .map_err(|error| unusable(error.to_string()))?;
+                )*
+                Ok(Arc::new(Self { $($name,)* path: path.to_owned(), version, _handle: handle }))
+            }
+        }
+    };
+}
+
+library! {
+    uc_open: unsafe extern "C" fn(c_int, c_int, *mut *mut Uc) -> c_int,
+    uc_close: unsafe extern "C" fn(*mut Uc) -> c_int,
+    uc_strerror: unsafe extern "C" fn(c_int) -> *const c_char,
+    uc_reg_read: unsafe extern "C" fn(*mut Uc, c_int, *mut c_void) -> c_int,
+    uc_reg_write: unsafe extern "C" fn(*mut Uc, c_int, *const c_void) -> c_int,
+    uc_emu_start: unsafe extern "C" fn(*mut Uc, u64, u64, u64, usize) -> c_int,
+    uc_emu_stop: unsafe extern "C" fn(*mut Uc) -> c_int,
+    uc_hook_add: unsafe extern "C" fn(*mut Uc, *mut usize, c_int, *mut c_void, *mut c_void, u64, u64, ...) -> c_int,
+    uc_mem_map_ptr: unsafe extern "C" fn(*mut Uc, u64, usize, u32, *mut c_void) -> c_int,
+    uc_ctl: unsafe extern "C" fn(*mut Uc, u32, ...) -> c_int,
+    uc_context_alloc: unsafe extern "C" fn(*mut Uc, *mut *mut c_void) -> c_int,
+    uc_context_free: unsafe extern "C" fn(*mut c_void) -> c_int,
+    uc_context_size: unsafe extern "C" fn(*mut Uc) -> usize,
+    uc_context_save: unsafe extern "C" fn(*mut Uc, *mut c_void) -> c_int,
+    uc_context_restore: unsafe extern "C" fn(*mut Uc, *mut c_void) -> c_int,
+    uc_context_reg_read: unsafe extern "C" fn(*mut c_void, c_int, *mut c_void) -> c_int,
+    uc_context_reg_write: unsafe extern "C" fn(*mut c_void, c_int, *const c_void) -> c_int,
+}
+
+impl std::fmt::Debug for Library {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Library").field("path", &self.path).field("version", &self.version).finish_non_exhaustive()
+    }
+}
+
+impl Library {
+    /// Where it was opened from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Major, minor and patch number.
+    pub const fn version(&self) -> (u32, u32, u32) {
+        self.version
+    }
+
+    fn check(&self, op: &'static str, code: c_int) -> Result<()> {
+        if code == code::OK { Ok(()) } else { Err(self.error(op, code)) }
+    }
+
+    /// The engine's own words for an error code.
+    pub fn error(&self, op: &'static str, code: c_int) -> VmiError {
+        // SAFETY: returns a static string for every code.
+        let text = unsafe { (self.uc_strerror)(code) };
+        let detail = if text.is_null() {
+            String::new()
+        } else {
+            // SAFETY: not null, and a static NUL-terminated string of the library, which is still open.
+            unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        };
+        VmiError::Driver { op, errno: code, detail }
+    }
+}
+
+/// Guest RAM and the frames behind it. Shared with engines, which access it through raw pointers: only copies go in and out.
+pub struct Ram {
+    map: MmapRaw,
+}
+
+impl Ram {
+    /// Zeroed memory of `len` bytes, a multiple of the page size. The system gives pages when they are first used.
+    pub fn new(len: usize) -> Result<Self> {
+        let failed = |error: std::io::Error| VmiError::Driver {
+            op: "allocating guest memory",
+            errno: error.raw_os_error().unwrap_or(0),
+            detail: error.to_string(),
+        };
+        let map = MmapOptions::new().len(len).no_reserve_swap().map_anon().map_err(failed)?;
+        Ok(Self { map: map.into() })
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.map.len()
+    }
+
+    fn at(&self, pa: u64, len: usize) -> Option<*mut u8> {
+        let start = usize::try_from(pa).ok()?;
+        if start.checked_add(len)? > self.map.len() {
+            return None;
+        }
+        // SAFETY: `start` is inside the mapping, checked above.
+        Some(unsafe { self.map.as_mut_ptr().add(start) })
+    }
+
+    /// Copies bytes out; `None` if the range is not all inside.
+    pub fn read(&self, pa: u64, buf: &mut [u8]) -> Option<()> {
+        let from = self.at(pa, buf.len())?;
+        // SAFETY: `at` checked the range; no engine runs while Rust code of its thread does, so nothing writes meanwhile.
+        unsafe { std::ptr::copy_nonoverlapping(from, buf.as_mut_ptr(), buf.len()) };
+        Some(())
+    }
+
+    /// Copies bytes in; `None`, and nothing done, if the range is not all inside.
+    pub fn write(&self, pa: u64, bytes: &[u8]) -> Option<()> {
+        let to = self.at(pa, bytes.len())?;
+        // SAFETY: as in `read`; references into the mapping are never made.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Some(())
+    }
+
+    /// Reads a little-endian 64-bit word at a multiple of 8.
+    #[inline]
+    pub fn read_u64(&self, pa: u64) -> Option<u64> {
+        let from = self.at(pa & !7, 8)?;
+        // SAFETY: in range, and 8-aligned because the mapping is page-aligned.
+        Some(u64::from_le(unsafe { from.cast::<u64>().read() }))
+    }
+
+    /// Writes a little-endian 64-bit word at a multiple of 8.
+    #[inline]
+    pub fn write_u64(&self, pa: u64, value: u64) -> Option<()> {
+        let to = self.at(pa & !7, 8)?;
+        // SAFETY: as in `read_u64`.
+        unsafe { to.cast::<u64>().write(value.to_le()) };
+        Some(())
+    }
+}
+
+/// What an access is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    Read,
+    Write,
+    Fetch,
+}
+
+/// An answer to a TLB miss: where the page is and which accesses the entry allows (read 1, write 2, execute 4).
+#[derive(Clone, Copy, Debug)]
+pub struct Fill {
+    pub pa: u64,
+    pub rights: u8,
+}
+
+/// What an engine asks while it runs. Every method is called on the engine's own thread, inside [`Engine::run`].
+pub trait Hooks {
+    /// A TLB miss on the page at `va`. `None` ends the run before the instruction has any effect.
+    fn fill(&self, engine: EngineRef<'_>, va: u64, access: Access) -> Option<Fill>;
+    /// An exception or software interrupt. The run ends.
+    fn interrupt(&self, vector: u32);
+    /// An access to a physical address that is not mapped. The run ends before the instruction has any effect.
+    fn unmapped(&self, pa: u64, write: bool);
+    /// A store of `len` bytes at `pa` is about to be done (only with [`EngineKind::Stepper`]).
+    fn store(&self, pa: u64, len: u32);
+    /// A basic block is entered (only with [`EngineKind::Main`]). True ends the run before it.
+    fn block(&self, engine: EngineRef<'_>) -> bool;
+    /// An instruction inside a range given to [`EngineRef::watch_code`] is about to run. True ends the run before it.
+    fn code(&self, va: u64) -> bool;
+    /// `IN`.
+    fn port_in(&self, port: u32, size: u32) -> u32;
+    /// `OUT`.
+    fn port_out(&self, port: u32, size: u32, value: u32);
+}
+
+/// Which job an engine has: that decides which hooks it gets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum EngineKind {
+    /// Runs guest code at full speed.
+    Main,
+    /// Runs one instruction at a time.
+    Stepper,
+}
+
+/// One emulated processor.
+pub struct Engine<H: Hooks> {
+    uc: NonNull<Uc>,
+    library: Arc<Library>,
+    // Boxed: the engine holds a pointer to it.
+    hooks: Box<Installed<H>>,
+    // Keeps the mapped memory alive.
+    _ram: Rc<Ram>,
+}
+
+struct Installed<H> {
+    hooks: H,
+    library: Arc<Library>,
+}
+
+/// An engine as its hooks see it, while it runs.
+#[derive(Clone, Copy)]
+pub struct EngineRef<'a> {
+    uc: *mut Uc,
+    library: &'a Library,
+    user: *mut c_void,
+    code_callback: *mut c_void,
+}
+
+impl EngineRef<'_> {
+    /// The current privilege level: the low bits of CS.
+    #[inline]
+    pub fn cpl(self) -> u8 {
+        let mut cs = 0_u64;
+        // SAFETY: `uc` is open while its hooks run; CS takes at most 8 bytes.
+        unsafe { (self.library.uc_reg_read)(self.uc, reg::CS, (&raw mut cs).cast()) };
+        (cs & 3) as u8
+    }
+
+    /// RFLAGS.
+    pub fn rflags(self) -> u64 {
+        let mut flags = 0_u64;
+        // SAFETY: as in `cpl`.
+        unsafe { (self.library.uc_reg_read)(self.uc, reg::EFLAGS, (&raw mut flags).cast()) };
+        flags
+    }
+
+    /// Has [`Hooks::code`] called for instructions that begin in `first..=last`. Holds for code translated from now on.
+    pub fn watch_code(self, first: u64, last: u64) {
+        let mut hook = 0_usize;
+        // SAFETY: `uc` is open; the callback has the prototype of HOOK_CODE and `user` outlives the engine (Engine's fields).
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc, &raw mut hook, HOOK_CODE, self.code_callback, self.user, first, last)
+        };
+        if code != code::OK {
+            log::error!("the engine refused a code hook at {first:#x}: error {code}");
+        }
+    }
+}
+
+impl<H: Hooks> Engine<H> {
+    /// A processor in long mode over `ram`, which it sees from physical address 0 on.
+    pub fn new(library: &Arc<Library>, kind: EngineKind, ram: &Rc<Ram>, hooks: H) -> Result<Self> {
+        let mut uc = std::ptr::null_mut();
+        // SAFETY: a valid place for the handle.
+        library.check("opening the engine", unsafe { (library.uc_open)(ARCH_X86, MODE_64, &raw mut uc) })?;
+        let uc = NonNull::new(uc).ok_or_else(|| library.error("opening the engine", code::OK))?;
+        let hooks = Box::new(Installed { hooks, library: Arc::clone(library) });
+        let engine = Self { uc, library: Arc::clone(library), hooks, _ram: Rc::clone(ram) };
+        // A quarter of the default address space is plenty for the guests this driver is for.
+        let buffer: u32 = if kind == EngineKind::Main { 256 << 20 } else { 64 << 20 };
+        // SAFETY: the request takes one u32.
+        library.check("sizing the engine", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_TCG_BUFFER_SIZE, buffer) })?;
+        // SAFETY: the request takes one int.
+        library.check("choosing the processor", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_CPU_MODEL, CPU_SKYLAKE_CLIENT) })?;
+        // SAFETY: the request takes one int.
+        library.check("choosing the TLB", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_TLB_TYPE, TLB_VIRTUAL) })?;
+        // With exits switched on and none given, no address is special. SAFETY: the request takes one int.
+        library.check("switching exits on", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_USE_EXITS, 1 as c_int) })?;
+        // SAFETY: the mapping is `ram.len()` bytes of page-aligned memory and lives as long as the engine (`_ram`).
+        let mapped =
+            unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), PROT_ALL, ram.map.as_mut_ptr().cast()) };
+        library.check("mapping guest memory", mapped)?;
+        engine.add_hook(HOOK_INTR, on_interrupt::<H> as *mut c_void)?;
+        engine.add_hook(HOOK_TLB_FILL, on_fill::<H> as *mut c_void)?;
+        engine.add_hook(HOOK_MEM_READ_UNMAPPED | HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void)?;
+        engine.add_insn_hook(INSN_IN, on_in::<H> as *mut c_void)?;
+        engine.add_insn_hook(INSN_OUT, on_out::<H> as *mut c_void)?;
+        match kind {
+            EngineKind::Main => engine.add_hook(HOOK_BLOCK, on_block::<H> as *mut c_void)?,
+            EngineKind::Stepper => engine.add_hook(HOOK_MEM_WRITE, on_store::<H> as *mut c_void)?,
+        }
+        Ok(engine)
+    }
+
+    fn user(&self) -> *mut c_void {
+        (&raw const *self.hooks).cast_mut().cast()
+    }
+
+    fn add_hook(&self, kind: c_int, callback: *mut c_void) -> Result<()> {
+        let mut hook = 0_usize;
+        // SAFETY: the callback has the prototype unicorn.h gives for `kind`; user data is boxed and outlives the engine. An
+        // empty range (1 to 0) means every address.
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, kind, callback, self.user(), 1, 0)
+        };
+        self.library.check("installing a hook", code)
+    }
+
+    fn add_insn_hook(&self, insn: c_int, callback: *mut c_void) -> Result<()> {
+        let mut hook = 0_usize;
+        // SAFETY: as in `add_hook`; HOOK_INSN takes the instruction as one more int.
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, HOOK_INSN, callback, self.user(), 1, 0, insn)
+        };
+        self.library.check("installing a hook", code)
+    }
+
+    /// What the engine was given to answer with.
+    pub fn hooks(&self) -> &H {
+        &self.hooks.hooks
+    }
+
+    /// Runs from `rip`: `count` instructions, or until a hook ends it if `count` is 0. Returns the engine's error code.
+    #[inline]
+    pub fn run(&mut self, rip: u64, count: usize) -> i32 {
+        // SAFETY: the engine is open, and runs on this thread only (`&mut self`). `until` is unused: exits are switched on.
+        unsafe { (self.library.uc_emu_start)(self.uc.as_ptr(), rip, 0, 0, count) }
+    }
+
+    /// Forgets every translation of addresses.
+    #[inline]
+    pub fn flush_tlb(&mut self) {
+        // SAFETY: the engine is open; the request takes nothing.
+        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_FLUSH_TLB) };
+    }
+
+    /// Forgets code translated from the virtual range `first..end`, which must lie in one page.
+    pub fn forget_code(&mut self, first: u64, end: u64) {
+        // SAFETY: the engine is open and does not run (`&mut self`); the request takes two u64.
+        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_REMOVE_CACHE, first, end) };
+    }
+
+    /// Writes a 64-bit register.
+    pub fn write_register(&mut self, register: i32, value: u64) -> Result<()> {
+        // SAFETY: the engine is open; the registers used here are 8 bytes wide or less, little-endian.
+        let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), register, (&raw const value).cast()) };
+        self.library.check("writing a register", code)
+    }
+
+    /// Writes a model-specific register.
+    pub fn write_msr(&mut self, msr: u32, value: u64) -> Result<()> {
+        let pair = Msr { msr, value };
+        // SAFETY: this pseudo-register takes a `uc_x86_msr`.
+        let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), reg::MSR, (&raw const pair).cast()) };
+        self.library.check("writing an MSR", code)
+    }
+
+    /// Writes GDTR, IDTR or TR.
+    pub fn write_table(&mut self, register: i32, table: &Table) -> Result<()> {
+        // SAFETY: these registers take a `uc_x86_mmr`.
+        let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), register, (&raw const *table).cast()) };
+        self.library.check("writing a descriptor table register", code)
+    }
+
+    /// A place to keep the processor's state in, with its state now.
+    pub fn context(&self) -> Result<Context> {
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: the engine is open; a valid place for the pointer.
+        let code = unsafe { (self.library.uc_context_alloc)(self.uc.as_ptr(), &raw mut raw) };
+        self.library.check("allocating a context", code)?;
+        let raw = NonNull::new(raw).ok_or_else(|| self.library.error("allocating a context", code::OK))?;
+        // SAFETY: the engine is open.
+        let size = unsafe { (self.library.uc_context_size)(self.uc.as_ptr()) };
+        let mut context = Context { raw, size, library: Arc::clone(&self.library) };
+        self.save(&mut context);
+        Ok(context)
+    }
+
+    /// Reads a model-specific register; 0 for one the engine does not know.
+    pub fn read_msr(&self, msr: u32) -> Result<u64> {
+        let mut pair = Msr { msr, value: 0 };
+        // SAFETY: this pseudo-register takes a `uc_x86_msr`.
+        let code = unsafe { (self.library.uc_reg_read)(self.uc.as_ptr(), reg::MSR, (&raw mut pair).cast()) };
+        self.library.check("reading an MSR", code)?;
+        Ok(pair.value)
+    }
+
+    /// The engine's own words for an error code.
+    pub fn error(&self, op: &'static str, code: i32) -> VmiError {
+        self.library.error(op, code)
+    }
+
+    /// The engine as its hooks see it.
+    pub fn as_ref(&self) -> EngineRef<'_> {
+        engine_ref::<H>(self.uc.as_ptr(), self.user())
+    }
+
+    /// Copies the processor's state out.
+    #[inline]
+    pub fn save(&self, context: &mut Context) {
+        // SAFETY: the context was allocated for an engine of this architecture and mode, so it has the right size.
+        unsafe { (self.library.uc_context_save)(self.uc.as_ptr(), context.raw.as_ptr()) };
+    }
+
+    /// Copies a state in.
+    #[inline]
+    pub fn restore(&mut self, context: &Context) {
+        // SAFETY: as in `save`; the state holds no pointers into another engine that matter (checked by the calibration).
+        unsafe { (self.library.uc_context_restore)(self.uc.as_ptr(), context.raw.as_ptr()) };
+    }
+}
+
+impl<H: Hooks> Drop for Engine<H> {
+    fn drop(&mut self) {
+        // SAFETY: open, and closed once: here.
+        unsafe { (self.library.uc_close)(self.uc.as_ptr()) };
+    }
+}
+
+#[repr(C)]
+struct Msr {
+    msr: u32,
+    value: u64,
+}
+
+/// `uc_x86_mmr`: a descriptor table register, or TR.
+#[repr(C)]
+pub struct Table {
+    pub selector: u16,
+    pub base: u64,
+    pub limit: u32,
+    pub flags: u32,
+}
+
+/// A copy of one processor's state. Fields are reached by byte offsets that the calibration found.
+pub struct Context {
+    raw: NonNull<c_void>,
+    size: usize,
+    library: Arc<Library>,
+}
+
+impl Context {
+    /// Bytes, with the engine's own header.
+    pub const fn size(&self) -> usize {
+        self.size
+    }
+
+    fn at(&self, offset: usize, len: usize) -> Option<*mut u8> {
+        if offset.checked_add(len)? > self.size {
+            return None;
+        }
+        // SAFETY: inside the allocation of `size` bytes, checked above.
+        Some(unsafe { self.raw.as_ptr().cast::<u8>().add(offset) })
+    }
+
+    /// The 32-bit word at `offset`; 0 beyond the end, which the calibration rules out.
+    #[inline]
+    pub fn u32(&self, offset: usize) -> u32 {
+        // SAFETY: `at` checked the range; unaligned reads are allowed for.
+        self.at(offset, 4).map_or(0, |from| unsafe { from.cast::<u32>().read_unaligned() })
+    }
+
+    /// The 64-bit word at `offset`; 0 beyond the end.
+    #[inline]
+    pub fn u64(&self, offset: usize) -> u64 {
+        // SAFETY: as in `u32`.
+        self.at(offset, 8).map_or(0, |from| unsafe { from.cast::<u64>().read_unaligned() })
+    }
+
+    /// Sets the 32-bit word at `offset`.
+    #[inline]
+    pub fn set_u32(&mut self, offset: usize, value: u32) {
+        if let Some(to) = self.at(offset, 4) {
+            // SAFETY: as in `u32`; `&mut self` makes the write exclusive.
+            unsafe { to.cast::<u32>().write_unaligned(value) };
+        }
+    }
+
+    /// Sets the 64-bit word at `offset`.
+    #[inline]
+    pub fn set_u64(&mut self, offset: usize, value: u64) {
+        if let Some(to) = self.at(offset, 8) {
+            // SAFETY: as in `set_u32`.
+            unsafe { to.cast::<u64>().write_unaligned(value) };
+        }
+    }
+
+    /// RFLAGS, with the arithmetic flags the engine computes lazily.
+    pub fn rflags(&self) -> u64 {
+        let mut value = 0_u64;
+        // SAFETY: the context is valid; EFLAGS takes at most 8 bytes.
+        unsafe { (self.library.uc_context_reg_read)(self.raw.as_ptr(), reg::EFLAGS, (&raw mut value).cast()) };
+        value
+    }
+
+    /// Writes a register that needs more than a store but no processor: EFLAGS.
+    pub fn write_register(&mut self, register: i32, value: u64) {
+        // SAFETY: as in `rflags`.
+        unsafe { (self.library.uc_context_reg_write)(self.raw.as_ptr(), register, (&raw const value).cast()) };
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: allocated by this library, freed once: here.
+        unsafe { (self.library.uc_context_free)(self.raw.as_ptr()) };
+    }
+}
+
+/// A value that holds engines and what they share, moved between threads as a whole.
+pub struct Confined<T>(pub T);
+
+// SAFETY: every `Rc`, `Cell` and engine pointer inside is reachable from this one value only, never handed out, and the engine has no
+// thread-local state between runs; so moving the whole to another thread moves all of it.
+unsafe impl<T> Send for Confined<T> {}
+
+fn installed<'a, H: Hooks>(user: *mut c_void) -> &'a Installed<H> {
+    // SAFETY: `user` is the box that `Engine::user` gave; it lives as long as the engine that calls, and is only ever shared.
+    unsafe { &*user.cast::<Installed<H>>() }
+}
+
+fn engine_ref<H: Hooks>(uc: *mut Uc, user: *mut c_void) -> EngineRef<'static> {
+    let library: &'static Library = &installed::<H>(user).library;
+    EngineRef { uc, library, user, code_callback: on_code::<H> as *mut c_void }
+}
+
+fn stop<H: Hooks>(uc: *mut Uc, user: *mut c_void) {
+    // SAFETY: called from inside a hook of the running engine `uc`.
+    unsafe { (installed::<H>(user).library.uc_emu_stop)(uc) };
+}
+
+#[repr(C)]
+struct TlbEntry {
+    paddr: u64,
+    perms: u32,
+}
+
+extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mut TlbEntry, user: *mut c_void) -> bool {
+    let access = match access {
+        MEM_FETCH => Access::Fetch,
+        MEM_WRITE => Access::Write,
+        _ => Access::Read,
+    };
+    let Some(fill) = installed::<H>(user).hooks.fill(engine_ref::<H>(uc, user), va, access) else { return false };
+    // SAFETY: the engine passes a valid place for the entry.
+    unsafe { result.write(TlbEntry { paddr: fill.pa, perms: u32::from(fill.rights) }) };
+    true
+}
+
+extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void) {
+    installed::<H>(user).hooks.interrupt(vector);
+    stop::<H>(uc, user);
+}
+
+extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, _: c_int, _: i64, user: *mut c_void) -> bool {
+    installed::<H>(user).hooks.unmapped(pa, kind == MEM_WRITE_UNMAPPED);
+    false
+}
+
+extern "C" fn on_store<H: Hooks>(_: *mut Uc, _: c_int, pa: u64, len: c_int, _: i64, user: *mut c_void) {
+    installed::<H>(user).hooks.store(pa, len.unsigned_abs());
+}
+
+extern "C" fn on_block<H: Hooks>(uc: *mut Uc, _: u64, _: u32, user: *mut c_void) {
+    if installed::<H>(user).hooks.block(engine_ref::<H>(uc, user)) {
+        stop::<H>(uc, user);
+    }
+}
+
+extern "C" fn on_code<H: Hooks>(uc: *mut Uc, va: u64, _: u32, user: *mut c_void) {
+    if installed::<H>(user).hooks.code(va) {
+        stop::<H>(uc, user);
+    }
+}
+
+extern "C" fn on_in<H: Hooks>(_: *mut Uc, port: u32, size: c_int, user: *mut c_void) -> u32 {
+    installed::<H>(user).hooks.port_in(port, size.unsigned_abs())
+}
+
+extern "C" fn on_out<H: Hooks>(_: *mut Uc, port: u32, size: c_int, value: u32, user: *mut c_void) {
+    installed::<H>(user).hooks.port_out(port, size.unsigned_abs(), value);
+}

@@ -1,0 +1,235 @@
+//! One vCPU: its registers in a saved context, its APIC, and what it is waiting for.
+
+use crate::addr::{Gfn, View};
+use crate::arch::amd64::{DescriptorTable, GpRegisters, Injection, Registers, Segment};
+
+use super::apic::Apic;
+use super::layout::{CS, GDTR, HF_CPL, HF_INHIBIT_IRQ, IDTR, Layout, SEGMENT, SS, TR};
+use super::sys::{Context, reg};
+
+/// What the fills of an engine need to know of the vCPU in it. Every instruction that changes one of these is seen by the driver.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Mode {
+    pub cr0: u64,
+    pub cr3: u64,
+    pub cr4: u64,
+    pub efer: u64,
+    pub view: View,
+}
+
+/// A step that was asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Step {
+    /// The view for the one instruction.
+    pub view: View,
+    /// The view to be in afterwards.
+    pub back: View,
+    /// Whether a single-step event follows.
+    pub report: bool,
+    /// A page whose stores are to have no effect.
+    pub discard: Option<Gfn>,
+}
+
+/// What a vCPU does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum State {
+    Running,
+    /// In `hlt`, until an interrupt.
+    Halted,
+    /// After a triple fault: for good.
+    Shutdown,
+}
+
+/// An event that was raised and what going on from it means.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Held {
+    No,
+    /// An INT3 of this length at RIP.
+    Breakpoint(u8),
+    /// A denied access.
+    Access,
+    Stepped,
+    /// A register write or CPUID of this length, announced and not done.
+    Announced(u8),
+}
+
+/// One vCPU.
+pub struct Vcpu {
+    pub context: Context,
+    pub layout: Layout,
+    pub apic: Apic,
+    pub view: View,
+    pub state: State,
+    pub held: Held,
+    pub step: Option<Step>,
+    pub injection: Option<Injection>,
+    /// The instruction at RIP was announced and is to be carried out now.
+    pub announced: bool,
+    /// The page of the access that was denied last.
+    pub denied_page: Option<Gfn>,
+    /// The leaf of the CPUID being carried out.
+    pub cpuid_leaf: u32,
+}
+
+impl Vcpu {
+    pub fn rip(&self) -> u64 {
+        self.context.u64(self.layout.rip)
+    }
+
+    pub fn set_rip(&mut self, rip: u64) {
+        self.context.set_u64(self.layout.rip, rip);
+    }
+
+    /// Register `index` as instructions number them: 0 is RAX, 4 RSP.
+    pub fn gpr(&self, index: u8) -> u64 {
+        self.context.u64(self.layout.gp + usize::from(index & 15) * 8)
+    }
+
+    pub fn set_gpr(&mut self, index: u8, value: u64) {
+        self.context.set_u64(self.layout.gp + usize::from(index & 15) * 8, value);
+    }
+
+    pub fn cr(&self, index: usize) -> u64 {
+        self.context.u64(self.layout.cr + index * 8)
+    }
+
+    pub fn set_cr2(&mut self, value: u64) {
+        self.context.set_u64(self.layout.cr + 2 * 8, value);
+    }
+
+    pub fn efer(&self) -> u64 {
+        self.context.u64(self.layout.efer)
+    }
+
+    pub fn cpl(&self) -> u8 {
+        (self.context.u32(self.layout.hflags) & HF_CPL) as u8
+    }
+
+    pub fn hflags(&self) -> u32 {
+        self.context.u32(self.layout.hflags)
+    }
+
+    pub fn set_hflags(&mut self, hflags: u32) {
+        self.context.set_u32(self.layout.hflags, hflags);
+    }
+
+    /// IF and no one-instruction hold after `sti` or `mov ss`.
+    pub fn takes_interrupts(&self) -> bool {
+        self.context.u64(self.layout.eflags) & crate::arch::amd64::rflags::IF != 0 && self.hflags() & HF_INHIBIT_IRQ == 0
+    }
+
+    pub fn mode(&self, view: View) -> Mode {
+        Mode { cr0: self.cr(0), cr3: self.cr(3), cr4: self.cr(4), efer: self.efer(), view }
+    }
+
+    pub fn segment(&self, index: usize) -> Segment {
+        let at = self.layout.segments + index * SEGMENT;
+        Segment {
+            selector: self.context.u32(at) as u16,
+            attributes: (self.context.u32(at + 20) >> 8) as u16 & 0xf0ff,
+            limit: self.context.u32(at + 16),
+            base: self.context.u64(at + 8),
+        }
+    }
+
+    pub fn set_segment(&mut self, index: usize, selector: u16, base: u64, limit: u32, flags: u32) {
+        let at = self.layout.segments + index * SEGMENT;
+        self.context.set_u32(at, selector.into());
+        self.context.set_u64(at + 8, base);
+        self.context.set_u32(at + 16, limit);
+        self.context.set_u32(at + 20, flags);
+    }
+
+    fn table(&self, index: usize) -> DescriptorTable {
+        let segment = self.segment(index);
+        DescriptorTable { base: segment.base, limit: segment.limit }
+    }
+
+    pub fn gdtr(&self) -> DescriptorTable {
+        self.table(GDTR)
+    }
+
+    pub fn idtr(&self) -> DescriptorTable {
+        self.table(IDTR)
+    }
+
+    pub fn tr(&self) -> Segment {
+        self.segment(TR)
+    }
+
+    /// All registers, as an event carries them.
+    pub fn registers(&self) -> Registers {
+        let gpr = |index| self.gpr(index);
+        let layout = &self.layout;
+        Registers {
+            gp: GpRegisters {
+                rax: gpr(0),
+                rcx: gpr(1),
+                rdx: gpr(2),
+                rbx: gpr(3),
+                rsp: gpr(4),
+                rbp: gpr(5),
+                rsi: gpr(6),
+                rdi: gpr(7),
+                r8: gpr(8),
+                r9: gpr(9),
+                r10: gpr(10),
+                r11: gpr(11),
+                r12: gpr(12),
+                r13: gpr(13),
+                r14: gpr(14),
+                r15: gpr(15),
+                rip: self.rip(),
+                rflags: self.context.rflags(),
+            },
+            cr0: self.cr(0),
+            cr2: self.cr(2),
+            cr3: self.cr(3),
+            cr4: self.cr(4),
+            efer: self.efer(),
+            cs: self.segment(CS),
+            ss: self.segment(SS),
+            ds: self.segment(3),
+            es: self.segment(0),
+            fs: self.segment(4),
+            gs: self.segment(5),
+            tr: self.tr(),
+            gdtr: self.gdtr(),
+            idtr: self.idtr(),
+            kernel_gs_base: self.context.u64(layout.kernel_gs_base),
+            star: self.context.u64(layout.star),
+            lstar: self.context.u64(layout.lstar),
+            sfmask: self.context.u64(layout.sfmask),
+        }
+    }
+
+    pub fn set_gp(&mut self, gp: &GpRegisters) {
+        let values = [
+            gp.rax, gp.rcx, gp.rdx, gp.rbx, gp.rsp, gp.rbp, gp.rsi, gp.rdi, gp.r8, gp.r9, gp.r10, gp.r11, gp.r12, gp.r13, gp.r14, gp.r15,
+        ];
+        for (index, value) in values.into_iter().enumerate() {
+            self.set_gpr(index as u8, value);
+        }
+        self.set_rip(gp.rip);
+        self.context.write_register(reg::EFLAGS, gp.rflags);
+    }
+
+    /// Sets what [`crate::driver::VmiRegisters::set_registers`] promises, but for CR0 and CR4, which only an engine can change.
+    pub fn set_registers(&mut self, registers: &Registers) {
+        self.set_gp(&registers.gp);
+        let layout = self.layout;
+        let base = |index: usize| layout.segments + index * SEGMENT + 8;
+        for (at, value) in [
+            (layout.cr + 2 * 8, registers.cr2),
+            (layout.cr + 3 * 8, registers.cr3),
+            (base(4), registers.fs.base),
+            (base(5), registers.gs.base),
+            (layout.kernel_gs_base, registers.kernel_gs_base),
+            (layout.star, registers.star),
+            (layout.lstar, registers.lstar),
+            (layout.sfmask, registers.sfmask),
+        ] {
+            self.context.set_u64(at, value);
+        }
+    }
+}
