@@ -7,6 +7,8 @@ pub mod core;
 pub mod driver;
 pub mod error;
 pub mod event;
+pub mod image;
+pub mod symbols;
 
 pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
 pub use bytes::GuestBytes;

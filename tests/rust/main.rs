@@ -8,5 +8,6 @@
 )]
 
 mod core;
+mod image;
 mod mock;
 mod paging;
