@@ -2,10 +2,14 @@
 
 pub mod addr;
 pub mod arch;
+pub mod bytes;
 pub mod core;
 pub mod driver;
 pub mod error;
 pub mod event;
+pub mod image;
+pub mod symbols;
 
 pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
+pub use bytes::GuestBytes;
 pub use error::{Result, VmiError};

@@ -76,10 +76,10 @@ fn write_words(memory: &Memory, pa: u64, words: &[u64]) -> Result<()> {
 }
 
 /// Copies the image's segments into RAM.
-fn load(memory: &Memory, image: &Image) -> Result<()> {
-    for segment in image.segments() {
+fn load(memory: &Memory, image: &Image<'_>) -> Result<()> {
+    for segment in &image.segments {
         let refuse = |reason: String| VmiError::Image { what: "the guest image".to_owned(), reason };
-        let first = segment.paddr;
+        let first = segment.pa.0;
         let end = first.checked_add(segment.memory_size).filter(|end| *end <= memory.guest_len()).ok_or_else(|| {
             let (size, limit) = (segment.memory_size, memory.guest_len());
             refuse(format!("a segment of {size:#x} bytes at physical address {first:#x} reaches beyond memory, which ends at {limit:#x}"))
@@ -87,13 +87,13 @@ fn load(memory: &Memory, image: &Image) -> Result<()> {
         if first < FIRST_FREE && end > first {
             return Err(refuse(format!("a segment at physical address {first:#x} lies in the loader's range, below {FIRST_FREE:#x}")));
         }
-        memory.write(Pa(first), image.data(segment))?;
+        memory.write(segment.pa, segment.data)?;
     }
     Ok(())
 }
 
 /// Loads `image` and puts every vCPU at its entry.
-pub fn boot(machine: &mut Machine, layout: Layout, image: &Image, options: &BootOptions) -> Result<()> {
+pub fn boot(machine: &mut Machine, layout: Layout, image: &Image<'_>, options: &BootOptions) -> Result<()> {
     let memory = std::rc::Rc::clone(&machine.memory);
     load(&memory, image)?;
     write_words(&memory, INFO, &[MAGIC, VERSION, options.memory, options.vcpus.into(), COMMAND_LINE])?;
@@ -134,7 +134,7 @@ pub fn boot(machine: &mut Machine, layout: Layout, image: &Image, options: &Boot
         vcpu.set_gpr(7, INFO);
         vcpu.set_gpr(6, index);
         vcpu.set_gpr(4, STACKS + (index + 1) * PAGE_SIZE);
-        vcpu.set_rip(image.entry());
+        vcpu.set_rip(image.entry.0);
     }
     Ok(())
 }

@@ -80,7 +80,7 @@ impl EmuDriver {
     /// # Errors
     /// The library's, as [`probe`]; [`VmiError::InvalidArgument`] for options out of range; [`VmiError::Image`] for an image
     /// that does not fit memory or reaches into the loader's range.
-    pub fn boot(library: &Path, name: &str, image: &Image, options: &BootOptions) -> Result<Self> {
+    pub fn boot(library: &Path, name: &str, image: &Image<'_>, options: &BootOptions) -> Result<Self> {
         options.check()?;
         let library = Library::open(library)?;
         let layout = layout::calibrate(&library)?;

@@ -7,7 +7,6 @@
 //! Both engines keep a TLB and translated code. What can make them wrong is seen by the driver: instructions that change the
 //! MMU are stepped (`insn.rs`), stores to translated code are stepped (`memory.rs`), and changes of views mark both TLBs stale.
 
-use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -611,6 +610,7 @@ impl Machine {
     fn system(&mut self, index: usize, system: System, len: u8, view: View) -> Result<Went> {
         let memory = Rc::clone(&self.memory);
         let now = self.now;
+        let watches_cpuid = self.monitors.cpuid;
         let vcpu = self.vcpu_mut(index)?;
         let announced = vcpu.announced;
         let kernel = vcpu.cpl() == 0;
@@ -644,7 +644,7 @@ impl Machine {
                 let reason = EventReason::WriteControlRegister { register, old, new };
                 Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
             }
-            System::Cpuid if self.monitors.cpuid && !announced => {
+            System::Cpuid if watches_cpuid && !announced => {
                 let vcpu = self.vcpu(index)?;
                 let (leaf, subleaf) = (vcpu.gpr(RAX) as u32, vcpu.gpr(RCX) as u32);
                 let reason = EventReason::Cpuid { leaf, subleaf, insn_len: len };

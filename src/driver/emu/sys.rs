@@ -256,7 +256,7 @@ pub struct Fill {
 }
 
 /// What an engine asks while it runs. Every method is called on the engine's own thread, inside [`Engine::run`].
-pub trait Hooks {
+pub trait Hooks: 'static {
     /// A TLB miss on the page at `va`. `None` ends the run before the instruction has any effect.
     fn fill(&self, engine: EngineRef<'_>, va: u64, access: Access) -> Option<Fill>;
     /// An exception or software interrupt. The run ends.

@@ -1,0 +1,13 @@
+//! What the crate's parts do together, on the mock driver.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on panics, also in its helper functions"
+)]
+
+mod core;
+mod image;
+mod mock;
+mod paging;
