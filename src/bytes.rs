@@ -77,6 +77,7 @@ mod tests {
         assert_eq!(shown(b""), "GuestBytes(0 bytes)");
         assert_eq!(shown(&[0; 4]), "GuestBytes(4 bytes, all zero)");
         assert_eq!(shown(b"/etc/shadow\n"), "GuestBytes(12 bytes, text)");
+        assert_eq!(shown(&[0, b'E']), "GuestBytes(2 bytes, binary)");
         assert_eq!(shown(&[0x7f, b'E']), "GuestBytes(2 bytes, binary)");
     }
 

@@ -453,3 +453,23 @@ fn pieces(va: Va, context: AddressContext, len: usize) -> Result<impl Iterator<I
         Some(Piece { va: at, len: now })
     }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_and_pages_that_share_a_place_in_the_cache_are_never_mixed_up() {
+        let cache = Cache::new();
+        let keys = || (0..4 * CACHE_SLOTS as u64).map(|n| (Va((n % 3) << 12), AddressContext { root: Pa(n << 12), levels: 4 }));
+        for (page, context) in keys() {
+            cache.put(page, context, context.root);
+        }
+        let kept = keys()
+            .filter(|(page, context)| cache.get(*page, *context).inspect(|frame| assert_eq!(*frame, context.root)).is_some());
+        let kept = kept.count();
+        assert!((CACHE_SLOTS / 2..=CACHE_SLOTS).contains(&kept), "{kept}");
+        cache.forget();
+        assert!(keys().all(|(page, context)| cache.get(page, context).is_none()));
+    }
+}

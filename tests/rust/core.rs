@@ -249,7 +249,7 @@ fn utf_16_strings_end_at_a_zero_unit_and_not_at_zero_bytes() {
     let text = "\u{100}A\u{1f600}\u{100}";
     let mut bytes: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
     let len = bytes.len();
-    bytes.extend([0, 0]);
+    bytes.extend([0, 0, 7, 7]);
     for from in [at(0xffb), at(0xfff), at(0x100)] {
         vm.write(from, context, &bytes).unwrap();
         let got = vm.read_utf16(from, context, 100).unwrap();

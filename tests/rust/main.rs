@@ -9,5 +9,6 @@
 
 mod core;
 mod image;
+mod layering;
 mod mock;
 mod paging;
