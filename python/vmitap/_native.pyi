@@ -1,6 +1,7 @@
 """The compiled core of vmitap. This file is its type stub and its reference manual: `import vmitap` gives every name.
 
-In every example `vm` is a fresh `vmitap.attach("demo")`, and the examples are run as tests.
+In every example `vm` is a fresh `vmitap.attach("demo")` and `scratch` an address in it that may be written to. The examples are
+run as tests.
 
 Addresses are `int`: `va` a guest-virtual address, `pa` a guest-physical one, `gfn` a frame number (`pa >> 12`).
 `root` is the physical address of a page-table root (CR3 without its flag bits); where it may be None, the root in use is
@@ -441,10 +442,8 @@ class Vm:
             StringTooLongError: no zero byte within `limit`.
             TranslationError: a page of the string is not mapped.
 
-        >>> with vm.pause():
-        ...     stack = vm.registers(0).rsp - 64
-        ...     vm.write(stack, b"/etc/motd\0")
-        ...     vm.read_cstr(stack)
+        >>> vm.write(scratch, b"/etc/motd\0")
+        >>> vm.read_cstr(scratch)
         '/etc/motd'
         """
     def read_utf16(self, address: str | int, limit: int = 4096, *, root: int | None = None) -> str:
@@ -452,9 +451,8 @@ class Vm:
 
         `limit` counts bytes; arguments and errors are those of `read_cstr`.
 
-        >>> stack = vm.registers(0).rsp - 64
-        >>> vm.write(stack, "C:\\temp\0".encode("utf-16-le"))
-        >>> print(vm.read_utf16(stack))
+        >>> vm.write(scratch, "C:\\temp\0".encode("utf-16-le"))
+        >>> print(vm.read_utf16(scratch))
         C:\temp
         """
     def write(self, address: str | int, data: Buffer, *, root: int | None = None) -> None:
@@ -465,9 +463,8 @@ class Vm:
         Raises:
             TranslationError, OutOfRangeError: as for `read`.
 
-        >>> stack = vm.registers(0).rsp - 64
-        >>> vm.write(stack, b"hello")
-        >>> vm.read(stack, 5)
+        >>> vm.write(scratch, b"hello")
+        >>> vm.read(scratch, 5)
         b'hello'
         """
     def write_pa(self, pa: int, data: Buffer) -> None:
@@ -476,33 +473,29 @@ class Vm:
         Raises:
             OutOfRangeError: the range reaches beyond guest memory.
 
-        >>> pa = vm.translate(vm.registers(0).rsp - 64)
+        >>> pa = vm.translate(scratch)
         >>> vm.write_pa(pa, b"hello")
         """
     def write_u8(self, address: str | int, value: int, *, root: int | None = None) -> None:
         """Writes one byte of virtual memory; see `write`.
 
-        >>> stack = vm.registers(0).rsp - 64
-        >>> vm.write_u8(stack, 0xFF)
+        >>> vm.write_u8(scratch, 0xFF)
         """
     def write_u16(self, address: str | int, value: int, *, root: int | None = None) -> None:
         """Writes a little-endian 16-bit number to virtual memory; see `write`.
 
-        >>> stack = vm.registers(0).rsp - 64
-        >>> vm.write_u16(stack, 0xFFFF)
+        >>> vm.write_u16(scratch, 0xFFFF)
         """
     def write_u32(self, address: str | int, value: int, *, root: int | None = None) -> None:
         """Writes a little-endian 32-bit number to virtual memory; see `write`.
 
-        >>> stack = vm.registers(0).rsp - 64
-        >>> vm.write_u32(stack, 1 << 31)
+        >>> vm.write_u32(scratch, 1 << 31)
         """
     def write_u64(self, address: str | int, value: int, *, root: int | None = None) -> None:
         """Writes a little-endian 64-bit number to virtual memory; see `write`.
 
-        >>> stack = vm.registers(0).rsp - 64
-        >>> vm.write_u64(stack, 1 << 63)
-        >>> vm.read_u64(stack) == 1 << 63
+        >>> vm.write_u64(scratch, 1 << 63)
+        >>> vm.read_u64(scratch) == 1 << 63
         True
         """
     def translate(self, address: str | int, root: int | None = None) -> int:
