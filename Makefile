@@ -1,0 +1,83 @@
+# `make demo` and `make test` do all the set-up they need by themselves, and repeat it only when something changed.
+# What is missing on the machine is named by scripts/toolchain, with the command that installs it.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Everything the compiled module is made from. Python files are not in it: the package is installed in place.
+SOURCES := Cargo.toml Cargo.lock build.rs $(shell find src guests crates -type f 2>/dev/null)
+
+export PYTHON
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where cargo lives if its folder is not on PATH; and the interpreter that PyO3 builds for.
+export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+
+LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
+
+.PHONY: help demo test lint format bench wheel clean
+
+help: ## this list
+	@echo "vmitap: tap a running virtual machine without the machine noticing"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: $(VENV)/.built ## boot a small guest, tap it, and see that it noticed nothing
+	@$(BIN)/vmitap demo $(ARGS)
+
+test: $(VENV)/.built $(VENV)/.dev ## every test, Rust and Python
+	@echo "==> Rust tests"
+	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo test --quiet --features emu,mock
+	@echo "==> Python tests (the stub's and the README's examples included)"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.built $(VENV)/.dev ## formatting, lints, types, and the stub against the compiled module
+	@scripts/toolchain lint
+	cargo fmt --check
+	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest vmitap
+
+format: $(VENV)/.dev ## write the formatting that lint asks for
+	cargo fmt
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(VENV)/.built $(VENV)/.dev ## the benchmarks; compare ratios within one run
+	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
+	@$(BIN)/python -m pytest benches/python --benchmark-only
+
+wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries checked
+	@rm -rf dist
+	@$(BIN)/maturin build --release --out dist
+	@VMITAP_WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest -q tests/python/test_package.py -k wheel
+
+clean: ## remove everything that make has made
+	rm -rf $(VENV) dist target .pytest_cache .mypy_cache .ruff_cache python/vmitap/*.so
+	find python tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@python=$$(scripts/toolchain python) && echo "==> virtual environment in $(VENV), from $$python" && { "$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
+
+# One stamp for each group of packages. pip learned --group in 25.1.
+$(VENV)/.build: pyproject.toml | $(BIN)/python
+	@echo "==> build tools"
+	@$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install --quiet --group build
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.build
+	@echo "==> test and lint tools"
+	@$(BIN)/python -m pip install --quiet --group dev
+	@touch $@
+
+$(VENV)/.built: $(SOURCES) pyproject.toml $(VENV)/.build
+	@scripts/toolchain cc >/dev/null && scripts/toolchain cargo >/dev/null
+	@echo "==> compiling vmitap (the first time takes a minute or two)"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/maturin develop --release --quiet
+	@touch $@

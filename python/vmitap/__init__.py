@@ -1,0 +1,191 @@
+"""Tap a running virtual machine from Python without the machine noticing.
+
+>>> import vmitap
+>>> with vmitap.attach("demo") as vm:
+...     bp = vm.breakpoint("open_file")
+...     vm.run(timeout=5, max_hits=1).hits
+1
+
+Every class is documented in the stub `_native.pyi`, every error in `vmitap.errors`.
+Messages go to `logging.getLogger("vmitap")`; nothing is printed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vmitap import _native
+from vmitap._native import (
+    Breakpoint,
+    BreakpointController,
+    BreakpointManager,
+    Breakpoints,
+    BreakpointStats,
+    Caps,
+    Events,
+    Hit,
+    ManagedBreakpoint,
+    Memory,
+    MemoryController,
+    Registers,
+    RunResult,
+    Stats,
+    Symbol,
+    Symbols,
+    Verdict,
+    View,
+    Views,
+    Vm,
+    VmiCore,
+    VmiEvent,
+    VmiEventResponse,
+    VmInfo,
+    __version__,
+)
+from vmitap.errors import (
+    AttachError,
+    BadAccessError,
+    BreakpointConflictError,
+    BreakpointNotFoundError,
+    DeadlineExceededError,
+    DefaultViewError,
+    DomainGoneError,
+    DriverError,
+    HandlerError,
+    ImageError,
+    InvalidArgumentError,
+    NoPendingEventError,
+    NotSupportedError,
+    OutOfRangeError,
+    SessionBusyError,
+    StaleContextError,
+    StringTooLongError,
+    SymbolNotFoundError,
+    TranslationError,
+    UndoFailedError,
+    VcpuNotFoundError,
+    ViewNotFoundError,
+    VmitapError,
+)
+from vmitap.policy import Access, OnWrite
+from vmitap.protocols import RegisterValues, TapController
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = [
+    "Access",
+    "AttachError",
+    "BadAccessError",
+    "Breakpoint",
+    "BreakpointConflictError",
+    "BreakpointController",
+    "BreakpointManager",
+    "BreakpointNotFoundError",
+    "BreakpointStats",
+    "Breakpoints",
+    "Caps",
+    "DeadlineExceededError",
+    "DefaultViewError",
+    "DomainGoneError",
+    "DriverError",
+    "Events",
+    "HandlerError",
+    "Hit",
+    "ImageError",
+    "InvalidArgumentError",
+    "ManagedBreakpoint",
+    "Memory",
+    "MemoryController",
+    "NoPendingEventError",
+    "NotSupportedError",
+    "OnWrite",
+    "OutOfRangeError",
+    "RegisterValues",
+    "Registers",
+    "RunResult",
+    "SessionBusyError",
+    "StaleContextError",
+    "Stats",
+    "StringTooLongError",
+    "Symbol",
+    "SymbolNotFoundError",
+    "Symbols",
+    "TapController",
+    "TranslationError",
+    "UndoFailedError",
+    "VcpuNotFoundError",
+    "Verdict",
+    "View",
+    "ViewNotFoundError",
+    "Views",
+    "Vm",
+    "VmInfo",
+    "VmiCore",
+    "VmiEvent",
+    "VmiEventResponse",
+    "VmitapError",
+    "__version__",
+    "attach",
+    "find_libunicorn",
+]
+
+
+def attach(
+    target: str = "demo",
+    *,
+    memory: int | None = None,
+    vcpus: int | None = None,
+    cmdline: str = "",
+    libunicorn: str | os.PathLike[str] | None = None,
+    on_write: OnWrite | None = None,
+) -> Vm:
+    """Opens a session with a guest. Use it as a context manager: leaving `with` restores the guest.
+
+    The guest's vCPUs are put into a view of their own, in which breakpoints will be planted; nothing else changes. A guest on
+    the embedded driver is made new for each session and runs only inside `run`, `events` and `wait_event`.
+
+    Args:
+        target: "demo" (the guest that comes with vmitap) or "emu:PATH" (an ELF image, see docs/guests.md).
+        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
+        vcpus: 1 to 8; None: what the image asks for.
+        cmdline: the command line the guest is given.
+        libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
+            package `unicorn`, which is found without importing it.
+        on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+
+    Raises:
+        AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
+        ImageError: the file is no usable ELF image.
+        InvalidArgumentError: `memory` or `vcpus` make no sense.
+
+    >>> import vmitap
+    >>> with vmitap.attach("demo", vcpus=2) as vm:
+    ...     vm.vcpus
+    2
+    """
+    path = str(libunicorn) if libunicorn is not None else find_libunicorn()
+    return _native.open(target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write)
+
+
+def find_libunicorn() -> str | None:
+    """The emulator's library: VMITAP_LIBUNICORN, else that of the installed package `unicorn`; None if there is neither.
+
+    The package is located but not imported: its import is slow and nothing of it but the library is used.
+
+    >>> vmitap.find_libunicorn() is not None
+    True
+    """
+    import os
+
+    if path := os.environ.get("VMITAP_LIBUNICORN"):
+        return path
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("unicorn")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        library = Path(folder, "lib", "libunicorn.so.2")
+        if library.is_file():
+            return str(library)
+    return None

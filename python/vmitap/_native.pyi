@@ -1,0 +1,1714 @@
+"""The compiled core of vmitap. This file is its type stub and its reference manual: `import vmitap` gives every name.
+
+In every example `vm` is a fresh `vmitap.attach("demo")` and `scratch` an address in it that may be written to. The examples are
+run as tests.
+
+Addresses are `int`: `va` a guest-virtual address, `pa` a guest-physical one, `gfn` a frame number (`pa >> 12`).
+`root` is the physical address of a page-table root (CR3 without its flag bits); where it may be None, the root in use is
+meant: that of the hit's vCPU through `hit.vm`, else that of vCPU 0. `timeout`, `deadline` and all other times are seconds.
+Symbols are written `"open_file"` or `"open_file+0x10"`. Whatever fails raises a `vmitap.VmitapError` and changes nothing.
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Literal, TypeAlias, TypeVar, Unpack, final
+
+from typing_extensions import Buffer
+
+from vmitap.policy import Access, OnWrite
+from vmitap.protocols import RegisterValues, TapController
+
+__all__ = [
+    "Breakpoint",
+    "BreakpointController",
+    "BreakpointManager",
+    "BreakpointStats",
+    "Breakpoints",
+    "Caps",
+    "Events",
+    "Hit",
+    "ManagedBreakpoint",
+    "Memory",
+    "MemoryController",
+    "Registers",
+    "RunResult",
+    "Stats",
+    "Symbol",
+    "Symbols",
+    "Verdict",
+    "View",
+    "Views",
+    "Vm",
+    "VmInfo",
+    "VmiCore",
+    "VmiEvent",
+    "VmiEventResponse",
+    "__version__",
+    "open",
+]
+
+__version__: str
+
+_Handler: TypeAlias = Callable[[Hit], Verdict | None]
+_WriteHandler: TypeAlias = Callable[[Hit], OnWrite]
+_HandlerT = TypeVar("_HandlerT", bound=_Handler)
+
+def open(
+    target: str,
+    *,
+    memory: int | None = None,
+    vcpus: int | None = None,
+    cmdline: str = "",
+    libunicorn: str | None = None,
+    on_write: OnWrite | None = None,
+) -> Vm:
+    """Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
+
+    The guest's tap view is created and its vCPUs are put into it; nothing else changes. A guest on the embedded driver
+    is made new for each session, boots up to its entry point and runs only inside `run`, `events` and `wait_event`.
+
+    Args:
+        target: "demo" (the guest that comes with vmitap) or "emu:PATH" (an ELF image, see docs/guests.md).
+        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
+        vcpus: 1 to 8; None: what the image asks for.
+        cmdline: the command line the guest is given.
+        libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
+        on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+
+    Raises:
+        AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
+        ImageError: the file is no usable ELF image.
+        InvalidArgumentError: `memory` or `vcpus` make no sense.
+
+    >>> import vmitap
+    >>> with vmitap.attach("demo", vcpus=2) as two:
+    ...     two.vcpus
+    2
+    """
+
+@final
+class Vm:
+    """A session with one guest: memory, registers, breakpoints and the event loop.
+
+    Use it as a context manager: leaving `with` always restores the guest, also after an exception or Ctrl-C.
+    `hit.vm` is the same session, seen from a hit: `root=None` and `vcpu=None` then mean the hit's, and once the handler has
+    returned every use raises `StaleContextError`. Methods may be called from any thread; while `run` is under way in another
+    thread they wait until its loop is between two events. `stop` never waits.
+
+    >>> with vmitap.attach("demo") as guest:
+    ...     guest.driver
+    'emu'
+    """
+
+    @property
+    def info(self) -> VmInfo:
+        """Facts about the guest that do not change.
+
+        >>> vm.info.driver, vm.info.memory_size % 4096
+        ('emu', 0)
+        """
+    @property
+    def driver(self) -> str:
+        """The driver's name: "emu".
+
+        >>> vm.driver
+        'emu'
+        """
+    @property
+    def caps(self) -> Caps:
+        """What the driver can do with this guest, found by probing.
+
+        >>> vm.caps.views
+        True
+        """
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs the guest has; they are numbered from 0.
+
+        >>> [vm.registers(n).cpl for n in range(vm.vcpus)][0]
+        0
+        """
+    @property
+    def stats(self) -> Stats:
+        """Counters of the whole session so far, as a snapshot.
+
+        >>> vm.stats.hits
+        0
+        """
+    @property
+    def breakpoints(self) -> Breakpoints:
+        """Every breakpoint and watch of the session that is not removed.
+
+        >>> _ = vm.breakpoint("open_file")
+        >>> len(vm.breakpoints)
+        1
+        """
+    @property
+    def views(self) -> Views:
+        """The guest's views: alternative maps of its physical memory.
+
+        >>> vm.views.tap != vm.views.default
+        True
+        """
+    @property
+    def memory(self) -> Memory:
+        """Guest-physical memory as a whole, and scattered reads.
+
+        >>> vm.memory.size == vm.info.memory_size
+        True
+        """
+    @property
+    def symbols(self) -> Symbols:
+        """The symbols of the guest's image.
+
+        >>> "open_file" in vm.symbols
+        True
+        """
+    @property
+    def console(self) -> str:
+        """What the guest has written to its debug console so far; bytes that are not UTF-8 are replaced.
+
+        Raises:
+            NotSupportedError: the driver offers no console.
+
+        >>> isinstance(vm.console, str)
+        True
+        """
+    @property
+    def closed(self) -> bool:
+        """Whether the session is over; every method but `detach` and `stop` then raises `StaleContextError`.
+
+        >>> vm.detach(); vm.closed
+        True
+        """
+    def __enter__(self) -> Vm:
+        """Returns the session itself.
+
+        >>> with vm as same: same is vm
+        True
+        """
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        """Detaches, as `detach` does; an exception on its way goes on.
+
+        >>> vm.__exit__(None, None, None); vm.closed
+        True
+        """
+    def breakpoint(
+        self,
+        target: str | int,
+        handler: _Handler | None = None,
+        *,
+        root: int | None = None,
+        view: View | None = None,
+        on_write: OnWrite | None = None,
+        ask: _WriteHandler | None = None,
+        key: Hashable | None = None,
+        tag: object = None,
+        deadline: float | None = None,
+        enabled: bool = True,
+    ) -> Breakpoint:
+        """Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
+
+        An INT3 is planted in a copy of the page that only execution can reach: the guest's own reads, by whatever instruction
+        and from any vCPU, see the original bytes. Takes effect at once, also when called inside a handler.
+
+        Args:
+            target: a symbol, "symbol+offset", or a virtual address.
+            handler: called with each `Hit` while its vCPU stands still; what it returns is carried out (None: go on).
+                None: hits are counted, and `events` yields them. Several breakpoints at one address: each handler is called,
+                in the order of insertion, and the first verdict that is not None decides.
+            root: only hits under these page tables count; None: hits under every root (the address is looked up under the
+                root in use).
+            view: where it is planted; None: the session's tap view.
+            on_write: what a write to its byte does; None: as the session was opened with.
+            ask: called with a hit of a write (`hit.access` is W) to its byte, returns the `OnWrite` to apply; goes with `OnWrite.ASK` only.
+            key: owner of the breakpoint; None: one of its own. The same address, root and key twice is an error.
+            tag: anything; comes back in each `Hit` and finds the breakpoint again.
+            deadline: seconds the handler may take before `run` raises `DeadlineExceededError`; None: no limit.
+            enabled: False plants nothing until `enable()`.
+
+        Raises:
+            SymbolNotFoundError: no such symbol; `nearest` has suggestions.
+            TranslationError: the address is not mapped.
+            BreakpointConflictError: that key is taken at that address.
+            DefaultViewError, ViewNotFoundError: nothing can be hidden in `view`.
+
+        >>> @vm.breakpoint("open_file")
+        ... def opened(hit):
+        ...     return vmitap.Verdict.pause()
+        >>> vm.run(timeout=5).reason
+        'paused'
+        """
+    def insert_many(
+        self,
+        targets: Iterable[str | int],
+        handler: _Handler | None = None,
+        *,
+        root: int | None = None,
+        view: View | None = None,
+        on_write: OnWrite | None = None,
+        key: Hashable | None = None,
+        tag: object = None,
+        deadline: float | None = None,
+    ) -> list[Breakpoint]:
+        """Puts many breakpoints into the guest at once: all of them, or on an error none.
+
+        Costs driver calls by pages and not by breakpoints. Arguments and errors are those of `breakpoint`, for each target.
+
+        >>> [each.state for each in vm.insert_many(["open_file", "check_licence"])]
+        ['active', 'active']
+        """
+    def watch(
+        self,
+        address: str | int,
+        length: int,
+        access: Access,
+        handler: _Handler | None = None,
+        *,
+        root: int | None = None,
+        key: Hashable | None = None,
+        tag: object = None,
+        deadline: float | None = None,
+    ) -> Breakpoint:
+        """Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
+
+        The pages' access rights are reduced in the tap view; no byte changes. The handler runs before the access takes
+        effect. Accesses to the rest of those pages are answered in Rust. An access counts by the first of its bytes.
+
+        Args:
+            address: first byte of the range; a symbol or a virtual address.
+            length: bytes in the range, 1 or more.
+            access: which accesses to report: any of R, W and X together.
+            handler, root, key, tag, deadline: as for `breakpoint`.
+
+        Raises:
+            InvalidArgumentError: `length` or `access` is empty.
+            TranslationError, SymbolNotFoundError, BreakpointConflictError: as for `breakpoint`.
+
+        >>> vm.watch("open_file", 4, vmitap.Access.R).access
+        <Access.R: 1>
+        """
+    def run(self, timeout: float | None = None, max_hits: int | None = None) -> RunResult:
+        """Lets the guest run and calls handlers, until something ends it.
+
+        Ctrl-C is noticed within 0.1 s. Whatever is raised out of here, every event has been answered before.
+
+        Args:
+            timeout: seconds; None: no limit.
+            max_hits: return after that many hits of this call; None: no limit.
+
+        Returns:
+            Why it ended and what happened during this call.
+
+        Raises:
+            HandlerError: a handler raised; its hit is attached. What is no `Exception` (KeyboardInterrupt) is raised as it is.
+            DeadlineExceededError: a handler took longer than its deadline.
+            DomainGoneError: the guest ended in a fault it could not handle.
+            SessionBusyError: called inside a handler, or while another thread is in it.
+
+        >>> _ = vm.breakpoint("open_file")
+        >>> vm.run(timeout=5, max_hits=3).hits
+        3
+        """
+    def events(self, *breakpoints: Breakpoint, timeout: float | None = None, queue: int = 10_000) -> Events:
+        """Iterates over hits; the vCPU is not held while your code works on one.
+
+        The guest runs inside `next()`. Handlers are called as well. Hits that arrive while `queue` are waiting are lost, and
+        counted in `Events.lost` and `RunResult.lost`.
+
+        Args:
+            breakpoints: whose hits; none given: those of every breakpoint and watch.
+            timeout: seconds until the iteration ends; None: until the guest is idle or `stop()` is called.
+            queue: how many hits can wait.
+
+        Raises:
+            As `run`, out of `next()`.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> for hit in vm.events(bp, timeout=5):
+        ...     print(hit.symbol)
+        ...     break
+        open_file
+        """
+    def pause(self) -> AbstractContextManager[None]:
+        """Holds every vCPU inside a `with` block. Counted: blocks can be nested, the outermost lets the guest go on.
+
+        >>> with vm.pause():
+        ...     vm.run(timeout=1).reason
+        'idle'
+        """
+    def stop(self) -> None:
+        """Makes the `run` or `events` under way return soon with reason "stopped"; without one, the next. Usable from any thread.
+
+        >>> vm.stop()
+        >>> vm.run(timeout=60).reason
+        'stopped'
+        """
+    def detach(self) -> None:
+        """Restores the guest and ends the session: breakpoints, watches and views go, vCPUs return to the default view.
+
+        Inside a handler it takes effect once the handler has returned. Twice is fine.
+
+        Raises:
+            UndoFailedError: something could not be restored; it says what. The session is over all the same.
+
+        >>> _ = vm.breakpoint("open_file")
+        >>> vm.detach()
+        """
+    def registers(self, vcpu: int | None = None) -> Registers:
+        """A snapshot of a vCPU's registers.
+
+        Args:
+            vcpu: its number; None: the hit's through `hit.vm`, else 0.
+
+        Raises:
+            VcpuNotFoundError: there is no such vCPU.
+
+        >>> vm.registers(0).rip != 0
+        True
+        """
+    def set_registers(self, vcpu: int | None = None, /, **registers: Unpack[RegisterValues]) -> None:
+        """Writes registers of a vCPU; those not named keep their value.
+
+        In a handler, the vCPU of the hit goes on with them. Changing `rip` there leaves the tapped instruction unexecuted.
+
+        Raises:
+            InvalidArgumentError: no such register, or a value that does not fit into 64 bits; nothing is written.
+            VcpuNotFoundError: there is no such vCPU.
+
+        >>> vm.set_registers(0, rbx=7)
+        >>> vm.registers(0).rbx
+        7
+        """
+    def read(self, address: str | int, length: int, *, root: int | None = None) -> bytes:
+        """Reads virtual memory, across any number of pages: all of it or nothing. Breakpoints never show in it.
+
+        Raises:
+            TranslationError: a page of the range is not mapped.
+            OutOfRangeError: it is mapped beyond guest memory.
+
+        >>> len(vm.read("open_file", 16))
+        16
+        """
+    def read_pa(self, pa: int, length: int) -> bytes:
+        """Reads physical memory: all of it or nothing.
+
+        Raises:
+            OutOfRangeError: the range reaches beyond guest memory.
+
+        >>> vm.read_pa(vm.translate("open_file"), 4) == vm.read("open_file", 4)
+        True
+        """
+    def read_u8(self, address: str | int, *, root: int | None = None) -> int:
+        """Reads one byte of virtual memory; raises as `read`.
+
+        >>> vm.read_u8("open_file") == vm.read("open_file", 1)[0]
+        True
+        """
+    def read_u16(self, address: str | int, *, root: int | None = None) -> int:
+        """Reads two bytes of virtual memory as a little-endian number; raises as `read`.
+
+        >>> vm.read_u16("open_file") == int.from_bytes(vm.read("open_file", 2), "little")
+        True
+        """
+    def read_u32(self, address: str | int, *, root: int | None = None) -> int:
+        """Reads four bytes of virtual memory as a little-endian number; raises as `read`.
+
+        >>> vm.read_u32("open_file") == int.from_bytes(vm.read("open_file", 4), "little")
+        True
+        """
+    def read_u64(self, address: str | int, *, root: int | None = None) -> int:
+        """Reads eight bytes of virtual memory as a little-endian number; raises as `read`.
+
+        >>> vm.read_u64("open_file") == int.from_bytes(vm.read("open_file", 8), "little")
+        True
+        """
+    def read_cstr(self, address: str | int, limit: int = 4096, *, root: int | None = None) -> str:
+        r"""Reads a string that ends in a zero byte, as UTF-8; bytes that are not UTF-8 become backslash escapes.
+
+        Args:
+            address: where it begins; a symbol or a virtual address.
+            limit: bytes to look at before giving up.
+            root: page tables to use.
+
+        Raises:
+            StringTooLongError: no zero byte within `limit`.
+            TranslationError: a page of the string is not mapped.
+
+        >>> vm.write(scratch, b"/etc/motd\0")
+        >>> vm.read_cstr(scratch)
+        '/etc/motd'
+        """
+    def read_utf16(self, address: str | int, limit: int = 4096, *, root: int | None = None) -> str:
+        r"""Reads a little-endian UTF-16 string that ends in a zero unit; lone surrogates become U+FFFD.
+
+        `limit` counts bytes; arguments and errors are those of `read_cstr`.
+
+        >>> vm.write(scratch, "C:\\temp\0".encode("utf-16-le"))
+        >>> print(vm.read_utf16(scratch))
+        C:\temp
+        """
+    def write(self, address: str | int, data: Buffer, *, root: int | None = None) -> None:
+        """Writes virtual memory: all of it, or on an error nothing. Code the guest has run from there is forgotten.
+
+        The guest sees the change, unlike a breakpoint. Breakpoints on those bytes are planted again over the new ones.
+
+        Raises:
+            TranslationError, OutOfRangeError: as for `read`.
+
+        >>> vm.write(scratch, b"hello")
+        >>> vm.read(scratch, 5)
+        b'hello'
+        """
+    def write_pa(self, pa: int, data: Buffer) -> None:
+        """Writes physical memory: all of it, or on an error nothing. See `write`.
+
+        Raises:
+            OutOfRangeError: the range reaches beyond guest memory.
+
+        >>> pa = vm.translate(scratch)
+        >>> vm.write_pa(pa, b"hello")
+        """
+    def write_u8(self, address: str | int, value: int, *, root: int | None = None) -> None:
+        """Writes one byte of virtual memory; see `write`.
+
+        >>> vm.write_u8(scratch, 0xFF)
+        """
+    def write_u16(self, address: str | int, value: int, *, root: int | None = None) -> None:
+        """Writes a little-endian 16-bit number to virtual memory; see `write`.
+
+        >>> vm.write_u16(scratch, 0xFFFF)
+        """
+    def write_u32(self, address: str | int, value: int, *, root: int | None = None) -> None:
+        """Writes a little-endian 32-bit number to virtual memory; see `write`.
+
+        >>> vm.write_u32(scratch, 1 << 31)
+        """
+    def write_u64(self, address: str | int, value: int, *, root: int | None = None) -> None:
+        """Writes a little-endian 64-bit number to virtual memory; see `write`.
+
+        >>> vm.write_u64(scratch, 1 << 63)
+        >>> vm.read_u64(scratch) == 1 << 63
+        True
+        """
+    def translate(self, address: str | int, root: int | None = None) -> int:
+        """The physical address of a virtual one, by the guest's own page tables (4 or 5 levels, 2 MiB and 1 GiB pages).
+
+        Raises:
+            TranslationError: it has none; the error says at which level the walk ended.
+
+        >>> vm.translate("open_file") & 0xFFF == vm.symbol("open_file") & 0xFFF
+        True
+        """
+    def symbol(self, name: str) -> int:
+        """The virtual address of a symbol, or of "symbol+offset".
+
+        Raises:
+            SymbolNotFoundError: no such symbol; `nearest` has suggestions.
+
+        >>> vm.symbol("open_file+0x10") - vm.symbol("open_file")
+        16
+        """
+    def symbolize(self, address: int) -> str | None:
+        """The nearest symbol at or below an address, as "name" or "name+0x10"; None if the address lies in no symbol.
+
+        >>> vm.symbolize(vm.symbol("open_file") + 1)
+        'open_file+0x1'
+        """
+    def inject(
+        self,
+        vector: int,
+        *,
+        vcpu: int | None = None,
+        kind: Literal["external", "exception", "software"] = "exception",
+        error_code: int | None = None,
+        cr2: int | None = None,
+        insn_len: int = 0,
+    ) -> None:
+        """Delivers an interrupt or exception to a vCPU through the guest's IDT, before its next instruction.
+
+        Args:
+            vector: 0 to 255.
+            vcpu: which vCPU; None: the hit's through `hit.vm`, else 0.
+            kind: "external" an interrupt, "exception" one the processor raises, "software" INT3 or INT n
+                (Intel SDM vol. 3, 24.8.3).
+            error_code: for the exceptions that push one.
+            cr2: the faulting address, for a page fault.
+            insn_len: bytes the saved RIP lies behind the instruction, for "software".
+
+        Raises:
+            InvalidArgumentError: a vector out of range, or an error code where none belongs.
+            VcpuNotFoundError: there is no such vCPU.
+
+        >>> vm.inject(300)
+        Traceback (most recent call last):
+            ...
+        vmitap.errors.InvalidArgumentError: vector: 300 is not between 0 and 255
+        """
+    def wait_event(self, timeout: float | None = None) -> VmiEvent | None:
+        """Lets the guest run until its next event, for people who write their own loop instead of using `run`.
+
+        The event's vCPU is held until `respond`; other vCPUs go on in the next `wait_event`. No handler is called: INT3 and access
+        violations of this session's own breakpoints arrive here raw. Ctrl-C is noticed within 0.1 s.
+
+        Args:
+            timeout: seconds; None: until the guest is idle.
+
+        Returns:
+            The event, or None: the time is over, the guest is idle, or `stop()` was called.
+
+        Raises:
+            SessionBusyError: `run` is under way.
+
+        >>> controller = vmitap.BreakpointController(vm)
+        >>> pa, view = vm.translate("open_file"), vm.views.tap
+        >>> controller.monitor(pa >> 12, view)
+        >>> controller.insert_breakpoint(pa, view)
+        >>> event = vm.wait_event(timeout=5)
+        >>> controller.check_event(event) == (view, pa >> 12)
+        True
+        >>> vm.respond(event, vmitap.VmiEventResponse.fast_single_step(vm.views.default))
+        """
+    def respond(self, event: VmiEvent, response: VmiEventResponse) -> None:
+        """Answers an event of `wait_event`; its vCPU goes on. Exactly once an event.
+
+        Events that are still unanswered when the session ends, or when `run` begins, are answered with "go on" in the default view.
+
+        Raises:
+            NoPendingEventError: the event was answered before, or is of another session.
+
+        >>> controller = vmitap.BreakpointController(vm)
+        >>> controller.monitor(vm.translate("open_file") >> 12, vm.views.tap)
+        >>> controller.insert_breakpoint(vm.translate("open_file"), vm.views.tap)
+        >>> event = vm.wait_event(timeout=5)
+        >>> vm.respond(event, vmitap.VmiEventResponse.fast_single_step(vm.views.default))
+        >>> vm.respond(event, vmitap.VmiEventResponse.continue_())
+        Traceback (most recent call last):
+            ...
+        vmitap.errors.NoPendingEventError: vCPU 0 has no event that waits for an answer
+        """
+
+@final
+class Breakpoint:
+    """One breakpoint or watch of a session. Equal only to itself.
+
+    >>> bp = vm.breakpoint("open_file", tag="files")
+    >>> bp.symbol, bp.tag, bp.state
+    ('open_file', 'files', 'active')
+    """
+
+    @property
+    def address(self) -> int:
+        """The virtual address, the first one of a watch.
+
+        >>> vm.breakpoint("open_file").address == vm.symbol("open_file")
+        True
+        """
+    @property
+    def length(self) -> int:
+        """Bytes in the range of a watch; 1 for a breakpoint.
+
+        >>> vm.breakpoint("open_file").length
+        1
+        """
+    @property
+    def access(self) -> Access:
+        """The accesses a watch reports; X for a breakpoint.
+
+        >>> vm.breakpoint("open_file").access
+        <Access.X: 4>
+        """
+    @property
+    def symbol(self) -> str | None:
+        """The address as "symbol" or "symbol+0x10", or None.
+
+        >>> vm.breakpoint("open_file+0x1").symbol
+        'open_file+0x1'
+        """
+    @property
+    def root(self) -> int | None:
+        """The page-table root it is bound to; None: hits under every root count.
+
+        >>> vm.breakpoint("open_file").root is None
+        True
+        """
+    @property
+    def view(self) -> View:
+        """The view it is planted in.
+
+        >>> vm.breakpoint("open_file").view == vm.views.tap
+        True
+        """
+    @property
+    def key(self) -> Hashable:
+        """Its owner, as given; None if none was given.
+
+        >>> vm.breakpoint("open_file", key="files").key
+        'files'
+        """
+    @property
+    def tag(self) -> object:
+        """Whatever was given as `tag`.
+
+        >>> vm.breakpoint("open_file", tag=("any", "thing")).tag
+        ('any', 'thing')
+        """
+    @property
+    def enabled(self) -> bool:
+        """Whether it is to raise hits.
+
+        >>> vm.breakpoint("open_file", enabled=False).enabled
+        False
+        """
+    @property
+    def state(self) -> Literal["active", "pending", "disabled", "removed"]:
+        """One of "active": planted; "pending": its page is not mapped now; "disabled"; "removed": for ever.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> bp.remove(); bp.state
+        'removed'
+        """
+    @property
+    def stats(self) -> BreakpointStats:
+        """Its counters so far, as a snapshot.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> _ = vm.run(timeout=5, max_hits=2)
+        >>> bp.stats.hits
+        2
+        """
+    def __call__(self, handler: _HandlerT, /) -> _HandlerT:
+        """Sets the handler and returns that function unchanged: this is what makes `@vm.breakpoint(...)` work, also stacked.
+
+        >>> @vm.breakpoint("open_file")
+        ... @vm.breakpoint("check_licence")
+        ... def called(hit):
+        ...     pass
+        """
+    def enable(self) -> None:
+        """Plants it again after `disable`; does nothing if it is enabled.
+
+        Raises:
+            StaleContextError: it was removed.
+            TranslationError: its address is no longer mapped; it stays disabled.
+
+        >>> bp = vm.breakpoint("open_file", enabled=False)
+        >>> bp.enable(); bp.state
+        'active'
+        """
+    def disable(self) -> None:
+        """Takes it out of the guest and keeps everything else of it; does nothing if it is disabled.
+
+        Raises:
+            StaleContextError: it was removed.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> bp.disable(); bp.state
+        'disabled'
+        """
+    def remove(self) -> None:
+        """Takes it out of the guest for good. Twice is fine; in its own handler too.
+
+        >>> vm.breakpoint("open_file").remove()
+        >>> len(vm.breakpoints)
+        0
+        """
+
+@final
+class Breakpoints:
+    """The breakpoints and watches of a session, live: iterating gives those there are at that moment, in order of insertion.
+
+    >>> bp = vm.breakpoint("open_file", tag="files")
+    >>> bp in vm.breakpoints, len(vm.breakpoints)
+    (True, 1)
+    """
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Breakpoint]: ...
+    def __contains__(self, key: object, /) -> bool: ...
+    def at(self, address: str | int) -> list[Breakpoint]:
+        """Those whose range holds the address.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> vm.breakpoints.at("open_file") == [bp]
+        True
+        """
+    def on_page(self, address: str | int) -> list[Breakpoint]:
+        """Those in the 4 KiB page of virtual memory that holds the address.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> vm.breakpoints.on_page(bp.address | 0xFFF) == [bp]
+        True
+        """
+    def by_key(self, key: Hashable) -> list[Breakpoint]:
+        """Those of that owner.
+
+        >>> bp = vm.breakpoint("open_file", key="files")
+        >>> vm.breakpoints.by_key("files") == [bp]
+        True
+        """
+    def by_tag(self, tag: object) -> list[Breakpoint]:
+        """Those whose tag equals `tag`.
+
+        >>> bp = vm.breakpoint("open_file", tag="open")
+        >>> vm.breakpoints.by_tag("open") == [bp]
+        True
+        """
+
+@final
+class BreakpointStats:
+    """Counters of one breakpoint, as a snapshot.
+
+    >>> vm.breakpoint("open_file").stats.hits
+    0
+    """
+
+    @property
+    def hits(self) -> int:
+        """How often it was hit."""
+    @property
+    def py_calls(self) -> int:
+        """How often its handler was called."""
+    @property
+    def hold_total(self) -> float:
+        """Seconds vCPUs stood still for it, all together."""
+    @property
+    def hold_max(self) -> float:
+        """The longest of these times."""
+
+@final
+class Hit:
+    """One hit: a snapshot taken while the vCPU stood still. Safe to keep, to hand to another thread, and to pickle.
+
+    >>> bp = vm.breakpoint("open_file", tag="files")
+    >>> hit = next(vm.events(bp, timeout=5))
+    >>> hit.symbol, hit.tag, hit.regs.rip == hit.address
+    ('open_file', 'files', True)
+    """
+
+    @property
+    def vcpu(self) -> int:
+        """Number of the vCPU."""
+    @property
+    def regs(self) -> Registers:
+        """Its registers; `rip` is the tapped instruction, which has not been executed."""
+    @property
+    def args(self) -> tuple[int, int, int, int, int, int]:
+        """The first six integer arguments of a System V call: RDI, RSI, RDX, RCX, R8, R9. Right at the entry of a function only.
+
+        >>> hit = next(vm.events(vm.breakpoint("open_file"), timeout=5))
+        >>> hit.args[0] == hit.regs.rdi
+        True
+        """
+    @property
+    def address(self) -> int:
+        """The virtual address of the breakpoint; of the first byte accessed, for a watch and for a write to a hidden page."""
+    @property
+    def pa(self) -> int:
+        """The physical address of the same."""
+    @property
+    def symbol(self) -> str | None:
+        """`address` as "symbol" or "symbol+0x10", or None."""
+    @property
+    def access(self) -> Access:
+        """X for a breakpoint; which access it was, for a watch and for a write to a hidden page."""
+    @property
+    def view(self) -> View:
+        """The view the vCPU was in."""
+    @property
+    def root(self) -> int:
+        """The page-table root the vCPU was under."""
+    @property
+    def ring(self) -> int:
+        """The privilege level it ran at: 0 to 3."""
+    @property
+    def key(self) -> Hashable:
+        """The breakpoint's key. When pickled, it must be picklable."""
+    @property
+    def tag(self) -> object:
+        """The breakpoint's tag. When pickled, it must be picklable."""
+    @property
+    def step(self) -> int:
+        """0 for the hit itself; 1 and up for the instructions after it that `Verdict.step` asked for."""
+    @property
+    def timestamp(self) -> float:
+        """Seconds since the session began, on a clock that never goes back."""
+    @property
+    def hold(self) -> float:
+        """Seconds the vCPU had stood still when this snapshot was made."""
+    @property
+    def breakpoint(self) -> Breakpoint:
+        """The breakpoint that was hit.
+
+        Raises:
+            StaleContextError: the hit was unpickled: it no longer belongs to a session.
+
+        >>> bp = vm.breakpoint("open_file")
+        >>> next(vm.events(bp, timeout=5)).breakpoint is bp
+        True
+        """
+    @property
+    def vm(self) -> Vm:
+        """The live guest as this vCPU sees it; valid only inside the handler.
+
+        Raises:
+            StaleContextError: the handler has returned, or there was none.
+
+        >>> @vm.breakpoint("open_file")
+        ... def opened(hit):
+        ...     assert hit.vm.read_u8(hit.address) == hit.vm.read_u8("open_file")
+        >>> _ = vm.run(timeout=5, max_hits=1)
+        """
+
+@final
+class Registers:
+    """The registers of one vCPU, as a snapshot.
+
+    >>> regs = vm.registers(0)
+    >>> regs.root == regs.cr3 & 0x000F_FFFF_FFFF_F000
+    True
+    """
+
+    @property
+    def rax(self) -> int: ...
+    @property
+    def rbx(self) -> int: ...
+    @property
+    def rcx(self) -> int: ...
+    @property
+    def rdx(self) -> int: ...
+    @property
+    def rsi(self) -> int: ...
+    @property
+    def rdi(self) -> int: ...
+    @property
+    def rsp(self) -> int: ...
+    @property
+    def rbp(self) -> int: ...
+    @property
+    def r8(self) -> int: ...
+    @property
+    def r9(self) -> int: ...
+    @property
+    def r10(self) -> int: ...
+    @property
+    def r11(self) -> int: ...
+    @property
+    def r12(self) -> int: ...
+    @property
+    def r13(self) -> int: ...
+    @property
+    def r14(self) -> int: ...
+    @property
+    def r15(self) -> int: ...
+    @property
+    def rip(self) -> int: ...
+    @property
+    def rflags(self) -> int: ...
+    @property
+    def cr0(self) -> int: ...
+    @property
+    def cr2(self) -> int: ...
+    @property
+    def cr3(self) -> int: ...
+    @property
+    def cr4(self) -> int: ...
+    @property
+    def efer(self) -> int: ...
+    @property
+    def cs(self) -> int:
+        """The selector, as are `ss`, `ds`, `es`, `fs`, `gs` and `tr`."""
+    @property
+    def ss(self) -> int: ...
+    @property
+    def ds(self) -> int: ...
+    @property
+    def es(self) -> int: ...
+    @property
+    def fs(self) -> int: ...
+    @property
+    def gs(self) -> int: ...
+    @property
+    def tr(self) -> int: ...
+    @property
+    def fs_base(self) -> int: ...
+    @property
+    def gs_base(self) -> int: ...
+    @property
+    def kernel_gs_base(self) -> int:
+        """What SWAPGS exchanges with `gs_base`."""
+    @property
+    def tr_base(self) -> int: ...
+    @property
+    def gdtr_base(self) -> int: ...
+    @property
+    def gdtr_limit(self) -> int: ...
+    @property
+    def idtr_base(self) -> int: ...
+    @property
+    def idtr_limit(self) -> int: ...
+    @property
+    def star(self) -> int: ...
+    @property
+    def lstar(self) -> int: ...
+    @property
+    def sfmask(self) -> int: ...
+    @property
+    def root(self) -> int:
+        """The page-table root: CR3 without PCID and flag bits."""
+    @property
+    def cpl(self) -> int:
+        """The privilege level, 0 to 3 (Intel SDM vol. 3, 5.5)."""
+    def to_dict(self) -> dict[str, int]:
+        """Every register by name, in the order above; without the derived `root` and `cpl`.
+
+        >>> vm.registers(0).to_dict()["rip"] == vm.registers(0).rip
+        True
+        """
+
+@final
+class Verdict:
+    """What a handler wants done with the vCPU; returning None is the same as `continue_()`.
+
+    >>> @vm.breakpoint("check_licence")
+    ... def crack(hit):
+    ...     return vmitap.Verdict.return_from_function(1)
+    """
+
+    @staticmethod
+    def continue_() -> Verdict:
+        """Executes the tapped instruction and goes on.
+
+        >>> vmitap.Verdict.continue_()
+        Verdict.continue_()
+        """
+    @staticmethod
+    def return_from_function(value: int) -> Verdict:
+        """Leaves the function at once with `value` in RAX: pops the return address. Right at the entry of a function only.
+
+        Raises (out of `run`):
+            HandlerError: the stack cannot be read or the return address is not canonical; the vCPU goes on as with `continue_`.
+
+        >>> vmitap.Verdict.return_from_function(1)
+        Verdict.return_from_function(1)
+        """
+    @staticmethod
+    def set_registers(**registers: Unpack[RegisterValues]) -> Verdict:
+        """Goes on with these registers; those not named keep their value. With `rip`, the tapped instruction is not executed.
+
+        Raises:
+            InvalidArgumentError: no such register, or a value that does not fit into 64 bits.
+
+        >>> vmitap.Verdict.set_registers(rdi=0)
+        Verdict.set_registers(rdi=0x0)
+        """
+    @staticmethod
+    def step(count: int) -> Verdict:
+        """Goes on instruction by instruction: the handler is called again after each of the next `count`, with `Hit.step` from 1 on.
+
+        A verdict it returns then takes the place of what is left. Breakpoints met on the way are hit as always.
+
+        Raises:
+            InvalidArgumentError: `count` is less than 1.
+
+        >>> vmitap.Verdict.step(3)
+        Verdict.step(3)
+        """
+    @staticmethod
+    def pause() -> Verdict:
+        """Makes `run` return with reason "paused", the vCPU standing at the breakpoint; the next `run` goes on from there.
+
+        >>> vmitap.Verdict.pause()
+        Verdict.pause()
+        """
+    @staticmethod
+    def detach() -> Verdict:
+        """Goes on and ends the session, as `Vm.detach` does; `run` returns with reason "detached".
+
+        >>> vmitap.Verdict.detach()
+        Verdict.detach()
+        """
+
+@final
+class RunResult:
+    """Why `run` came back, and what happened in it.
+
+    >>> _ = vm.breakpoint("open_file")
+    >>> result = vm.run(timeout=5, max_hits=10)
+    >>> result.reason, result.hits, result.lost
+    ('max_hits', 10, 0)
+    """
+
+    @property
+    def reason(self) -> Literal["timeout", "max_hits", "stopped", "paused", "detached", "idle"]:
+        """What ended it.
+
+        "timeout"; "max_hits"; "stopped" by `stop()`; "paused" or "detached" by a verdict; "idle": every vCPU has halted for good,
+        or is held.
+        """
+    @property
+    def hits(self) -> int:
+        """Hits of breakpoints and watches; an event that several own counts once for each."""
+    @property
+    def filtered(self) -> int:
+        """Events at a tapped address that nobody wanted: under another root, or in the rest of a watched page."""
+    @property
+    def py_calls(self) -> int:
+        """Calls of handlers."""
+    @property
+    def lost(self) -> int:
+        """Hits that `events` had no room for."""
+    @property
+    def elapsed(self) -> float:
+        """Seconds from beginning to end."""
+    @property
+    def hold_total(self) -> float:
+        """Seconds vCPUs stood still for hits, all together."""
+    @property
+    def hold_mean(self) -> float:
+        """Seconds a vCPU stood still for one hit, on average; 0 without hits."""
+    @property
+    def hold_max(self) -> float:
+        """The longest of these times."""
+    @property
+    def hits_per_second(self) -> float:
+        """`hits / elapsed`."""
+
+@final
+class Stats:
+    """Counters of a session, as a snapshot.
+
+    >>> _ = vm.breakpoint("open_file")
+    >>> vm.stats.shadow_frames
+    1
+    """
+
+    @property
+    def events(self) -> int:
+        """Events of any kind that the driver raised; each was answered exactly once."""
+    @property
+    def hits(self) -> int:
+        """As `RunResult.hits`."""
+    @property
+    def filtered(self) -> int:
+        """As `RunResult.filtered`."""
+    @property
+    def py_calls(self) -> int:
+        """As `RunResult.py_calls`."""
+    @property
+    def lost(self) -> int:
+        """As `RunResult.lost`."""
+    @property
+    def reinjected(self) -> int:
+        """INT3 of the guest's own that were delivered to it."""
+    @property
+    def hidden_reads(self) -> int:
+        """Reads of hidden pages that were served with the original bytes."""
+    @property
+    def hidden_writes(self) -> int:
+        """Writes to hidden pages, under whichever policy."""
+    @property
+    def removed_by_write(self) -> int:
+        """Breakpoints that `OnWrite.REMOVE` took out."""
+    @property
+    def shadow_frames(self) -> int:
+        """Frames that hold shadow pages now."""
+
+@final
+class Events:
+    """The iterator of `Vm.events`.
+
+    >>> bp = vm.breakpoint("open_file")
+    >>> events = vm.events(bp, timeout=5)
+    >>> next(events).address == bp.address
+    True
+    >>> events.close()
+    """
+
+    def __iter__(self) -> Events: ...
+    def __next__(self) -> Hit: ...
+    @property
+    def lost(self) -> int:
+        """Hits that there was no room for so far."""
+    @property
+    def result(self) -> RunResult | None:
+        """What `run` would have returned; None until the iteration has ended.
+
+        >>> events = vm.events(timeout=0.01)
+        >>> list(events), events.result.reason
+        ([], 'timeout')
+        """
+    def close(self) -> None:
+        """Ends the iteration; hits that still wait are dropped.
+
+        >>> events = vm.events(timeout=5)
+        >>> events.close()
+        >>> list(events)
+        []
+        """
+
+@final
+class Symbol:
+    """One symbol of the guest's image.
+
+    >>> symbol = vm.symbols["open_file"]
+    >>> symbol.name, symbol.address == vm.symbol("open_file"), symbol.size > 0
+    ('open_file', True, True)
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def size(self) -> int:
+        """Bytes; 0 where the image does not say."""
+    @property
+    def is_function(self) -> bool: ...
+
+@final
+class Symbols:
+    """The symbols of the guest's image, sorted by address.
+
+    >>> "open_file" in vm.symbols
+    True
+    """
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Symbol]: ...
+    def __contains__(self, key: object, /) -> bool:
+        """Whether there is a symbol of that name."""
+    def __getitem__(self, name: str, /) -> Symbol:
+        """The symbol of that name.
+
+        Raises:
+            SymbolNotFoundError: there is none; `nearest` has suggestions.
+
+        >>> vm.symbols["open_file"].name
+        'open_file'
+        """
+    def match(self, pattern: str) -> list[Symbol]:
+        """Those whose whole name matches a shell pattern (`*` and `?`), sorted by address.
+
+        >>> [symbol.name for symbol in vm.symbols.match("open_f?le")]
+        ['open_file']
+        """
+
+@final
+class Memory:
+    """Guest-physical memory, from 0 to `size`.
+
+    >>> vm.memory.read(0, 4096) == vm.read_pa(0, 4096)
+    True
+    """
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+    def read(self, pa: int, length: int) -> bytes:
+        """As `Vm.read_pa`."""
+    def read_into(self, pa: int, buffer: Buffer) -> None:
+        """Fills a writable buffer from `pa` on, without an object in between; raises as `Vm.read_pa`.
+
+        >>> page = bytearray(4096)
+        >>> vm.memory.read_into(0, page)
+        """
+    def read_many(self, ranges: Sequence[tuple[int, int]], *, root: int | None = None) -> list[bytes]:
+        """Reads many ranges of virtual memory, each an address and a length, in one call: all of them or nothing.
+
+        Raises:
+            TranslationError, OutOfRangeError: as `Vm.read`, for the first range that cannot be read.
+
+        >>> va = vm.symbol("open_file")
+        >>> [len(part) for part in vm.memory.read_many([(va, 4), (va + 8, 2)])]
+        [4, 2]
+        """
+    def write(self, pa: int, data: Buffer) -> None:
+        """As `Vm.write_pa`."""
+
+@final
+class View:
+    """A view: one map from the guest's physical pages to frames and access rights. Two are equal if their numbers are.
+
+    >>> vm.views.default
+    View(0)
+    """
+
+    def __new__(cls, id: int) -> View: ...
+    @property
+    def id(self) -> int:
+        """Its number; 0 is the default view, in which nothing is ever hidden."""
+    @property
+    def is_default(self) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Views:
+    """The views of a session: the default one, the one it taps in, and those you create.
+
+    >>> own = vm.views.create(vmitap.Access.RWX)
+    >>> len(vm.views), own in list(vm.views)
+    (3, True)
+    >>> vm.views.destroy(own)
+    """
+
+    @property
+    def default(self) -> View:
+        """The view the guest has when nobody taps it."""
+    @property
+    def tap(self) -> View:
+        """The view the session's own breakpoints are planted in."""
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[View]: ...
+    def create(self, access: Access = ...) -> View:
+        """Makes a view that maps every page to itself.
+
+        Args:
+            access: what every page allows in it; RWX by default.
+
+        Raises:
+            NotSupportedError: the driver has no views. DriverError: there are as many as `Caps.max_views` already.
+
+        >>> vm.views.create().is_default
+        False
+        """
+    def destroy(self, view: View) -> None:
+        """Removes a view that you created, with the breakpoints in it; vCPUs in it go to the tap view.
+
+        Raises:
+            ViewNotFoundError: there is no such view. DefaultViewError: it is the default one.
+
+        >>> vm.views.destroy(vm.views.create())
+        """
+    def switch_to(self, view: View) -> None:
+        """Puts every vCPU into `view`.
+
+        Raises:
+            ViewNotFoundError: there is no such view.
+
+        >>> vm.views.switch_to(vm.views.default)
+        >>> vm.views.of(0) == vm.views.default
+        True
+        """
+    def of(self, vcpu: int) -> View:
+        """The view a vCPU is in.
+
+        Raises:
+            VcpuNotFoundError: there is no such vCPU.
+
+        >>> vm.views.of(0) == vm.views.tap
+        True
+        """
+
+@final
+class VmInfo:
+    """Facts about a guest that do not change while it lives.
+
+    >>> vm.info.name
+    'demo'
+    """
+
+    @property
+    def driver(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def memory_size(self) -> int:
+        """Bytes of guest-physical address space, from 0."""
+    @property
+    def vcpus(self) -> int: ...
+    @property
+    def version(self) -> str:
+        """What the driver runs on, such as "unicorn 2.1.4"."""
+
+@final
+class Caps:
+    """What a driver can do with the guest it is attached to; found by probing, never by a version number.
+
+    >>> vm.caps.fast_single_step
+    True
+    """
+
+    @property
+    def write(self) -> bool:
+        """Guest memory can be written."""
+    @property
+    def registers(self) -> bool:
+        """Registers can be read and written."""
+    @property
+    def views(self) -> bool:
+        """Views can be created, and pages remapped and protected in them."""
+    @property
+    def max_views(self) -> int:
+        """Most views that can exist beside the default one."""
+    @property
+    def events(self) -> bool:
+        """Events can be waited for."""
+    @property
+    def single_step(self) -> bool:
+        """One instruction can be executed in another view, with an event behind it."""
+    @property
+    def fast_single_step(self) -> bool:
+        """One instruction can be executed in another view without an event."""
+    @property
+    def emulate_read(self) -> bool:
+        """A denied read can be served without switching views."""
+    @property
+    def injection(self) -> bool:
+        """Exceptions and interrupts can be injected."""
+    @property
+    def pause(self) -> bool:
+        """The guest can be paused."""
+    @property
+    def multi_access(self) -> bool:
+        """Access rights of many pages can be set in one call."""
+    def to_dict(self) -> dict[str, bool | int]:
+        """Every capability by name.
+
+        >>> vm.caps.to_dict()["views"]
+        True
+        """
+
+@final
+class VmiCore:
+    """The driver, one call to one call: for people who build their own tools. Nothing here knows of the session's breakpoints.
+
+    >>> core = vmitap.VmiCore(vm)
+    >>> core.translate(vm.symbol("open_file"), vm.registers(0).root) == vm.translate("open_file")
+    True
+    """
+
+    def __new__(cls, vm: Vm) -> VmiCore: ...
+    def read(self, pa: int, length: int) -> bytes:
+        """As `Vm.read_pa`; also reads allocated frames, which lie above guest memory."""
+    def write(self, pa: int, data: Buffer) -> None:
+        """As `Vm.write_pa`, but breakpoints on those bytes are not planted again; also writes allocated frames."""
+    def translate(self, va: int, root: int) -> int:
+        """As `Vm.translate`."""
+    def memory_access(self, gfn: int, view: View) -> Access:
+        """The rights of a page in a view.
+
+        >>> vmitap.VmiCore(vm).memory_access(0, vm.views.tap)
+        <Access.RWX: 7>
+        """
+    def set_memory_access(self, gfn: int, view: View, access: Access) -> None:
+        """Sets the rights of a page in a view; from the next instruction of every vCPU on, what they deny raises an event.
+
+        Raises:
+            BadAccessError: the driver cannot set these rights there. ViewNotFoundError: there is no such view.
+
+        >>> view = vm.views.create()
+        >>> vmitap.VmiCore(vm).set_memory_access(0, view, vmitap.Access.RX)
+        """
+    def remap(self, view: View, gfn: int, frame: int | None) -> None:
+        """Shows `frame` at `gfn` in a view; None shows the page's own frame again. Access rights stay as they are.
+
+        Raises:
+            DefaultViewError, ViewNotFoundError: not in that view. OutOfRangeError: no such frame.
+
+        >>> core, view = vmitap.VmiCore(vm), vm.views.create()
+        >>> frame = core.allocate_frame()
+        >>> core.remap(view, 5, frame)
+        >>> core.remap(view, 5, None)
+        >>> core.free_frame(frame)
+        """
+    def allocate_frame(self) -> int:
+        """Takes a frame that no page of the default view shows, and returns its number. Its content is undefined."""
+    def free_frame(self, frame: int) -> None:
+        """Gives a frame back.
+
+        Raises:
+            InvalidArgumentError: it was not allocated, or a view still shows it.
+
+        >>> core = vmitap.VmiCore(vm)
+        >>> core.free_frame(core.allocate_frame())
+        """
+    @property
+    def frames_in_use(self) -> int:
+        """How many frames are taken, the session's own shadow pages included."""
+
+@final
+class VmiEvent:
+    """One event of one vCPU, from `Vm.wait_event`. The vCPU is held until the event is answered with `Vm.respond`.
+
+    Attributes that do not belong to the event's `reason` are None.
+
+    >>> core, view = vmitap.VmiCore(vm), vm.views.create()
+    >>> core.set_memory_access(vm.translate("open_file") >> 12, view, vmitap.Access.RW)
+    >>> vm.views.switch_to(view)
+    >>> event = vm.wait_event(timeout=5)
+    >>> event.reason, event.access
+    ('memory-access', <Access.X: 4>)
+    >>> vm.respond(event, vmitap.VmiEventResponse.fast_single_step(vm.views.default))
+    """
+
+    @property
+    def reason(
+        self,
+    ) -> Literal["breakpoint", "memory-access", "single-step", "write-control-register", "write-msr", "cpuid"]:
+        """What happened.
+
+        "breakpoint": an INT3 was executed; "memory-access": the view denied an access, which has not taken effect;
+        "single-step": the instruction asked for is done; the others are about to be executed.
+        """
+    @property
+    def vcpu(self) -> int: ...
+    @property
+    def view(self) -> View | None:
+        """The view the vCPU was in."""
+    @property
+    def registers(self) -> Registers:
+        """The registers at the event; `rip` is the instruction itself, also for an INT3."""
+    @property
+    def gfn(self) -> int | None:
+        """The frame of the instruction (for "breakpoint" and "single-step") or of `pa`."""
+    @property
+    def pa(self) -> int | None:
+        """The first physical address that was denied; of the INT3, for "breakpoint"."""
+    @property
+    def va(self) -> int | None:
+        """The virtual address of the same, where the driver knows it."""
+    @property
+    def access(self) -> Access | None:
+        """Which accesses were denied."""
+    @property
+    def insn_len(self) -> int | None:
+        """Bytes of the instruction, for "breakpoint" and "cpuid"."""
+    @property
+    def register(self) -> str | int | None:
+        """The control register ("cr3") or the number of the MSR about to be written."""
+    @property
+    def old(self) -> int | None:
+        """Its value now."""
+    @property
+    def new(self) -> int | None:
+        """The value to be written."""
+    @property
+    def leaf(self) -> int | None:
+        """EAX of a CPUID."""
+    @property
+    def subleaf(self) -> int | None:
+        """ECX of a CPUID."""
+
+@final
+class VmiEventResponse:
+    """The answer to one event: what its vCPU does next. Order of effects: registers, then view, then action.
+
+    >>> vmitap.VmiEventResponse.fast_single_step(vm.views.default).in_view(vm.views.tap)
+    VmiEventResponse.fast_single_step(View(0)).in_view(View(1))
+    """
+
+    @staticmethod
+    def continue_() -> VmiEventResponse:
+        """Goes on: retries the instruction, or carries out what was announced."""
+    @staticmethod
+    def reinject() -> VmiEventResponse:
+        """Delivers the INT3 to the guest through its own IDT, as if nobody had looked."""
+    @staticmethod
+    def fast_single_step(view: View) -> VmiEventResponse:
+        """Executes one instruction in `view`, then goes on in the vCPU's own view without another event."""
+    @staticmethod
+    def single_step(view: View) -> VmiEventResponse:
+        """Executes one instruction in `view`, then raises a "single-step" event, still in `view`."""
+    @staticmethod
+    def emulate() -> VmiEventResponse:
+        """Serves the denied read from the default view: the guest gets the original bytes."""
+    @staticmethod
+    def deny() -> VmiEventResponse:
+        """Skips the effect of the denied write, or of what was announced: the instruction counts as executed."""
+    def in_view(self, view: View) -> VmiEventResponse:
+        """The same answer, with the vCPU in `view` from then on."""
+    def with_registers(self, **registers: Unpack[RegisterValues]) -> VmiEventResponse:
+        """The same answer, with these registers written first.
+
+        Raises:
+            InvalidArgumentError: no such register, or a value that does not fit into 64 bits.
+
+        >>> vmitap.VmiEventResponse.continue_().with_registers(rax=1)
+        VmiEventResponse.continue_().with_registers(rax=0x1)
+        """
+
+@final
+class BreakpointController:
+    r"""Breakpoints as INT3 in shadow pages that only execution can reach; a `TapController`.
+
+    References are counted per view, frame and offset. Everything it planted is taken back when the session ends.
+    See `Vm.wait_event` for a whole loop.
+
+    >>> controller = vmitap.BreakpointController(vm)
+    >>> pa, view = vm.translate("open_file"), vm.views.tap
+    >>> controller.monitor(pa >> 12, view)
+    >>> controller.insert_breakpoint(pa, view)
+    >>> vm.read_pa(pa, 1) == b"\xcc"
+    False
+    >>> controller.remove_breakpoint(pa, view)
+    >>> controller.unmonitor(pa >> 12, view)
+    """
+
+    def __new__(cls, vm: Vm) -> BreakpointController: ...
+    def is_breakpoint(self, event: VmiEvent, /) -> bool:
+        """Whether the guest itself has an INT3 at the event's instruction.
+
+        Raises:
+            TranslationError, OutOfRangeError: the instruction cannot be read.
+        """
+    def check_event(self, event: VmiEvent, /) -> tuple[View, int] | None:
+        """The view and the frame of an INT3 event that carries a view, else None."""
+    def insert_breakpoint(self, pa: int, view: View, /) -> None:
+        """Plants an INT3 at a physical address in a view, hidden from the guest; or adds a reference to the one there.
+
+        Raises:
+            DefaultViewError, ViewNotFoundError: nothing can be hidden in that view.
+            OutOfRangeError: no such address.
+        """
+    def remove_breakpoint(self, pa: int, view: View, /) -> None:
+        """Takes back one reference; the last restores the byte, and the last of a page gives its frame back.
+
+        Raises:
+            BreakpointNotFoundError: there is none.
+        """
+    def monitor(self, gfn: int, view: View, /) -> None:
+        """Makes a page execute-only in a view, and remembers the access rights it found."""
+    def unmonitor(self, gfn: int, view: View, /) -> None:
+        """Puts the access rights back that `monitor` found."""
+
+@final
+class MemoryController:
+    """Breakpoints by taking the right to execute away from a page; touches no byte. A `TapController`.
+
+    >>> controller = vmitap.MemoryController(vm)
+    >>> pa, view = vm.translate("open_file"), vm.views.tap
+    >>> controller.monitor(pa >> 12, view)
+    >>> controller.insert_breakpoint(pa, view)
+    >>> vmitap.VmiCore(vm).memory_access(pa >> 12, view)
+    <Access.RW: 3>
+    >>> controller.remove_breakpoint(pa, view)
+    >>> controller.unmonitor(pa >> 12, view)
+    """
+
+    def __new__(cls, vm: Vm) -> MemoryController: ...
+    def check_event(self, event: VmiEvent, /) -> tuple[View, int] | None:
+        """The view and the frame of a denied execution, else None."""
+    def insert_breakpoint(self, pa: int, view: View, /) -> None:
+        """Notes a breakpoint at a physical address in a view; raises as `BreakpointController.insert_breakpoint`."""
+    def remove_breakpoint(self, pa: int, view: View, /) -> None:
+        """Takes back one reference.
+
+        Raises:
+            BreakpointNotFoundError: there is none.
+        """
+    def monitor(self, gfn: int, view: View, /) -> None:
+        """Takes the right to execute away from a page in a view, and remembers the access rights it found."""
+    def unmonitor(self, gfn: int, view: View, /) -> None:
+        """Puts the access rights back that `monitor` found."""
+
+@final
+class ManagedBreakpoint:
+    """One breakpoint of a `BreakpointManager`, as a snapshot.
+
+    >>> manager = vmitap.BreakpointManager(vm)
+    >>> manager.insert(vm.symbol("open_file"), vm.registers(0).root, vm.views.tap, tag="files")
+    True
+    >>> [each.tag for each in manager]
+    ['files']
+    """
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def root(self) -> int: ...
+    @property
+    def view(self) -> View: ...
+    @property
+    def key(self) -> Hashable: ...
+    @property
+    def tag(self) -> object: ...
+    @property
+    def is_global(self) -> bool:
+        """Whether it matches under every root."""
+    @property
+    def pa(self) -> int | None:
+        """Where it is planted; None while it is pending."""
+
+@final
+class BreakpointManager:
+    """Keeps breakpoints by identity (view, address, root, key) and plants them through a `TapController`.
+
+    Every operation is whole or not at all. Use it with `Vm.wait_event`; the session's own breakpoints are kept in another one.
+
+    >>> manager = vmitap.BreakpointManager(vm, vmitap.BreakpointController(vm))
+    >>> root, view = vm.registers(0).root, vm.views.tap
+    >>> manager.insert(vm.symbol("open_file"), root, view, key="files")
+    True
+    >>> event = vm.wait_event(timeout=5)
+    >>> manager.get_by_event(event, "files").address == event.registers.rip
+    True
+    >>> vm.respond(event, vmitap.VmiEventResponse.fast_single_step(vm.views.default))
+    >>> manager.clear()
+    """
+
+    def __new__(cls, vm: Vm, controller: TapController | None = None) -> BreakpointManager:
+        """A manager without breakpoints, which plants through `controller`: one of ours, or an object of yours.
+
+        `controller=None` means a `BreakpointController` of its own.
+        """
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[ManagedBreakpoint]: ...
+    def insert(
+        self, address: int, root: int, view: View, *, key: Hashable | None = None, tag: object = None, is_global: bool = False
+    ) -> bool:
+        """Inserts a breakpoint: active if the address is mapped under `root`, else pending.
+
+        Returns:
+            Whether it is new; a duplicate changes nothing and keeps the first tag.
+
+        Raises:
+            BreakpointConflictError: the same identity is there with another `is_global`.
+            TranslationError: the address cannot be looked up for another reason than that it is not present.
+        """
+    def insert_with_hint(
+        self,
+        address: int,
+        root: int,
+        view: View,
+        pa: int | None,
+        *,
+        key: Hashable | None = None,
+        tag: object = None,
+        is_global: bool = False,
+    ) -> bool:
+        """As `insert`, with the translation given: None makes it pending."""
+    def remove(self, address: int, root: int, view: View, *, key: Hashable | None = None) -> bool:
+        """Removes a breakpoint by its identity, wherever it is planted now. Returns whether there was one."""
+    def remove_with_hint(self, address: int, root: int, view: View, pa: int | None, *, key: Hashable | None = None) -> bool:
+        """As `remove`, for the one planted at `pa` (None: the pending one) only."""
+    def remove_by_event(self, event: VmiEvent, key: Hashable | None = None) -> bool | None:
+        """Removes what `get_by_event` finds, in all views, pending ones too.
+
+        Returns:
+            None: there was none; True: it was the last one on its page; False: others remain there.
+        """
+    def remove_by_view(self, view: View) -> int:
+        """Removes every breakpoint of a view; returns how many."""
+    def get_by_event(self, event: VmiEvent, key: Hashable | None = None) -> ManagedBreakpoint | None:
+        """The breakpoint of that key at an event."""
+    def get_all_by_event(self, event: VmiEvent) -> list[ManagedBreakpoint]:
+        """The breakpoints of every key at an event, in order of insertion."""
+    def contains_by_event(self, event: VmiEvent, key: Hashable | None = None) -> bool:
+        """Whether `get_by_event` finds one."""
+    def contains_by_address(self, address: int, root: int, view: View) -> bool:
+        """Whether a breakpoint of any key is at that address, active or pending."""
+    def clear(self) -> None:
+        """Removes all.
+
+        Raises:
+            UndoFailedError: some could not be taken out; these are still there, and it says which.
+        """

@@ -1,0 +1,89 @@
+"""`vmitap doctor`: what can be used on this machine, and what is missing."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import click
+
+import vmitap
+from vmitap.cli import exits
+from vmitap.cli.options import json_option
+from vmitap.cli.output import Output
+
+
+@dataclass
+class Check:
+    """One driver: whether it can be used here, what was found, and what to do if it cannot."""
+
+    driver: str
+    usable: bool
+    found: list[str] = field(default_factory=list)
+    missing: str = ""
+    hint: str = ""
+
+
+@click.command()
+@json_option
+def doctor(as_json: bool) -> int:
+    """Say for each driver whether it can be used here, and what is missing.
+
+    The exit code is 0 if at least one driver can be used, else 1.
+    """
+    out = Output(as_json=as_json)
+    checks = [check_emu(), check_xen(), check_dump()]
+    out.object(
+        {
+            "version": vmitap.__version__,
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "drivers": [asdict(check) for check in checks],
+        }
+    )
+    out.text(f"vmitap {vmitap.__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    for check in checks:
+        out.text(f"{check.driver}: {'can be used' if check.usable else 'cannot be used'}", style="bold green" if check.usable else "bold")
+        for fact in check.found:
+            out.text(f"  {fact}")
+        if check.missing:
+            out.text(f"  missing: {check.missing}")
+        if check.hint:
+            out.text(f"  hint: {check.hint}")
+    return exits.OK if any(check.usable for check in checks) else exits.NO
+
+
+def check_emu() -> Check:
+    """The embedded driver: found by using it, not by looking at version numbers."""
+    library = vmitap.find_libunicorn()
+    found = [f"library {library}" if library else "no library in VMITAP_LIBUNICORN or the package unicorn"]
+    begin = perf_counter()
+    try:
+        with vmitap.attach("demo") as vm:
+            elapsed = perf_counter() - begin
+            found += [f"{vm.info.version}, calibrated", f"the demo guest is ready after {elapsed * 1000:.0f} ms"]
+    except vmitap.VmitapError as error:
+        return Check("emu", usable=False, found=found, missing=str(error), hint=error.hint)
+    return Check("emu", usable=True, found=found)
+
+
+def check_xen() -> Check:
+    """Xen guests. What this machine offers is reported; using it is beyond this version."""
+    hypervisor = Path("/sys/hypervisor/type")
+    try:
+        under_xen = hypervisor.read_text().strip() == "xen"
+    except OSError:
+        under_xen = False
+    privcmd = Path("/dev/xen/privcmd").exists()
+    found = [
+        "this machine runs under Xen" if under_xen else "this machine does not run under Xen",
+        "/dev/xen/privcmd is there" if privcmd else "/dev/xen/privcmd is not there",
+    ]
+    return Check("xen", usable=False, found=found, missing=f"not part of vmitap {vmitap.__version__}")
+
+
+def check_dump() -> Check:
+    """Memory dumps."""
+    return Check("dump", usable=False, missing=f"not part of vmitap {vmitap.__version__}")
