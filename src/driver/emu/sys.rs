@@ -44,6 +44,9 @@ pub mod reg {
     pub const GS_BASE: i32 = 251;
 }
 
+/// The empty range of addresses, by which a hook is asked for at every address.
+const EVERYWHERE: (u64, u64) = (1, 0);
+
 const ARCH_X86: c_int = 4;
 const MODE_64: c_int = 8;
 const PROT_ALL: u32 = 7;
@@ -362,14 +365,16 @@ impl<H: Hooks> Engine<H> {
         let mapped =
             unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), PROT_ALL, ram.map.as_mut_ptr().cast()) };
         library.check("mapping guest memory", mapped)?;
-        engine.add_hook(HOOK_INTR, on_interrupt::<H> as *mut c_void)?;
-        engine.add_hook(HOOK_TLB_FILL, on_fill::<H> as *mut c_void)?;
-        engine.add_hook(HOOK_MEM_READ_UNMAPPED | HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void)?;
+        engine.add_hook(HOOK_INTR, on_interrupt::<H> as *mut c_void, EVERYWHERE)?;
+        engine.add_hook(HOOK_TLB_FILL, on_fill::<H> as *mut c_void, EVERYWHERE)?;
+        // Only beyond memory: a memory hook that could fire for RAM would keep every store to it on the engine's slow path.
+        let unmapped = (ram.len() as u64, u64::MAX);
+        engine.add_hook(HOOK_MEM_READ_UNMAPPED | HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void, unmapped)?;
         engine.add_insn_hook(INSN_IN, on_in::<H> as *mut c_void)?;
         engine.add_insn_hook(INSN_OUT, on_out::<H> as *mut c_void)?;
         match kind {
-            EngineKind::Main => engine.add_hook(HOOK_BLOCK, on_block::<H> as *mut c_void)?,
-            EngineKind::Stepper => engine.add_hook(HOOK_MEM_WRITE, on_store::<H> as *mut c_void)?,
+            EngineKind::Main => engine.add_hook(HOOK_BLOCK, on_block::<H> as *mut c_void, EVERYWHERE)?,
+            EngineKind::Stepper => engine.add_hook(HOOK_MEM_WRITE, on_store::<H> as *mut c_void, EVERYWHERE)?,
         }
         Ok(engine)
     }
@@ -378,12 +383,11 @@ impl<H: Hooks> Engine<H> {
         (&raw const *self.hooks).cast_mut().cast()
     }
 
-    fn add_hook(&self, kind: c_int, callback: *mut c_void) -> Result<()> {
+    fn add_hook(&self, kind: c_int, callback: *mut c_void, (first, last): (u64, u64)) -> Result<()> {
         let mut hook = 0_usize;
-        // SAFETY: the callback has the prototype unicorn.h gives for `kind`; user data is boxed and outlives the engine. An
-        // empty range (1 to 0) means every address.
+        // SAFETY: the callback has the prototype unicorn.h gives for `kind`; user data is boxed and outlives the engine.
         let code = unsafe {
-            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, kind, callback, self.user(), 1, 0)
+            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, kind, callback, self.user(), first, last)
         };
         self.library.check("installing a hook", code)
     }
