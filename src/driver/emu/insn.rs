@@ -8,6 +8,8 @@ pub const MAX_LEN: usize = 15;
 pub enum Insn {
     /// The engine does it; the driver need not know it.
     Plain,
+    /// The same, and it changes nothing but general-purpose registers, RIP, RFLAGS and memory.
+    Integer,
     /// A repeated string instruction: the engine does one iteration at a time.
     RepString,
     /// After it, interrupts wait for one more instruction (`sti`, `mov ss`).
@@ -74,6 +76,17 @@ pub fn decode(bytes: &[u8]) -> Insn {
         },
         0x6c..=0x6f | 0xa4..=0xa7 | 0xaa..=0xaf if rep => Insn::RepString,
         0x0f => two_byte(byte, at, rex),
+        // Arithmetic (with its two-byte-free opcodes), push, pop, movsxd, jcc, test, xchg, mov, lea, string instructions, shifts, ret,
+        // leave, call, jmp, and the groups with inc, dec, call, jmp and push. Not: far transfers, segment loads, IN, OUT, x87, VEX.
+        0x00..=0x05 | 0x08..=0x0d | 0x10..=0x15 | 0x18..=0x1d | 0x20..=0x25 | 0x28..=0x2d | 0x30..=0x35 | 0x38..=0x3d => Insn::Integer,
+        0x50..=0x5f | 0x63 | 0x68..=0x6b | 0x70..=0x81 | 0x83..=0x8b | 0x8d | 0x90..=0x99 | 0xa0..=0xc1 | 0xc2 | 0xc3 => Insn::Integer,
+        0xc6 | 0xc7 | 0xc9 | 0xd0..=0xd3 | 0xe0..=0xe3 | 0xe8 | 0xe9 | 0xeb | 0xf6 | 0xf7 | 0xfe => Insn::Integer,
+        0xff => match byte(at + 1) {
+            None => Insn::Incomplete,
+            // /3 and /5 are far.
+            Some(modrm) if matches!(modrm >> 3 & 7, 3 | 5) => Insn::Plain,
+            Some(_) => Insn::Integer,
+        },
         _ => Insn::Plain,
     }
 }
@@ -104,6 +117,9 @@ fn two_byte(byte: impl Fn(usize) -> Option<u8>, at: usize, rex: u8) -> Insn {
             Some(0x82) => System::DropsTranslations,
             Some(_) => return Insn::Plain,
         },
+        // endbr64 and nop, cmov, jcc, setcc, bit tests and shifts, imul, movzx and movsx, xadd, bswap.
+        0x1e | 0x1f | 0x40..=0x4f | 0x80..=0x9f | 0xa3..=0xa5 | 0xab..=0xad | 0xaf | 0xb0 | 0xb1 | 0xb3 | 0xb6..=0xbf | 0xc0 | 0xc1
+        | 0xc8..=0xcf => return Insn::Integer,
         _ => return Insn::Plain,
     };
     Insn::System(system, len)
@@ -149,11 +165,21 @@ mod tests {
         assert_eq!(decode(&[0x0f, 0x01, 0xf9]), Insn::System(System::Rdtscp, 3));
         assert_eq!(decode(&[0xf3, 0xa4]), Insn::RepString);
         assert_eq!(decode(&[0xf3, 0x48, 0xa5]), Insn::RepString);
-        assert_eq!(decode(&[0xa4]), Insn::Plain);
+        assert_eq!(decode(&[0xa4]), Insn::Integer);
         assert_eq!(decode(&[0x8e, 0xd0]), Insn::InhibitsInterrupts, "mov ss, ax");
         assert_eq!(decode(&[0x8e, 0xd8]), Insn::Plain, "mov ds, ax");
         assert_eq!(decode(&[0x48, 0x0f]), Insn::Incomplete);
         assert_eq!(decode(&[0x66; 20]), Insn::Plain);
+    }
+
+    #[test]
+    fn instructions_that_touch_more_than_integer_state_are_not_called_so() {
+        for bytes in [&[0x55][..], &[0x48, 0x83, 0xec, 0x20], &[0xf3, 0x0f, 0x1e, 0xfa], &[0xc3], &[0xff, 0xd0], &[0xf0, 0x0f, 0xc1, 0x07]] {
+            assert_eq!(decode(bytes), Insn::Integer, "{bytes:02x?}");
+        }
+        for bytes in [&[0x0f, 0x10, 0x07][..], &[0xd9, 0xe8], &[0xc5, 0xf8, 0x77], &[0xff, 0x2f], &[0x9b], &[0xcf], &[0x0f, 0xae, 0x07], &[0xe4, 0x60], &[0x9d]] {
+            assert_ne!(decode(bytes), Insn::Integer, "{bytes:02x?}");
+        }
     }
 
     #[test]

@@ -38,6 +38,16 @@ pub struct Layout {
     pub old_exception: usize,
     /// Bytes of a whole context.
     pub context_size: usize,
+    /// How many bytes of state a context copies: all of it, and what instructions change that use neither the FPU nor SSE nor
+    /// MSRs.
+    pub copied: Copied,
+}
+
+/// See [`Layout::copied`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Copied {
+    pub all: u64,
+    pub integer: u64,
 }
 
 /// Bytes of one segment register: selector u32, padding, base u64, limit u32, flags u32.
@@ -218,6 +228,20 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         find.one("the exception in delivery", &faulted, 4, |at| user.u32(at) == u32::MAX && faulted.u32(at) == 13)?;
     find.expect("the address of the fault", faulted.u64(rip) == USER)?;
 
+    // The integer state comes first, and a context copies as many bytes as its own first word says.
+    let all = faulted.copied();
+    let header = (faulted.size() as u64).saturating_sub(all);
+    let last = gp.max(rip).max(hflags).max(segments + 10 * SEGMENT).max(cr + 5 * 8).max(efer) as u64 + 8;
+    find.expect("the size of its state", header >= 8 && header < gp as u64 + 1 && last < header + all)?;
+    find.expect("the order of its state", [star, lstar, sfmask, kernel_gs_base, error_code, old_exception].iter().all(|at| *at as u64 >= last))?;
+    let integer = last - header;
+    let mut part = engine.context()?;
+    part.set_u64(gp, 1);
+    part.set_u64(star, 2);
+    part.set_copied(integer);
+    engine.save(&mut part);
+    find.expect("a copy of part of its state", part.u64(gp) == faulted.u64(gp) && part.u64(star) == 2)?;
+
     let eflags = rip + 8;
     let with_if = {
         let mut state = engine.context()?;
@@ -242,5 +266,6 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         dr6,
         old_exception,
         context_size: state.size(),
+        copied: Copied { all, integer },
     })
 }

@@ -26,7 +26,7 @@ use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, fetch, rescan, 
 use super::insn::{self, Insn, System};
 use super::layout::{HF_INHIBIT_IRQ, Layout};
 use super::memory::{Memory, Which};
-use super::sys::{Access, Engine, EngineKind, Library, code, reg};
+use super::sys::{Access, Context, Engine, EngineKind, Library, code, reg};
 use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
@@ -102,6 +102,16 @@ enum Went {
     Event(VmiEvent),
 }
 
+/// What the main engine holds of a vCPU's context.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Loaded {
+    Nothing,
+    /// All of it.
+    All(usize),
+    /// All but the integer state.
+    ButInteger(usize),
+}
+
 /// The whole machine.
 pub struct Machine {
     pub memory: Rc<Memory>,
@@ -112,8 +122,10 @@ pub struct Machine {
     pub pauses: u32,
     main: Engine<CpuHooks>,
     stepper: Engine<CpuHooks>,
-    /// The vCPU whose context the main engine holds unchanged.
-    loaded: Option<usize>,
+    /// What the main engine holds.
+    loaded: Loaded,
+    /// Takes in the stepper's whole state where a vCPU's own context must not.
+    aside: Context,
     /// For whom each engine's TLB is filled.
     filled_for: [Option<(usize, Mode)>; 2],
     current: usize,
@@ -133,8 +145,10 @@ impl Machine {
         let engine = |which, kind| {
             Engine::new(library, kind, memory.ram(), CpuHooks::new(which, &memory, &devices))
         };
+        let main = engine(Which::Main, EngineKind::Main)?;
         Ok(Self {
-            main: engine(Which::Main, EngineKind::Main)?,
+            aside: main.context()?,
+            main,
             stepper: engine(Which::Stepper, EngineKind::Stepper)?,
             memory,
             devices,
@@ -142,7 +156,7 @@ impl Machine {
             vcpus: Vec::new(),
             bell: Arc::default(),
             pauses: 0,
-            loaded: None,
+            loaded: Loaded::Nothing,
             filled_for: [None; 2],
             current: 0,
             slice: SLICE,
@@ -155,7 +169,7 @@ impl Machine {
     pub fn add_vcpu(&mut self, layout: Layout, set_up: impl FnOnce(&mut Engine<CpuHooks>) -> Result<()>) -> Result<&mut Vcpu> {
         let id = self.vcpus.len();
         set_up(&mut self.main)?;
-        self.loaded = None;
+        self.loaded = Loaded::Nothing;
         self.vcpus.push(Vcpu {
             context: self.main.context()?,
             layout,
@@ -187,8 +201,8 @@ impl Machine {
 
     /// The vCPU, to be changed: the main engine's copy of its state counts no more.
     pub fn vcpu_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
-        if self.loaded == Some(index) {
-            self.loaded = None;
+        if matches!(self.loaded, Loaded::All(held) | Loaded::ButInteger(held) if held == index) {
+            self.loaded = Loaded::Nothing;
         }
         let error = self.no_vcpu(index);
         self.vcpus.get_mut(index).ok_or(error)
@@ -201,7 +215,7 @@ impl Machine {
         if vcpu.cr(0) == cr0 && vcpu.cr(4) == cr4 {
             return Ok(());
         }
-        self.loaded = None;
+        self.loaded = Loaded::Nothing;
         self.main.restore(&vcpu.context);
         self.main.write_register(reg::CR4, cr4)?;
         self.main.write_register(reg::CR0, cr0)?;
@@ -307,7 +321,7 @@ impl Machine {
                     deliver::software(vcpu, &memory, injection.vector, next);
                 }
             }
-            self.loaded = None;
+            self.loaded = Loaded::Nothing;
             return Ok(None);
         }
         if let Some(step) = vcpu.step {
@@ -319,7 +333,7 @@ impl Machine {
             if vcpu.takes_interrupts() {
                 vcpu.apic.accept(vector);
                 deliver::external(vcpu, &memory, vector);
-                self.loaded = None;
+                self.loaded = Loaded::Nothing;
                 return Ok(None);
             }
             wants_interrupts = true;
@@ -359,8 +373,14 @@ impl Machine {
         let (mode, rip, due) = (vcpu.mode(vcpu.view), vcpu.rip(), vcpu.apic.due());
         self.prepare(Which::Main, index, mode);
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
-        if self.loaded != Some(index) {
-            self.main.restore(&vcpu.context);
+        match self.loaded {
+            Loaded::All(held) if held == index => {}
+            Loaded::ButInteger(held) if held == index => {
+                vcpu.context.set_copied(vcpu.layout.copied.integer);
+                self.main.restore(&vcpu.context);
+                vcpu.context.set_copied(vcpu.layout.copied.all);
+            }
+            _ => self.main.restore(&vcpu.context),
         }
         let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).clamp(1, self.slice));
         let hooks = self.main.hooks();
@@ -368,7 +388,7 @@ impl Machine {
         hooks.wants_interrupts.set(wants_interrupts);
         let ended = self.main.run(rip, 0);
         self.main.save(&mut vcpu.context);
-        self.loaded = Some(index);
+        self.loaded = Loaded::All(index);
         let hooks = self.main.hooks();
         let used = budget - hooks.budget.get();
         self.now += used;
@@ -555,19 +575,38 @@ impl Machine {
         let mut left = STRING_BURST;
         loop {
             self.prepare(Which::Stepper, index, mode);
-            self.loaded = None;
             let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
             // With interrupts inhibited the engine translates this one instruction and nothing ahead of it.
             vcpu.set_hflags(hflags | HF_INHIBIT_IRQ);
+            let copied = vcpu.layout.copied;
+            let integer = insn == Insn::Integer;
+            if integer {
+                vcpu.context.set_copied(copied.integer);
+            }
             self.stepper.restore(&vcpu.context);
             let ended = self.stepper.run(rip, 1);
             self.stepper.save(&mut vcpu.context);
+            if integer {
+                vcpu.context.set_copied(copied.all);
+            }
+            self.loaded = match self.loaded {
+                Loaded::All(held) | Loaded::ButInteger(held) if held == index && integer => Loaded::ButInteger(held),
+                _ => Loaded::Nothing,
+            };
             let exit = self.stepper.hooks().exit.get();
             if exit == Exit::Retry {
                 vcpu.set_hflags(hflags);
                 continue;
             }
             if exit != Exit::None || ended != code::OK {
+                if integer {
+                    // What describes a fault lies behind the integer state.
+                    self.stepper.save(&mut self.aside);
+                    for at in [vcpu.layout.error_code, vcpu.layout.exception_is_int] {
+                        vcpu.context.set_u32(at, self.aside.u32(at));
+                    }
+                    self.loaded = Loaded::Nothing;
+                }
                 vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ | hflags & HF_INHIBIT_IRQ);
                 let event = self.after(index, Which::Stepper, exit, ended, Some(step))?;
                 return if event.is_some() { Ok(event) } else { self.finish(index, step) };
@@ -715,11 +754,11 @@ impl Machine {
         if let Some(value) = virtual_msr(vcpu, index, msr, now) {
             return Ok(value);
         }
-        if self.loaded != Some(index) {
+        if self.loaded != Loaded::All(index) {
             let error = self.no_vcpu(index);
             let vcpu = self.vcpus.get(index).ok_or(error)?;
             self.main.restore(&vcpu.context);
-            self.loaded = Some(index);
+            self.loaded = Loaded::All(index);
         }
         self.main.read_msr(msr)
     }

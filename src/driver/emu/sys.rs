@@ -525,7 +525,21 @@ pub struct Context {
     library: Arc<Library>,
 }
 
+/// Offset of the context's own word that says how many bytes of state are copied; the calibration checks that it does.
+const COPIED_LEN: usize = 0;
+
 impl Context {
+    /// How many bytes of state are copied in and out.
+    pub fn copied(&self) -> u64 {
+        self.u64(COPIED_LEN)
+    }
+
+    /// Has only the first `len` bytes of state copied from now on. Never more than at first.
+    pub fn set_copied(&mut self, len: u64) {
+        debug_assert!(len <= self.size as u64);
+        self.set_u64(COPIED_LEN, len.min(self.size as u64));
+    }
+
     /// Bytes, with the engine's own header.
     pub const fn size(&self) -> usize {
         self.size
