@@ -11,10 +11,10 @@ use crate::arch::amd64::{Injection, Registers};
 use crate::error::Result;
 use crate::event::{VmiEvent, VmiEventResponse};
 
-#[cfg(feature = "mock")]
-pub mod mock;
 #[cfg(feature = "emu")]
 pub mod emu;
+#[cfg(feature = "mock")]
+pub mod mock;
 
 /// What a driver can do with the guest it is attached to. Found by probing, never by a version number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

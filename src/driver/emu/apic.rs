@@ -35,7 +35,12 @@ impl Vectors {
     }
 
     fn highest(&self) -> Option<u8> {
-        self.0.iter().enumerate().rev().find(|(_, word)| **word != 0).map(|(index, word)| (index as u32 * 64 + 63 - word.leading_zeros()) as u8)
+        self.0
+            .iter()
+            .enumerate()
+            .rev()
+            .find(|(_, word)| **word != 0)
+            .map(|(index, word)| (index as u32 * 64 + 63 - word.leading_zeros()) as u8)
     }
 }
 

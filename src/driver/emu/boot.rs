@@ -82,10 +82,14 @@ fn load(memory: &Memory, image: &Image<'_>) -> Result<()> {
         let first = segment.pa.0;
         let end = first.checked_add(segment.memory_size).filter(|end| *end <= memory.guest_len()).ok_or_else(|| {
             let (size, limit) = (segment.memory_size, memory.guest_len());
-            refuse(format!("a segment of {size:#x} bytes at physical address {first:#x} reaches beyond memory, which ends at {limit:#x}"))
+            refuse(format!(
+                "a segment of {size:#x} bytes at physical address {first:#x} reaches beyond memory, which ends at {limit:#x}"
+            ))
         })?;
         if first < FIRST_FREE && end > first {
-            return Err(refuse(format!("a segment at physical address {first:#x} lies in the loader's range, below {FIRST_FREE:#x}")));
+            return Err(refuse(format!(
+                "a segment at physical address {first:#x} lies in the loader's range, below {FIRST_FREE:#x}"
+            )));
         }
         memory.write(segment.pa, segment.data)?;
     }

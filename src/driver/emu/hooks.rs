@@ -177,7 +177,14 @@ pub fn rescan(memory: &Memory, engine: EngineRef<'_>, first: u64, end: u64) {
 ///
 /// `cpl` and `flags` are asked for only where they matter. Sources: Intel SDM vol. 3, 5.6 (access rights) and 5.8 (A and D bits).
 #[inline]
-pub fn translate(memory: &Memory, mode: &Mode, va: u64, access: Access, cpl: u8, flags: impl FnOnce() -> u64) -> Result<Page, Why> {
+pub fn translate(
+    memory: &Memory,
+    mode: &Mode,
+    va: u64,
+    access: Access,
+    cpl: u8,
+    flags: impl FnOnce() -> u64,
+) -> Result<Page, Why> {
     let user = cpl == 3;
     let code = |present: bool| {
         let fetch = access == Access::Fetch && (mode.efer & efer::NXE != 0 || mode.cr4 & cr4::SMEP != 0);
@@ -355,7 +362,8 @@ pub fn fetch(memory: &Memory, mode: &Mode, va: u64, bytes: &mut [u8; insn::MAX_L
     while done < bytes.len() && (done == 0 || insn::decode(bytes.get(..done).unwrap_or_default()) == Insn::Incomplete) {
         let Some(at) = va.checked_add(done as u64) else { break };
         // Ring 0 may read what ring 3 may; whether the fetch is allowed is for the engine to say.
-        let Ok(page) = translate(memory, &Mode { cr4: mode.cr4 & !(cr4::SMEP | cr4::SMAP), ..*mode }, at, Access::Fetch, 0, || 0) else {
+        let Ok(page) = translate(memory, &Mode { cr4: mode.cr4 & !(cr4::SMEP | cr4::SMAP), ..*mode }, at, Access::Fetch, 0, || 0)
+        else {
             break;
         };
         let offset = at & (PAGE_SIZE - 1);

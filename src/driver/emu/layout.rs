@@ -187,9 +187,8 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
 
     // A kernel that goes to ring 3 and a user that faults there with a known error code.
     let failed = || find.error("the memory of the calibration guest", 0);
-    for (index, descriptor) in [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff]
-        .into_iter()
-        .enumerate()
+    for (index, descriptor) in
+        [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, 0, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff].into_iter().enumerate()
     {
         ram.write_u64(GDT + 8 * index as u64, descriptor).ok_or_else(failed)?;
     }
@@ -233,7 +232,10 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
     let header = (faulted.size() as u64).saturating_sub(all);
     let last = gp.max(rip).max(hflags).max(segments + 10 * SEGMENT).max(cr + 5 * 8).max(efer) as u64 + 8;
     find.expect("the size of its state", header >= 8 && header < gp as u64 + 1 && last < header + all)?;
-    find.expect("the order of its state", [star, lstar, sfmask, kernel_gs_base, error_code, old_exception].iter().all(|at| *at as u64 >= last))?;
+    find.expect(
+        "the order of its state",
+        [star, lstar, sfmask, kernel_gs_base, error_code, old_exception].iter().all(|at| *at as u64 >= last),
+    )?;
     let integer = last - header;
     let mut part = engine.context()?;
     part.set_u64(gp, 1);

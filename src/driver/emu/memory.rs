@@ -62,7 +62,10 @@ impl Memory {
     pub fn new(guest_frames: u64, pool_frames: u64) -> Result<Self> {
         let total = guest_frames.saturating_add(pool_frames);
         if total > u64::from(FRAME_MASK) {
-            return Err(VmiError::InvalidArgument { what: "memory", reason: format!("{total} frames are more than {FRAME_MASK}") });
+            return Err(VmiError::InvalidArgument {
+                what: "memory",
+                reason: format!("{total} frames are more than {FRAME_MASK}"),
+            });
         }
         let total = total as usize;
         let memory = Self {
@@ -279,7 +282,8 @@ impl Memory {
 
     /// Gives a frame back.
     pub fn free_frame(&self, frame: Gfn) -> Result<()> {
-        let refuse = |detail: &str| VmiError::Driver { op: "freeing a frame", errno: 16, detail: format!("frame {frame} {detail}") };
+        let refuse =
+            |detail: &str| VmiError::Driver { op: "freeing a frame", errno: 16, detail: format!("frame {frame} {detail}") };
         let index = u32::try_from(frame.0).map_err(|_| refuse("was not allocated"))?;
         if frame.0 < self.guest_frames || self.flag(index) & flag::TAKEN == 0 {
             return Err(refuse("was not allocated"));
@@ -350,7 +354,9 @@ impl Memory {
             return true;
         }
         let writable = |engine: Which| {
-            self.writable_in[engine as usize].get(frame as usize).is_some_and(|cell| cell.get() == self.epoch[engine as usize].get())
+            self.writable_in[engine as usize]
+                .get(frame as usize)
+                .is_some_and(|cell| cell.get() == self.epoch[engine as usize].get())
         };
         let other = if which == Which::Main { Which::Stepper } else { Which::Main };
         if writable(other) {

@@ -173,7 +173,11 @@ impl VmiViews for EmuDriver {
             return Err(VmiError::DefaultView { op: "destroying a view" });
         }
         if let Some(vcpu) = machine.vcpus.iter().position(|vcpu| vcpu.view == view) {
-            return Err(VmiError::Driver { op: "destroying a view", errno: 16, detail: format!("vCPU {vcpu} is in view {view}") });
+            return Err(VmiError::Driver {
+                op: "destroying a view",
+                errno: 16,
+                detail: format!("vCPU {vcpu} is in view {view}"),
+            });
         }
         machine.memory.destroy_view(view)
     }

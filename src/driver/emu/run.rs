@@ -142,9 +142,7 @@ impl Machine {
         let scratch = memory.reserve_frame()?;
         let memory = Rc::new(memory);
         let devices = Rc::new(Devices::default());
-        let engine = |which, kind| {
-            Engine::new(library, kind, memory.ram(), CpuHooks::new(which, &memory, &devices))
-        };
+        let engine = |which, kind| Engine::new(library, kind, memory.ram(), CpuHooks::new(which, &memory, &devices));
         let main = engine(Which::Main, EngineKind::Main)?;
         Ok(Self {
             aside: main.context()?,

@@ -333,9 +333,8 @@ impl EngineRef<'_> {
     pub fn watch_code(self, first: u64, last: u64) {
         let mut hook = 0_usize;
         // SAFETY: `uc` is open; the callback has the prototype of HOOK_CODE and `user` outlives the engine (Engine's fields).
-        let code = unsafe {
-            (self.library.uc_hook_add)(self.uc, &raw mut hook, HOOK_CODE, self.code_callback, self.user, first, last)
-        };
+        let code =
+            unsafe { (self.library.uc_hook_add)(self.uc, &raw mut hook, HOOK_CODE, self.code_callback, self.user, first, last) };
         if code != code::OK {
             log::error!("the engine refused a code hook at {first:#x}: error {code}");
         }
@@ -362,8 +361,7 @@ impl<H: Hooks> Engine<H> {
         // With exits switched on and none given, no address is special. SAFETY: the request takes one int.
         library.check("switching exits on", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_USE_EXITS, 1 as c_int) })?;
         // SAFETY: the mapping is `ram.len()` bytes of page-aligned memory and lives as long as the engine (`_ram`).
-        let mapped =
-            unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), PROT_ALL, ram.map.as_mut_ptr().cast()) };
+        let mapped = unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), PROT_ALL, ram.map.as_mut_ptr().cast()) };
         library.check("mapping guest memory", mapped)?;
         engine.add_hook(HOOK_INTR, on_interrupt::<H> as *mut c_void, EVERYWHERE)?;
         engine.add_hook(HOOK_TLB_FILL, on_fill::<H> as *mut c_void, EVERYWHERE)?;
@@ -386,18 +384,16 @@ impl<H: Hooks> Engine<H> {
     fn add_hook(&self, kind: c_int, callback: *mut c_void, (first, last): (u64, u64)) -> Result<()> {
         let mut hook = 0_usize;
         // SAFETY: the callback has the prototype unicorn.h gives for `kind`; user data is boxed and outlives the engine.
-        let code = unsafe {
-            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, kind, callback, self.user(), first, last)
-        };
+        let code =
+            unsafe { (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, kind, callback, self.user(), first, last) };
         self.library.check("installing a hook", code)
     }
 
     fn add_insn_hook(&self, insn: c_int, callback: *mut c_void) -> Result<()> {
         let mut hook = 0_usize;
         // SAFETY: as in `add_hook`; HOOK_INSN takes the instruction as one more int.
-        let code = unsafe {
-            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, HOOK_INSN, callback, self.user(), 1, 0, insn)
-        };
+        let code =
+            unsafe { (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, HOOK_INSN, callback, self.user(), 1, 0, insn) };
         self.library.check("installing a hook", code)
     }
 

@@ -205,7 +205,8 @@ impl Vcpu {
 
     pub fn set_gp(&mut self, gp: &GpRegisters) {
         let values = [
-            gp.rax, gp.rcx, gp.rdx, gp.rbx, gp.rsp, gp.rbp, gp.rsi, gp.rdi, gp.r8, gp.r9, gp.r10, gp.r11, gp.r12, gp.r13, gp.r14, gp.r15,
+            gp.rax, gp.rcx, gp.rdx, gp.rbx, gp.rsp, gp.rbp, gp.rsi, gp.rdi, gp.r8, gp.r9, gp.r10, gp.r11, gp.r12, gp.r13, gp.r14,
+            gp.r15,
         ];
         for (index, value) in values.into_iter().enumerate() {
             self.set_gpr(index as u8, value);
