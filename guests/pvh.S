@@ -27,6 +27,10 @@
 pvh_start:
 	cld
 	cli
+	/* No interrupts but the local APIC's: the 8259s are masked, where there are any. */
+	mov al, 0xff
+	out 0x21, al
+	out 0xa1, al
 	/* Four page directories of 2 MiB pages: the low 4 GiB, one to one. */
 	mov edi, offset PHYS(pvh_pd)
 	mov eax, 0x83
@@ -143,7 +147,7 @@ pvh_long:
 	mov edx, r13d
 	mov eax, 0x4500			/* INIT, assert */
 	wrmsr
-	mov r8d, 10000000		/* 10 ms on any machine this runs on */
+	mov r8d, 200000		/* time for the INIT to arrive */
 8:	pause
 	dec r8d
 	jnz 8b
