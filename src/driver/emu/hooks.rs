@@ -85,6 +85,8 @@ pub struct CpuHooks {
     pub budget: Cell<u64>,
     /// Stop at the first block at which interrupts are enabled.
     pub wants_interrupts: Cell<bool>,
+    /// A store to code was seen since this was reset.
+    pub stored_to_code: Cell<bool>,
     denied: RefCell<Vec<Denied>>,
     /// Whether addresses inside [`WINDOW`] are answered.
     pub window_open: Cell<bool>,
@@ -110,6 +112,7 @@ impl CpuHooks {
             exit: Cell::new(Exit::None),
             budget: Cell::new(0),
             wants_interrupts: Cell::new(false),
+            stored_to_code: Cell::new(false),
             denied: RefCell::default(),
             window_open: Cell::new(false),
             discard: Cell::new(None),
@@ -306,7 +309,9 @@ impl Hooks for CpuHooks {
     }
 
     fn store(&self, pa: u64, len: u32) {
-        self.memory.forget_code(pa, len.into());
+        if self.memory.note_store(pa, len as usize) {
+            self.stored_to_code.set(true);
+        }
     }
 
     #[inline]

@@ -35,6 +35,17 @@ mod flag {
     pub const TAKEN: u8 = 2;
 }
 
+/// The longest single store the engine does, in bytes.
+const MAX_STORE: usize = 16;
+
+/// A store to code.
+#[derive(Clone, Copy)]
+struct Store {
+    pa: u64,
+    len: u8,
+    before: [u8; MAX_STORE],
+}
+
 /// Memory as engines, delivery and the driver's callers see it.
 pub struct Memory {
     ram: Rc<Ram>,
@@ -55,6 +66,8 @@ pub struct Memory {
     shown: RefCell<FxHashMap<u32, u32>>,
     // Physical ranges whose translated code both engines are to forget before they run again.
     forget: RefCell<Vec<(u64, u64)>>,
+    // Stores to code under way, and what was there before.
+    stores: RefCell<Vec<Store>>,
 }
 
 impl Memory {
@@ -83,6 +96,7 @@ impl Memory {
             taken: Cell::new(0),
             shown: RefCell::default(),
             forget: RefCell::default(),
+            stores: RefCell::default(),
         };
         memory.create_view(MemoryAccess::RWX)?;
         Ok(memory)
@@ -404,9 +418,34 @@ impl Memory {
         }
     }
 
+    /// A store of `len` bytes at `pa` is about to be done. True if it goes to code.
+    #[inline]
+    pub fn note_store(&self, pa: u64, len: usize) -> bool {
+        if !self.is_code((pa >> PAGE_SHIFT) as u32) && !self.is_code((pa.saturating_add(len as u64) >> PAGE_SHIFT) as u32) {
+            return false;
+        }
+        let mut before = [0; MAX_STORE];
+        let known = before.get_mut(..len).is_some_and(|bytes| self.ram.read(pa, bytes).is_some());
+        if known {
+            self.stores.borrow_mut().push(Store { pa, len: len as u8, before });
+        } else {
+            self.forget_code(pa, len as u64);
+        }
+        true
+    }
+
     /// The next range both engines are to forget.
     #[inline]
     pub fn next_to_forget(&self) -> Option<(u64, u64)> {
+        while let Some(Store { pa, len, before }) = self.stores.borrow_mut().pop() {
+            let mut now = [0; MAX_STORE];
+            let len = usize::from(len);
+            let unchanged = now.get_mut(..len).is_some_and(|bytes| self.ram.read(pa, bytes).is_some()) && now == before;
+            // Code that was overwritten with itself (`lock xadd` of 0, say) is as good as before.
+            if !unchanged {
+                self.forget_code(pa, len as u64);
+            }
+        }
         self.forget.borrow_mut().pop()
     }
 }

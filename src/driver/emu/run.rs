@@ -40,6 +40,8 @@ const RAX: u8 = 0;
 const RCX: u8 = 1;
 const RDX: u8 = 2;
 const RBX: u8 = 3;
+const RSP: u8 = 4;
+const RDI: u8 = 7;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_AUX: u32 = 0xc000_0103;
@@ -571,6 +573,7 @@ impl Machine {
             self.stepper.hooks().discard.set(Some((gfn, self.scratch)));
         }
         let mut left = STRING_BURST;
+        let mut attempts = 1;
         loop {
             self.prepare(Which::Stepper, index, mode);
             let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
@@ -581,8 +584,10 @@ impl Machine {
             if integer {
                 vcpu.context.set_copied(copied.integer);
             }
+            let before = [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
+            self.stepper.hooks().stored_to_code.set(false);
             self.stepper.restore(&vcpu.context);
-            let ended = self.stepper.run(rip, 1);
+            let ended = self.stepper.run(rip, attempts);
             self.stepper.save(&mut vcpu.context);
             if integer {
                 vcpu.context.set_copied(copied.all);
@@ -609,6 +614,14 @@ impl Machine {
                 let event = self.after(index, Which::Stepper, exit, ended, Some(step))?;
                 return if event.is_some() { Ok(event) } else { self.finish(index, step) };
             }
+            // An instruction that overwrites itself is begun anew by the engine, which counts it twice: so allow it two.
+            let is_back = vcpu.rip() == rip && before == [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
+            if is_back && attempts == 1 && self.stepper.hooks().stored_to_code.get() {
+                vcpu.set_hflags(hflags);
+                attempts = 2;
+                continue;
+            }
+            attempts = 1;
             match insn {
                 Insn::Halt => vcpu.state = State::Halted,
                 Insn::InhibitsInterrupts => vcpu.set_hflags(vcpu.hflags() | HF_INHIBIT_IRQ),
