@@ -1,0 +1,151 @@
+"""What a hit costs, next to the same hidden breakpoint in plain `unicorn` (peer.py), and what inserting many breakpoints costs.
+
+`make bench` runs it; by hand: `python benches/python/bench_dance.py [--hits N] [--json]`. Everything is measured in this one run, in
+turns, and the best of the turns counts: compare the ratios, not the times of two machines. Each way must count every hit, or there is
+no result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import peer
+
+import vmitap
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "guests"))
+from build import build
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TURNS = 5
+PAGES = 25_000
+PER_PAGE = 4
+FIRST_PAGE = 0x1000000
+"""Physical, and virtual too: the boot tables map the low 4 GiB one to one."""
+
+WAYS = ("vmitap, no handler", "vmitap, Python handler", "unicorn, two instances", "unicorn, byte swapped")
+PEERS = {"unicorn, two instances": "stepper", "unicorn, byte swapped": "swap"}
+TARGETS = {"vmitap, no handler": 45, "vmitap, Python handler": 15}
+"""How many times faster than the same in plain unicorn each must be."""
+
+
+def handler(hit: vmitap.Hit) -> None:
+    """Looks at one register, as the peer does."""
+    _ = hit.regs.rdi
+
+
+def ours(guest: str, hits: int, function: Callable[[vmitap.Hit], None] | None) -> float:
+    """Microseconds a hit."""
+    with vmitap.attach(f"emu:{guest}", cmdline=f"n={hits + 1} every=0") as vm:
+        vm.breakpoint("f", function)
+        begin = perf_counter()
+        result = vm.run(timeout=600, max_hits=hits)
+        elapsed = perf_counter() - begin
+        executed = vm.read_u64("f_count") + 1
+        vm.run(timeout=600)
+        seen = sum(vm.read_u64(vm.symbol("mismatches") + 8 * kind) for kind in range(10))
+    if (result.hits, executed, seen) != (hits, hits, 0):
+        raise SystemExit(f"vmitap: {result.hits} hits of {executed} calls, {seen} mismatches seen by the guest")
+    return elapsed / hits * 1e6
+
+
+def theirs(guest: str, hits: int, way: str) -> float:
+    """Microseconds a hit."""
+    result = peer.measure(guest, way, hits)
+    if (result.hits, result.executed, result.seen) != (hits, hits, 0):
+        raise SystemExit(f"unicorn, {way}: {result}")
+    return result.microseconds
+
+
+def dance(guest: str, hits: int) -> dict[str, float]:
+    """Microseconds a hit for each way; the slow ones get fewer hits."""
+    best: dict[str, float] = {}
+    for _ in range(TURNS):
+        for way in WAYS:
+            if way in PEERS:
+                cost = theirs(guest, hits // 20, PEERS[way])
+            else:
+                cost = ours(guest, hits, handler if way == "vmitap, Python handler" else None)
+            best[way] = min(cost, best.get(way, cost))
+    return best
+
+
+def resident() -> int:
+    """Bytes of memory this process holds."""
+    with open("/proc/self/status") as status:  # noqa: PTH123
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmRSS"))
+
+
+def insertion(guest: str) -> dict[str, float]:
+    """Inserting 100,000 breakpoints into 25,000 pages, and what each holds beside the shadow pages."""
+    addresses = [FIRST_PAGE + 4096 * page + 1000 * place for page in range(PAGES) for place in range(PER_PAGE)]
+    best: dict[str, float] = {}
+    for _ in range(3):
+        with vmitap.attach(f"emu:{guest}", memory=256 << 20) as vm:
+            # Guest memory is there only once it has been touched; that must not count as ours.
+            block = bytes(1 << 20)
+            for at in range(0, vm.memory.size - len(block), len(block)):
+                if at >= FIRST_PAGE:
+                    vm.write_pa(at, block)
+            gc.collect()
+            before = resident()
+            begin = perf_counter()
+            breakpoints = vm.insert_many(addresses)
+            elapsed = perf_counter() - begin
+            held = resident() - before - vm.stats.shadow_frames * 4096
+            if (len(vm.breakpoints), vm.stats.shadow_frames) != (len(addresses), PAGES):
+                raise SystemExit(f"{len(vm.breakpoints)} breakpoints in {vm.stats.shadow_frames} shadow pages")
+            if any(each.state != "active" for each in breakpoints):
+                raise SystemExit("a breakpoint is not active")
+            begin = perf_counter()
+            vm.detach()
+            removal = perf_counter() - begin
+        figures = {"seconds": elapsed, "removal_seconds": removal, "bytes_each": held / len(addresses)}
+        best = {name: min(value, best.get(name, value)) for name, value in figures.items()}
+    return {"breakpoints": len(addresses), "pages": PAGES, **best}
+
+
+def main() -> None:
+    """Measures, prints, and says which targets are met."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hits", type=int, default=100_000, help="hits a turn (default %(default)s)")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        guest = str(build("calls.S", Path(folder, "calls.elf")))
+        costs = dance(guest, options.hits)
+        inserted = insertion(guest)
+    ratios = {way: {name: costs[name] / costs[way] for name in PEERS} for way in TARGETS}
+    if options.json:
+        print(json.dumps({"microseconds": costs, "ratios": ratios, "insertion": inserted}))
+        return
+    print(f"\n{'a hidden breakpoint: hit, step, back':<40}{'us a hit':>10}{'hits/s':>12}", *(f"{f'x {name}':>28}" for name in PEERS))
+    for way, cost in costs.items():
+        against = (f"{costs[name] / cost:>28.1f}" for name in PEERS)
+        print(f"{way:<40}{cost:>10.2f}{1e6 / cost:>12,.0f}", *against)
+    for way, target in TARGETS.items():
+        for name in PEERS:
+            print(f"{way}: {ratios[way][name]:.1f} times {name}; {_met(ratios[way][name] >= target)} {target} wanted")
+    print(
+        f"\n{inserted['breakpoints']:,.0f} breakpoints into {PAGES:,} pages: {inserted['seconds']:.3f} s to insert, "
+        f"{inserted['removal_seconds']:.3f} s to restore, {inserted['bytes_each']:.0f} bytes each beside the shadow pages, "
+        "Python's objects included; "
+        f"{_met(inserted['seconds'] < 1 and inserted['bytes_each'] < 250)} under 1 s and 250 bytes wanted"
+    )
+
+
+def _met(good: bool) -> str:
+    return "met:" if good else "MISSED:"
+
+
+if __name__ == "__main__":
+    main()
