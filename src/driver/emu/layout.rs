@@ -99,7 +99,7 @@ impl Hooks for Flat {
         (va < 0x10000).then_some(Fill { pa: va, rights: 7 })
     }
     fn interrupt(&self, _: u32) {}
-    fn unmapped(&self, _: u64, _: bool) {}
+    fn unmapped(&self, _: u64, _: u32, _: bool) {}
     fn store(&self, _: u64, _: u32) {}
     fn block(&self, _: EngineRef<'_>) -> bool {
         false

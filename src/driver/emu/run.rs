@@ -522,7 +522,7 @@ impl Machine {
                 let view = step.map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
-                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access };
+                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len: denied.len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
             }
         }

@@ -265,7 +265,7 @@ pub trait Hooks: 'static {
     /// An exception or software interrupt. The run ends.
     fn interrupt(&self, vector: u32);
     /// An access to a physical address that is not mapped. The run ends before the instruction has any effect.
-    fn unmapped(&self, pa: u64, write: bool);
+    fn unmapped(&self, pa: u64, len: u32, write: bool);
     /// A store of `len` bytes at `pa` is about to be done (only with [`EngineKind::Stepper`]).
     fn store(&self, pa: u64, len: u32);
     /// A basic block is entered (only with [`EngineKind::Main`]). True ends the run before it.
@@ -648,8 +648,8 @@ extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void
     stop::<H>(uc, user);
 }
 
-extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, _: c_int, _: i64, user: *mut c_void) -> bool {
-    installed::<H>(user).hooks.unmapped(pa, kind == MEM_WRITE_UNMAPPED);
+extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, len: c_int, _: i64, user: *mut c_void) -> bool {
+    installed::<H>(user).hooks.unmapped(pa, len.unsigned_abs(), kind == MEM_WRITE_UNMAPPED);
     false
 }
 
