@@ -9,6 +9,7 @@ pub mod error;
 pub mod event;
 pub mod image;
 pub mod symbols;
+pub mod tap;
 
 pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
 pub use bytes::GuestBytes;

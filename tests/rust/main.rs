@@ -12,3 +12,4 @@ mod image;
 mod layering;
 mod mock;
 mod paging;
+mod tap;
