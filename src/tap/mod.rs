@@ -3,12 +3,14 @@
 mod breakpoint;
 mod manager;
 mod memory;
+mod policy;
 mod rights;
 mod shadow;
 
 pub use breakpoint::BreakpointController;
 pub use manager::{Breakpoint, BreakpointManager, Found};
 pub use memory::MemoryController;
+pub use policy::{OnWrite, WriteDecision, decide};
 pub use rights::Rights;
 
 use rustc_hash::FxHashMap;

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+import traceback
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -15,6 +17,7 @@ from vmitap.cli import exits
 from vmitap.cli.demo import demo
 from vmitap.cli.doctor import doctor
 from vmitap.cli.inspect import info, read, translate
+from vmitap.cli.output import harmless
 from vmitap.cli.script import run
 from vmitap.cli.trace import trace
 
@@ -39,8 +42,12 @@ for command in (demo, doctor, info, read, run, trace, translate):
 
 
 def main() -> NoReturn:
-    """Runs the command line and exits: one line and a hint on stderr for what goes wrong, never a traceback."""
+    """Runs the command line and exits: one line and a hint on stderr for what goes wrong, a traceback only for our own bugs."""
     signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # What the terminal's encoding does not have is written out instead of being an error.
+            stream.reconfigure(errors="backslashreplace")
     as_json = "--json" in sys.argv[1:]
     try:
         sys.exit(cli.main(standalone_mode=False) or exits.OK)
@@ -57,6 +64,15 @@ def main() -> NoReturn:
         # Whoever read our output has gone. Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(exits.PIPE)
+    except Exception as error:
+        traceback.print_exc()
+        _report(
+            type(error).__name__,
+            f"this is a bug in vmitap: {error}",
+            "please report it with the lines above",
+            exits.INTERNAL,
+            as_json=as_json,
+        )
 
 
 def _report(kind: str, message: str, hint: str, code: int, *, as_json: bool) -> NoReturn:
@@ -64,7 +80,7 @@ def _report(kind: str, message: str, hint: str, code: int, *, as_json: bool) -> 
         error = {"kind": kind, "message": message, "hint": hint, "exit_code": code}
         print(json.dumps({"error": error}), file=sys.stderr)
     else:
-        print(f"vmitap: {message}", file=sys.stderr)
+        print(f"vmitap: {harmless(message)}", file=sys.stderr)
         if hint:
             print(f"  hint: {hint}", file=sys.stderr)
     sys.exit(code)

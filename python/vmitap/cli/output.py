@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from rich.console import Console
+
+# What a terminal may take for a command, and what would break a line: text of a guest or of its image may hold anything.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -41,9 +45,18 @@ class Output:
         if self.as_json:
             return
         if self.terminal:
-            self.console.print(plain, style=style, markup=False)
+            self.console.print(harmless(plain), style=style, markup=False)
         else:
-            print(plain, flush=True)
+            print(harmless(plain), flush=True)
+
+    def line(self, *parts: tuple[str, str]) -> None:
+        """Prints one line made of (text, style) parts for people; nothing with `--json`."""
+        if not self.terminal:
+            self.text("".join(text for text, _ in parts))
+            return
+        from rich.text import Text
+
+        self.console.print(Text.assemble(*((harmless(text), style) for text, style in parts)))
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
         """Prints a table: ruled on a terminal, tab-separated with a header line in a pipe; nothing with `--json`."""
@@ -51,15 +64,20 @@ class Output:
             return
         if not self.terminal:
             for row in (columns, *rows):
-                print("\t".join(row), flush=True)
+                print("\t".join(harmless(cell) for cell in row), flush=True)
             return
         from rich.table import Table
         from rich.text import Text
 
         table = Table(*columns, title=title, title_justify="left", header_style="bold", border_style="dim")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(harmless(cell)) for cell in row))
         self.console.print(table)
+
+
+def harmless(text: str) -> str:
+    """The text with control characters written out: nothing from a guest reaches the terminal as a command."""
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def hexdump(data: bytes, address: int) -> str:
