@@ -203,7 +203,7 @@ impl Rights {
             }
             let result =
                 if page.left() == page.found { Ok(()) } else { vmi.driver_mut().set_memory_access(view, gfn, page.found) };
-            !left.note(result, || format!("access {} on frame {gfn} in view {view}", page.left()))
+            left.note(result, || format!("access {} on frame {gfn} in view {view}", page.left()))
         });
         left.done()
     }

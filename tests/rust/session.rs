@@ -264,7 +264,8 @@ fn a_write_beside_the_byte_is_not_denied() {
 
 #[test]
 fn a_question_about_a_write_is_answered_with_a_policy() {
-    for (policy, action) in [(OnWrite::Deny, EventAction::Deny), (OnWrite::Reapply, EventAction::SingleStep { view: View::DEFAULT })]
+    for (policy, action) in
+        [(OnWrite::Deny, EventAction::Deny), (OnWrite::Reapply, EventAction::SingleStep { view: View::DEFAULT })]
     {
         let (mut session, context) = session(1);
         let spec = TapSpec { on_write: Some(OnWrite::Ask), wanted: false, ..spec(&session, context, CODE) };
@@ -323,7 +324,10 @@ fn bad_taps_are_refused_and_change_nothing() {
 }
 
 /// Does `operation` with the n-th driver call failing, for each n: the guest must be as before, and a retry must do it all.
-fn fails_cleanly(set_up: impl Fn(&mut Session<MockDriver>, AddressContext), operation: impl Fn(&mut Session<MockDriver>, AddressContext) -> vmitap::Result<()>) {
+fn fails_cleanly(
+    set_up: impl Fn(&mut Session<MockDriver>, AddressContext),
+    operation: impl Fn(&mut Session<MockDriver>, AddressContext) -> vmitap::Result<()>,
+) {
     for n in 1.. {
         let (mut session, context) = session(2);
         set_up(&mut session, context);
