@@ -14,3 +14,4 @@ mod mock;
 mod paging;
 mod session;
 mod tap;
+mod tap_manager;
