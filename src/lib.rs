@@ -8,6 +8,8 @@ pub mod driver;
 pub mod error;
 pub mod event;
 pub mod image;
+#[cfg(feature = "python")]
+mod python;
 pub mod session;
 pub mod symbols;
 pub mod tap;

@@ -83,9 +83,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             let undone = driver.monitor(Monitor::Breakpoint, false).and_then(|()| driver.destroy_view(tap_view));
             return Err(match undone {
                 Ok(()) => cause,
-                Err(error) => {
-                    VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") }
-                }
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
             });
         }
         Ok(Self {
@@ -129,6 +127,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whether [`Session::detach`] was called.
     pub const fn is_detached(&self) -> bool {
         self.detached
+    }
+
+    /// Whether a vCPU stands still for an event whose hits are being handed out.
+    pub const fn has_pending(&self) -> bool {
+        self.pending.is_some()
     }
 
     /// What makes a [`Session::poll`] that is under way return soon.
