@@ -8,7 +8,11 @@ pub mod driver;
 pub mod error;
 pub mod event;
 pub mod image;
+#[cfg(feature = "python")]
+mod python;
+pub mod session;
 pub mod symbols;
+pub mod tap;
 
 pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
 pub use bytes::GuestBytes;

@@ -15,6 +15,8 @@ use crate::event::{VmiEvent, VmiEventResponse};
 pub mod emu;
 #[cfg(feature = "mock")]
 pub mod mock;
+#[cfg(feature = "emu")]
+pub mod open;
 
 /// What a driver can do with the guest it is attached to. Found by probing, never by a version number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -95,6 +97,14 @@ pub trait VmiInfo {
 
     /// What the driver can do with it.
     fn caps(&self) -> Caps;
+
+    /// What the driver stands on, as a user would name it in a report: `"unicorn 2.1.4"`, `"mock"`.
+    fn version(&self) -> String;
+
+    /// What the guest wrote to its debug console so far; `None` where the driver sees none.
+    fn console(&self) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// Reading guest-physical memory, as the default view shows it.

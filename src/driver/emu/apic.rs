@@ -60,6 +60,16 @@ pub enum Target {
     Others,
 }
 
+/// What came of a write to a register.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Written {
+    /// There is no such register: a #GP for the guest.
+    NoRegister,
+    Done,
+    /// Done, and an interrupt is to be sent.
+    Sends(Ipi),
+}
+
 /// The local APIC of one vCPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Apic {
@@ -104,8 +114,8 @@ impl Apic {
         })
     }
 
-    /// Writes a register. `None` for one that does not exist; else what is to be sent to others.
-    pub fn write(&mut self, msr: u32, value: u64, now: u64) -> Option<Option<Ipi>> {
+    /// Writes a register.
+    pub fn write(&mut self, msr: u32, value: u64, now: u64) -> Written {
         match msr {
             EOI => {
                 if let Some(vector) = self.in_service.highest() {
@@ -130,7 +140,7 @@ impl Apic {
             ICR => {
                 // Delivery modes other than fixed (bits 8 to 10) start processors; every vCPU runs already.
                 if value >> 8 & 7 != 0 {
-                    return Some(None);
+                    return Written::Done;
                 }
                 let to = match value >> 18 & 3 {
                     0 => Target::Vcpu((value >> 32) as u32),
@@ -138,11 +148,11 @@ impl Apic {
                     2 => Target::All,
                     _ => Target::Others,
                 };
-                return Some(Some(Ipi { vector: value as u8, to }));
+                return Written::Sends(Ipi { vector: value as u8, to });
             }
-            _ => return None,
+            _ => return Written::NoRegister,
         }
-        Some(None)
+        Written::Done
     }
 
     /// Requests an interrupt.
@@ -184,16 +194,16 @@ mod tests {
     #[test]
     fn the_timer_fires_once_or_again_and_again() {
         let mut apic = Apic::new(0);
-        apic.write(LVT_TIMER, 0x40, 0).unwrap();
-        apic.write(INITIAL_COUNT, 100, 0).unwrap();
+        assert_eq!(apic.write(LVT_TIMER, 0x40, 0), Written::Done);
+        assert_eq!(apic.write(INITIAL_COUNT, 100, 0), Written::Done);
         apic.tick(99);
         assert_eq!(apic.pending(), None);
         apic.tick(100);
         assert_eq!(apic.pending(), Some(0x40));
         assert_eq!(apic.due(), None, "one-shot");
         apic.accept(0x40);
-        apic.write(EOI, 0, 100).unwrap();
-        apic.write(LVT_TIMER, u64::from(PERIODIC) | 0x41, 100).unwrap();
+        assert_eq!(apic.write(EOI, 0, 100), Written::Done);
+        assert_eq!(apic.write(LVT_TIMER, u64::from(PERIODIC) | 0x41, 100), Written::Done);
         assert_eq!(apic.due(), Some(200));
         apic.tick(205);
         assert_eq!((apic.pending(), apic.due()), (Some(0x41), Some(305)));
@@ -208,17 +218,17 @@ mod tests {
         assert_eq!(apic.pending(), None);
         apic.request(0x60);
         assert_eq!(apic.pending(), Some(0x60));
-        apic.write(EOI, 0, 0).unwrap();
+        assert_eq!(apic.write(EOI, 0, 0), Written::Done);
         apic.accept(0x60);
-        apic.write(EOI, 0, 0).unwrap();
+        assert_eq!(apic.write(EOI, 0, 0), Written::Done);
         assert_eq!(apic.pending(), Some(0x4f));
     }
 
     #[test]
     fn an_interrupt_to_another_vcpu_names_it() {
         let mut apic = Apic::new(0);
-        assert_eq!(apic.write(ICR, 3 << 32 | 0x55, 0), Some(Some(Ipi { vector: 0x55, to: Target::Vcpu(3) })));
-        assert_eq!(apic.write(ICR, 3 << 18 | 0x55, 0), Some(Some(Ipi { vector: 0x55, to: Target::Others })));
-        assert_eq!(apic.write(0x8ff, 0, 0), None);
+        assert_eq!(apic.write(ICR, 3 << 32 | 0x55, 0), Written::Sends(Ipi { vector: 0x55, to: Target::Vcpu(3) }));
+        assert_eq!(apic.write(ICR, 3 << 18 | 0x55, 0), Written::Sends(Ipi { vector: 0x55, to: Target::Others }));
+        assert_eq!(apic.write(0x8ff, 0, 0), Written::NoRegister);
     }
 }

@@ -54,7 +54,7 @@ impl BootOptions {
     /// Refuses what cannot be started.
     pub fn check(&self) -> Result<()> {
         let refuse = |what, reason: String| Err(VmiError::InvalidArgument { what, reason });
-        if !MEMORY.contains(&self.memory) || self.memory % PAGE_SIZE != 0 {
+        if !MEMORY.contains(&self.memory) || !self.memory.is_multiple_of(PAGE_SIZE) {
             return refuse("memory", format!("{} bytes: must be 1 MiB to 64 GiB, in whole pages of 4096 bytes", self.memory));
         }
         if !(1..=MAX_VCPUS).contains(&self.vcpus) {

@@ -132,7 +132,7 @@ fn enter(vcpu: &mut Vcpu, memory: &Memory, what: &Fault, rip: u64, source: Sourc
     let external = u32::from(source != Source::Software);
     let idtr = vcpu.idtr();
     let offset = u64::from(what.vector) * 16;
-    let of_gate = offset as u32 / 2 | 2 | external;
+    let of_gate = (offset as u32 / 2) | 2 | external;
     let refuse = |vector: u8, code: u32| Err(Fault::with_code(vector, code));
     if offset + 15 > u64::from(idtr.limit) {
         return refuse(vector::GP, of_gate);

@@ -52,6 +52,8 @@ pub struct Denied {
     /// Its address; exact for data, the start of the page (or RIP) for fetches.
     pub va: u64,
     pub access: Access,
+    /// Bytes of the access; 0 for a fetch, and as long as only the TLB was asked.
+    pub len: u8,
     pub why: Why,
 }
 
@@ -267,7 +269,7 @@ impl Hooks for CpuHooks {
         let mode = self.mode.get();
         let mut page = match translate(&self.memory, &mode, va, access, engine.cpl(), || engine.rflags()) {
             Ok(page) => page,
-            Err(why) => return self.deny(Denied { va, access, why }),
+            Err(why) => return self.deny(Denied { va, access, len: 0, why }),
         };
         if let Some((gfn, frame)) = self.discard.get()
             && gfn.0 == page.gfn
@@ -286,7 +288,7 @@ impl Hooks for CpuHooks {
         }
         if self.which == Which::Main && self.memory.is_code(page.frame) {
             if access == Access::Write {
-                return self.deny(Denied { va, access, why: Why::Code });
+                return self.deny(Denied { va, access, len: 0, why: Why::Code });
             }
             page.rights &= !2;
         }
@@ -300,11 +302,12 @@ impl Hooks for CpuHooks {
         self.exit.set(Exit::Interrupt(vector as u8));
     }
 
-    fn unmapped(&self, pa: u64, write: bool) {
+    fn unmapped(&self, pa: u64, len: u32, write: bool) {
         let slot = ((pa & !SENTINEL) >> PAGE_SHIFT) as usize;
         if let Some(denied) = self.denied.borrow().get(slot) {
             let access = if write { Access::Write } else { Access::Read };
-            self.exit.set(Exit::Denied(Denied { va: denied.va | pa & (PAGE_SIZE - 1), access, why: denied.why }));
+            let (va, len) = (denied.va | pa & (PAGE_SIZE - 1), len.min(u8::MAX.into()) as u8);
+            self.exit.set(Exit::Denied(Denied { va, access, len, why: denied.why }));
         }
     }
 

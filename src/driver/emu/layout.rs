@@ -74,8 +74,6 @@ pub const HF_CS32: u32 = 1 << 4;
 pub const HF_SS32: u32 = 1 << 5;
 /// Segment bases are added.
 pub const HF_ADDSEG: u32 = 1 << 6;
-/// Single-step.
-pub const HF_TF: u32 = 1 << 8;
 /// Long mode active.
 pub const HF_LMA: u32 = 1 << 14;
 /// 64-bit code segment.
@@ -99,7 +97,7 @@ impl Hooks for Flat {
         (va < 0x10000).then_some(Fill { pa: va, rights: 7 })
     }
     fn interrupt(&self, _: u32) {}
-    fn unmapped(&self, _: u64, _: bool) {}
+    fn unmapped(&self, _: u64, _: u32, _: bool) {}
     fn store(&self, _: u64, _: u32) {}
     fn block(&self, _: EngineRef<'_>) -> bool {
         false
@@ -163,13 +161,13 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
     for (msr, mark) in [(MSR_STAR, 7), (MSR_LSTAR, 8), (MSR_SFMASK, 9), (MSR_KERNEL_GS_BASE, 10)] {
         engine.write_msr(msr, MARK | mark)?;
     }
-    engine.write_register(reg::R15, MARK | 11)?;
+    engine.write_register(reg::R15, MARK | 0xb)?;
     for (register, mark) in [(reg::TR, 12), (reg::GDTR, 13), (reg::IDTR, 14)] {
         engine.write_table(register, &Table { selector: 0, base: MARK | mark, limit: 0xfff, flags: 0x8b00 })?;
     }
     let state = engine.context()?;
     let gp = find.word("RAX", &state, MARK | 1)?;
-    find.expect("R15", state.u64(gp + 15 * 8) == MARK | 11)?;
+    find.expect("R15", state.u64(gp + 15 * 8) == MARK | 0xb)?;
     let rip = find.word("RIP", &state, MARK | 2)?;
     let segments = find.word("the base of FS", &state, MARK | 4)?.saturating_sub(8 + 4 * SEGMENT);
     find.expect("the base of GS", state.u64(segments + 5 * SEGMENT + 8) == MARK | 5)?;
@@ -182,7 +180,7 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
     let star = find.word("STAR", &state, MARK | 7)?;
     let lstar = find.word("LSTAR", &state, MARK | 8)?;
     let sfmask = find.word("SFMASK", &state, MARK | 9)?;
-    let kernel_gs_base = find.word("KERNEL_GS_BASE", &state, MARK | 10)?;
+    let kernel_gs_base = find.word("KERNEL_GS_BASE", &state, MARK | 0xa)?;
     let efer = find.word("EFER", &state, 0xd01)?;
 
     // A kernel that goes to ring 3 and a user that faults there with a known error code.

@@ -21,6 +21,35 @@ pub enum Which {
     Stepper,
 }
 
+/// Something of each engine.
+#[derive(Clone, Default)]
+pub struct Each<T> {
+    main: T,
+    stepper: T,
+}
+
+impl<T: Clone> Each<T> {
+    pub fn new(value: T) -> Self {
+        Self { main: value.clone(), stepper: value }
+    }
+}
+
+impl<T> Each<T> {
+    pub const fn of(&self, which: Which) -> &T {
+        match which {
+            Which::Main => &self.main,
+            Which::Stepper => &self.stepper,
+        }
+    }
+
+    pub const fn of_mut(&mut self, which: Which) -> &mut T {
+        match which {
+            Which::Main => &mut self.main,
+            Which::Stepper => &mut self.stepper,
+        }
+    }
+}
+
 const RIGHTS_SHIFT: u32 = 29;
 const FRAME_MASK: u32 = (1 << RIGHTS_SHIFT) - 1;
 
@@ -53,9 +82,9 @@ pub struct Memory {
     views: RefCell<Vec<Option<ViewMap>>>,
     flags: Vec<Cell<u8>>,
     // Epoch of the engine's TLB in which the frame was last made writable there: an entry may exist only if it is the current one.
-    writable_in: [Vec<Cell<u32>>; 2],
-    epoch: [Cell<u32>; 2],
-    stale: [Cell<bool>; 2],
+    writable_in: Each<Vec<Cell<u32>>>,
+    epoch: Each<Cell<u32>>,
+    stale: Each<Cell<bool>>,
     // Under which virtual pages a code frame was looked through for instructions the driver must see.
     scanned: RefCell<FxHashMap<u32, Vec<u64>>>,
     // Ranges of virtual addresses at which the main engine was told to stop and look.
@@ -86,9 +115,9 @@ impl Memory {
             guest_frames,
             views: RefCell::default(),
             flags: vec![Cell::new(0); total],
-            writable_in: [vec![Cell::new(0); total], vec![Cell::new(0); total]],
-            epoch: [Cell::new(1), Cell::new(1)],
-            stale: [Cell::new(false), Cell::new(false)],
+            writable_in: Each::new(vec![Cell::new(0); total]),
+            epoch: Each::new(Cell::new(1)),
+            stale: Each::default(),
             scanned: RefCell::default(),
             watched: RefCell::default(),
             free: RefCell::default(),
@@ -200,11 +229,6 @@ impl Memory {
     /// Whether the view exists.
     pub fn has_view(&self, view: View) -> bool {
         self.views.borrow().get(usize::from(view.0)).is_some_and(Option::is_some)
-    }
-
-    /// How many views there are, the default one included.
-    pub fn view_count(&self) -> usize {
-        self.views.borrow().iter().flatten().count()
     }
 
     fn with_entry<T>(&self, view: View, gfn: Gfn, op: impl FnOnce(&mut u32) -> T) -> Result<T> {
@@ -321,29 +345,30 @@ impl Memory {
 
     /// The engine's TLB is empty now.
     pub fn flushed(&self, which: Which) {
-        let epoch = &self.epoch[which as usize];
+        let epoch = &self.epoch.of(which);
         epoch.set(epoch.get().wrapping_add(1).max(1));
         if epoch.get() == 1 {
             // The counter came round: no old mark may look current.
-            self.writable_in[which as usize].iter().for_each(|cell| cell.set(0));
+            self.writable_in.of(which).iter().for_each(|cell| cell.set(0));
         }
-        self.stale[which as usize].set(false);
+        self.stale.of(which).set(false);
     }
 
     /// Whether the engine's TLB may hold what is no longer so.
     #[inline]
     pub fn is_stale(&self, which: Which) -> bool {
-        self.stale[which as usize].get()
+        self.stale.of(which).get()
     }
 
     /// Both TLBs must be emptied before the engines run again.
     pub fn mark_stale(&self) {
-        self.stale.iter().for_each(|stale| stale.set(true));
+        self.mark_stale_in(Which::Main);
+        self.mark_stale_in(Which::Stepper);
     }
 
     /// The engine's TLB must be emptied before it runs again.
     pub fn mark_stale_in(&self, which: Which) {
-        self.stale[which as usize].set(true);
+        self.stale.of(which).set(true);
     }
 
     /// Whether translated code may exist for the frame.
@@ -355,8 +380,8 @@ impl Memory {
     /// A TLB entry that lets the frame be written is about to be made in the engine.
     #[inline]
     pub fn note_writable(&self, which: Which, frame: u32) {
-        if let Some(cell) = self.writable_in[which as usize].get(frame as usize) {
-            cell.set(self.epoch[which as usize].get());
+        if let Some(cell) = self.writable_in.of(which).get(frame as usize) {
+            cell.set(self.epoch.of(which).get());
         }
     }
 
@@ -368,9 +393,7 @@ impl Memory {
             return true;
         }
         let writable = |engine: Which| {
-            self.writable_in[engine as usize]
-                .get(frame as usize)
-                .is_some_and(|cell| cell.get() == self.epoch[engine as usize].get())
+            self.writable_in.of(engine).get(frame as usize).is_some_and(|cell| cell.get() == self.epoch.of(engine).get())
         };
         let other = if which == Which::Main { Which::Stepper } else { Which::Main };
         if writable(other) {

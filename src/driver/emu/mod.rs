@@ -66,6 +66,7 @@ pub fn probe(path: &Path) -> Result<EngineInfo> {
 pub struct EmuDriver {
     machine: Confined<Machine>,
     info: VmInfo,
+    version: (u32, u32, u32),
 }
 
 impl std::fmt::Debug for EmuDriver {
@@ -88,16 +89,11 @@ impl EmuDriver {
         let mut machine = Machine::new(&library, memory)?;
         boot::boot(&mut machine, layout, image, options)?;
         let info = VmInfo { driver: "emu", name: name.to_owned(), memory_size: options.memory, vcpus: options.vcpus };
-        Ok(Self { machine: Confined(machine), info })
+        Ok(Self { machine: Confined(machine), info, version: library.version() })
     }
 
     fn machine(&self) -> &Machine {
         &self.machine.0
-    }
-
-    /// What the guest wrote to the debug console so far, at most 1 MiB.
-    pub fn console(&self) -> Vec<u8> {
-        self.machine().devices.console.borrow().clone()
     }
 
     /// Virtual time: how many basic blocks all vCPUs have run together.
@@ -135,6 +131,16 @@ impl VmiInfo for EmuDriver {
             pause: true,
             multi_access: true,
         }
+    }
+
+    fn version(&self) -> String {
+        let (major, minor, patch) = self.version;
+        format!("unicorn {major}.{minor}.{patch}")
+    }
+
+    /// At most 1 MiB; what the guest writes after that is dropped.
+    fn console(&self) -> Option<Vec<u8>> {
+        Some(self.machine().devices.console.borrow().clone())
     }
 }
 

@@ -20,12 +20,12 @@ use crate::driver::{Monitor, Wait, Waker};
 use crate::error::{Result, VmiError};
 use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 
-use super::apic::{self, Ipi, Target};
+use super::apic::{self, Ipi, Target, Written};
 use super::deliver::{self, Fault};
 use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, fetch, rescan, translate};
 use super::insn::{self, Insn, System};
 use super::layout::{HF_INHIBIT_IRQ, Layout};
-use super::memory::{Memory, Which};
+use super::memory::{Each, Memory, Which};
 use super::sys::{Access, Context, Engine, EngineKind, Library, code, reg};
 use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
@@ -95,6 +95,7 @@ const fn cr_number(register: ControlRegister) -> usize {
 }
 
 /// How an instruction that the driver looks at goes on.
+#[expect(clippy::large_enum_variant, reason = "made and consumed at once, like the event in it")]
 enum Went {
     /// The engine is to do it.
     Native,
@@ -129,7 +130,7 @@ pub struct Machine {
     /// Takes in the stepper's whole state where a vCPU's own context must not.
     aside: Context,
     /// For whom each engine's TLB is filled.
-    filled_for: [Option<(usize, Mode)>; 2],
+    filled_for: Each<Option<(usize, Mode)>>,
     current: usize,
     slice: u64,
     /// Virtual time: basic blocks run by all vCPUs together.
@@ -157,7 +158,7 @@ impl Machine {
             bell: Arc::default(),
             pauses: 0,
             loaded: Loaded::Nothing,
-            filled_for: [None; 2],
+            filled_for: Each::default(),
             current: 0,
             slice: SLICE,
             now: 0,
@@ -357,7 +358,7 @@ impl Machine {
     fn prepare(&mut self, which: Which, index: usize, mode: Mode) {
         self.forget_overwritten();
         let engine = if which == Which::Main { &mut self.main } else { &mut self.stepper };
-        let filled_for = &mut self.filled_for[which as usize];
+        let filled_for = self.filled_for.of_mut(which);
         if self.memory.is_stale(which) || *filled_for != Some((index, mode)) {
             engine.flush_tlb();
             engine.hooks().flushed();
@@ -522,7 +523,7 @@ impl Machine {
                 let view = step.map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
-                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access };
+                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len: denied.len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
             }
         }
@@ -725,12 +726,11 @@ impl Machine {
         let next = vcpu.rip().wrapping_add(len.into());
         match msr {
             apic::FIRST_MSR..=apic::LAST_MSR => match vcpu.apic.write(msr, new, now) {
-                None => deliver::fault(vcpu, &memory, Fault::with_code(vector::GP, 0)),
-                Some(sent) => {
+                Written::NoRegister => deliver::fault(vcpu, &memory, Fault::with_code(vector::GP, 0)),
+                Written::Done => vcpu.set_rip(next),
+                Written::Sends(ipi) => {
                     vcpu.set_rip(next);
-                    if let Some(ipi) = sent {
-                        self.send(index, ipi);
-                    }
+                    self.send(index, ipi);
                 }
             },
             // The APIC stays where it is and on, and time goes on as it does.

@@ -18,10 +18,7 @@ use crate::error::{Result, VmiError};
 /// Error codes of the engine (unicorn.h, `uc_err`) that the driver tells apart.
 pub mod code {
     pub const OK: i32 = 0;
-    pub const READ_UNMAPPED: i32 = 6;
-    pub const WRITE_UNMAPPED: i32 = 7;
     pub const INSN_INVALID: i32 = 10;
-    pub const EXCEPTION: i32 = 21;
 }
 
 /// Register numbers (x86.h, `uc_x86_reg`).
@@ -71,9 +68,9 @@ const CTL_WRITE: u32 = 1 << 30;
 const CTL_USE_EXITS: u32 = 4 | 1 << 26 | CTL_WRITE;
 const CTL_CPU_MODEL: u32 = 7 | 1 << 26 | CTL_WRITE;
 const CTL_REMOVE_CACHE: u32 = 9 | 2 << 26 | CTL_WRITE;
-const CTL_FLUSH_TLB: u32 = 11 | CTL_WRITE;
-const CTL_TLB_TYPE: u32 = 12 | 1 << 26 | CTL_WRITE;
-const CTL_TCG_BUFFER_SIZE: u32 = 13 | 1 << 26 | CTL_WRITE;
+const CTL_FLUSH_TLB: u32 = 0xb | CTL_WRITE;
+const CTL_TLB_TYPE: u32 = 0xc | 1 << 26 | CTL_WRITE;
+const CTL_TCG_BUFFER_SIZE: u32 = 0xd | 1 << 26 | CTL_WRITE;
 const TLB_VIRTUAL: c_int = 1;
 const CPU_SKYLAKE_CLIENT: c_int = 21;
 
@@ -229,8 +226,8 @@ impl Ram {
     #[inline]
     pub fn read_u64(&self, pa: u64) -> Option<u64> {
         let from = self.at(pa & !7, 8)?;
-        // SAFETY: in range, and 8-aligned because the mapping is page-aligned.
-        Some(u64::from_le(unsafe { from.cast::<u64>().read() }))
+        // SAFETY: in range (`at`). It is aligned too, since the mapping is page-aligned, but nothing rests on that here.
+        Some(u64::from_le(unsafe { from.cast::<u64>().read_unaligned() }))
     }
 
     /// Writes a little-endian 64-bit word at a multiple of 8.
@@ -238,7 +235,7 @@ impl Ram {
     pub fn write_u64(&self, pa: u64, value: u64) -> Option<()> {
         let to = self.at(pa & !7, 8)?;
         // SAFETY: as in `read_u64`.
-        unsafe { to.cast::<u64>().write(value.to_le()) };
+        unsafe { to.cast::<u64>().write_unaligned(value.to_le()) };
         Some(())
     }
 }
@@ -265,7 +262,7 @@ pub trait Hooks: 'static {
     /// An exception or software interrupt. The run ends.
     fn interrupt(&self, vector: u32);
     /// An access to a physical address that is not mapped. The run ends before the instruction has any effect.
-    fn unmapped(&self, pa: u64, write: bool);
+    fn unmapped(&self, pa: u64, len: u32, write: bool);
     /// A store of `len` bytes at `pa` is about to be done (only with [`EngineKind::Stepper`]).
     fn store(&self, pa: u64, len: u32);
     /// A basic block is entered (only with [`EngineKind::Main`]). True ends the run before it.
@@ -648,8 +645,8 @@ extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void
     stop::<H>(uc, user);
 }
 
-extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, _: c_int, _: i64, user: *mut c_void) -> bool {
-    installed::<H>(user).hooks.unmapped(pa, kind == MEM_WRITE_UNMAPPED);
+extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, len: c_int, _: i64, user: *mut c_void) -> bool {
+    installed::<H>(user).hooks.unmapped(pa, len.unsigned_abs(), kind == MEM_WRITE_UNMAPPED);
     false
 }
 

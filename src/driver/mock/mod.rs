@@ -423,6 +423,10 @@ impl VmiInfo for MockDriver {
     fn caps(&self) -> Caps {
         self.caps
     }
+
+    fn version(&self) -> String {
+        "mock".to_owned()
+    }
 }
 
 impl VmiRead for MockDriver {

@@ -1,0 +1,360 @@
+//! Breakpoints and watches of a session.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+use pyo3::PyTraverseError;
+use pyo3::gc::PyVisit;
+use pyo3::prelude::*;
+use pyo3::types::{PyIterator, PyList, PyString};
+
+use super::convert::{access_to_python, address};
+use super::errors::stale;
+use super::shared::Shared;
+use super::views::View;
+use crate::addr::{MemoryAccess, Va};
+use crate::session::{TapId, TapState};
+
+/// One breakpoint or watch of a session. Equal only to itself.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Breakpoint {
+    shared: Arc<Shared>,
+    /// Set once it is in the guest.
+    id: OnceLock<TapId>,
+    pub va: Va,
+    pub length: u64,
+    pub access: MemoryAccess,
+    pub root: Option<u64>,
+    pub view: crate::addr::View,
+    symbol: Option<Py<PyString>>,
+    key: Py<PyAny>,
+    tag: Py<PyAny>,
+    pub deadline: Option<f64>,
+    handler: Mutex<Option<Py<PyAny>>>,
+    ask: Option<Py<PyAny>>,
+    /// Calls of its handler.
+    pub calls: AtomicU64,
+}
+
+/// What Python gave for one or many breakpoints.
+pub struct Given {
+    pub handler: Option<Py<PyAny>>,
+    pub ask: Option<Py<PyAny>>,
+    pub key: Py<PyAny>,
+    pub tag: Py<PyAny>,
+    pub deadline: Option<f64>,
+    pub root: Option<u64>,
+}
+
+impl Breakpoint {
+    pub fn new(
+        py: Python<'_>,
+        shared: &Arc<Shared>,
+        given: &Given,
+        (va, length, access): (Va, u64, MemoryAccess),
+        view: crate::addr::View,
+    ) -> Self {
+        Self {
+            id: OnceLock::new(),
+            va,
+            length,
+            access,
+            root: given.root,
+            view,
+            symbol: shared.symbols.describe(va).map(|symbol| PyString::new(py, &symbol).unbind()),
+            key: given.key.clone_ref(py),
+            tag: given.tag.clone_ref(py),
+            deadline: given.deadline,
+            handler: Mutex::new(given.handler.as_ref().map(|handler| handler.clone_ref(py))),
+            ask: given.ask.as_ref().map(|ask| ask.clone_ref(py)),
+            calls: AtomicU64::new(0),
+            shared: shared.clone(),
+        }
+    }
+
+    pub const fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// Its number; that of no tap before it is in the guest.
+    pub fn id(&self) -> TapId {
+        self.id.get().copied().unwrap_or(TapId(u32::MAX))
+    }
+
+    pub fn set_id(&self, id: TapId) {
+        self.id.get_or_init(|| id);
+    }
+
+    pub fn handler(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.handler.lock().as_ref().map(|handler| handler.clone_ref(py))
+    }
+
+    pub fn ask(&self) -> Option<&Py<PyAny>> {
+        self.ask.as_ref()
+    }
+
+    pub fn key_object(&self, py: Python<'_>) -> Py<PyAny> {
+        self.key.clone_ref(py)
+    }
+
+    pub fn tag_object(&self, py: Python<'_>) -> Py<PyAny> {
+        self.tag.clone_ref(py)
+    }
+
+    /// Whether somebody is to be told of its hits.
+    pub fn is_wanted(&self) -> bool {
+        self.handler.lock().is_some() || self.shared.is_listened_to(self.id())
+    }
+
+    /// The name of an address, which is nearly always its own.
+    pub fn symbol_at(&self, py: Python<'_>, va: u64) -> Option<Py<PyString>> {
+        if va == self.va.0 {
+            return self.symbol.as_ref().map(|symbol| symbol.clone_ref(py));
+        }
+        self.shared.symbols.describe(Va(va)).map(|symbol| PyString::new(py, &symbol).unbind())
+    }
+
+    fn holds(&self, va: Va) -> bool {
+        va.0.checked_sub(self.va.0).is_some_and(|offset| offset < self.length)
+    }
+
+    fn touches_page(&self, page: Va) -> bool {
+        let last = self.va.0.saturating_add(self.length.saturating_sub(1));
+        self.va.page() <= page && page <= Va(last).page()
+    }
+
+    fn state_now(&self, py: Python<'_>) -> TapState {
+        self.shared.quick(py, |inner| inner.session.state(self.id()))
+    }
+
+    fn check_there(&self, py: Python<'_>) -> PyResult<()> {
+        if self.state_now(py) == TapState::Removed { Err(stale("a breakpoint that was removed")) } else { Ok(()) }
+    }
+}
+
+#[pymethods]
+impl Breakpoint {
+    /// The virtual address, the first one of a watch.
+    #[getter]
+    fn address(&self) -> u64 {
+        self.va.0
+    }
+
+    /// Bytes in the range of a watch; 1 for a breakpoint.
+    #[getter]
+    fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The accesses a watch reports; X for a breakpoint.
+    #[getter]
+    fn access(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
+        access_to_python(py, self.access)
+    }
+
+    /// The address as "symbol" or "symbol+0x10", or None.
+    #[getter]
+    fn symbol(&self, py: Python<'_>) -> Option<Py<PyString>> {
+        self.symbol_at(py, self.va.0)
+    }
+
+    /// The page-table root it is bound to; None: hits under every root count.
+    #[getter]
+    fn root(&self) -> Option<u64> {
+        self.root
+    }
+
+    /// The view it is planted in.
+    #[getter]
+    fn view(&self) -> View {
+        View::from(self.view.0)
+    }
+
+    /// Its owner, as given; None if none was given.
+    #[getter]
+    fn key(&self, py: Python<'_>) -> Py<PyAny> {
+        self.key_object(py)
+    }
+
+    /// Whatever was given as `tag`.
+    #[getter]
+    fn tag(&self, py: Python<'_>) -> Py<PyAny> {
+        self.tag_object(py)
+    }
+
+    /// Whether it is to raise hits.
+    #[getter]
+    fn enabled(&self, py: Python<'_>) -> bool {
+        !matches!(self.state_now(py), TapState::Disabled | TapState::Removed)
+    }
+
+    /// One of "active": planted; "pending": its page is not mapped now; "disabled"; "removed": for ever.
+    #[getter]
+    fn state(&self, py: Python<'_>) -> &'static str {
+        match self.state_now(py) {
+            TapState::Active => "active",
+            TapState::Disabled => "disabled",
+            TapState::Removed => "removed",
+        }
+    }
+
+    /// Its counters so far, as a snapshot.
+    #[getter]
+    fn stats(&self, py: Python<'_>) -> BreakpointStats {
+        let stats = self.shared.quick(py, |inner| inner.session.tap_stats(self.id()));
+        BreakpointStats {
+            hits: stats.hits,
+            py_calls: self.calls.load(Ordering::Relaxed),
+            hold_total: stats.hold_total.as_secs_f64(),
+            hold_max: stats.hold_max.as_secs_f64(),
+        }
+    }
+
+    /// Sets the handler and returns that function unchanged: this is what makes `@vm.breakpoint(...)` work, also stacked.
+    #[pyo3(signature = (handler, /))]
+    fn __call__(&self, py: Python<'_>, handler: Py<PyAny>) -> PyResult<Py<PyAny>> {
+        if !handler.bind(py).is_callable() {
+            return Err(pyo3::exceptions::PyTypeError::new_err("a handler must be callable"));
+        }
+        self.check_there(py)?;
+        let before = self.handler.lock().replace(handler.clone_ref(py));
+        drop(before);
+        self.shared.quick(py, |inner| inner.session.set_wanted(self.id(), true));
+        Ok(handler)
+    }
+
+    /// Plants it again after `disable`; does nothing if it is enabled.
+    fn enable(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_there(py)?;
+        self.shared.open(py, |session| session.enable(self.id()))
+    }
+
+    /// Takes it out of the guest and keeps everything else of it; does nothing if it is disabled.
+    fn disable(&self, py: Python<'_>) -> PyResult<()> {
+        self.check_there(py)?;
+        self.shared.open(py, |session| session.disable(self.id()))
+    }
+
+    /// Takes it out of the guest for good. Twice is fine; in its own handler too.
+    fn remove(&self, py: Python<'_>) -> PyResult<()> {
+        if self.shared.is_closed() {
+            return Ok(());
+        }
+        self.shared.open(py, |session| session.remove(self.id()))
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> String {
+        let symbol = self.symbol(py).map_or_else(String::new, |symbol| format!(" {symbol}"));
+        format!("<Breakpoint{symbol} at {:#x}, {}>", self.va.0, self.state(py))
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.key)?;
+        visit.call(&self.tag)?;
+        visit.call(&self.ask)?;
+        // Held by nobody while the collector runs, except by a thread that is about to let go of it: then it is left for later.
+        if let Some(handler) = self.handler.try_lock() {
+            visit.call(&*handler)?;
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let handler = self.handler.lock().take();
+        drop(handler);
+    }
+}
+
+/// Counters of one breakpoint, as a snapshot.
+#[pyclass(frozen, get_all, module = "vmitap._native")]
+pub struct BreakpointStats {
+    /// How often it was hit.
+    hits: u64,
+    /// How often its handler was called.
+    py_calls: u64,
+    /// Seconds vCPUs stood still for it, all together.
+    hold_total: f64,
+    /// The longest of these times.
+    hold_max: f64,
+}
+
+#[pymethods]
+impl BreakpointStats {
+    fn __repr__(&self) -> String {
+        format!("<BreakpointStats hits={} py_calls={}>", self.hits, self.py_calls)
+    }
+}
+
+/// The breakpoints and watches of a session, live: iterating gives those there are at that moment, in order of insertion.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Breakpoints(pub Arc<Shared>);
+
+impl Breakpoints {
+    /// Those that are not removed.
+    fn there(&self, py: Python<'_>) -> Vec<Py<Breakpoint>> {
+        let mut all = self.0.breakpoints(py);
+        let states: Vec<TapState> = {
+            let ids: Vec<TapId> = all.iter().map(|each| each.get().id()).collect();
+            self.0.quick(py, |inner| ids.iter().map(|id| inner.session.state(*id)).collect())
+        };
+        let mut states = states.into_iter();
+        all.retain(|_| states.next().is_some_and(|state| state != TapState::Removed));
+        all
+    }
+
+    fn that(&self, py: Python<'_>, holds: impl Fn(&Breakpoint) -> bool) -> Vec<Py<Breakpoint>> {
+        let mut found = self.there(py);
+        found.retain(|each| holds(each.get()));
+        found
+    }
+}
+
+#[pymethods]
+impl Breakpoints {
+    fn __len__(&self, py: Python<'_>) -> usize {
+        self.there(py).len()
+    }
+
+    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
+        PyList::new(py, self.there(py))?.try_iter()
+    }
+
+    fn __contains__(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> bool {
+        self.there(py).iter().any(|each| each.is(key))
+    }
+
+    /// Those whose range holds the address.
+    fn at(&self, py: Python<'_>, address: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
+        let va = self::address("address", address, &self.0.symbols)?;
+        Ok(self.that(py, |each| each.holds(va)))
+    }
+
+    /// Those in the 4 KiB page of virtual memory that holds the address.
+    fn on_page(&self, py: Python<'_>, address: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
+        let page = self::address("address", address, &self.0.symbols)?.page();
+        Ok(self.that(py, |each| each.touches_page(page)))
+    }
+
+    /// Those of that owner.
+    fn by_key(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
+        let mut found = Vec::new();
+        for each in self.there(py) {
+            if each.get().key.bind(py).eq(key)? {
+                found.push(each);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Those whose tag equals `tag`.
+    fn by_tag(&self, py: Python<'_>, tag: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
+        let mut found = Vec::new();
+        for each in self.there(py) {
+            if each.get().tag.bind(py).eq(tag)? {
+                found.push(each);
+            }
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,257 @@
+//! Iterating over hits, and the results of runs.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use pyo3::PyTraverseError;
+use pyo3::gc::PyVisit;
+use pyo3::prelude::*;
+
+use super::breakpoint::Breakpoint;
+use super::errors::{busy, invalid};
+use super::hit::Hit;
+use super::hook::{Course, Reason, drive};
+use super::shared::{Listener, Shared};
+use super::vm::Vm;
+use crate::session::Stats as Counters;
+
+/// Why `run` came back, and what happened in it.
+#[pyclass(frozen, get_all, module = "vmitap._native")]
+#[derive(Clone)]
+pub struct RunResult {
+    /// What ended it.
+    reason: &'static str,
+    /// Hits of breakpoints and watches; an event that several own counts once for each.
+    hits: u64,
+    /// Events at a tapped address that nobody wanted: under another root, or in the rest of a watched page.
+    filtered: u64,
+    /// Calls of handlers.
+    py_calls: u64,
+    /// Hits that `events` had no room for.
+    lost: u64,
+    /// Seconds from beginning to end.
+    elapsed: f64,
+    /// Seconds vCPUs stood still for hits, all together.
+    hold_total: f64,
+    /// Seconds a vCPU stood still for one hit, on average; 0 without hits.
+    hold_mean: f64,
+    /// The longest of these times.
+    hold_max: f64,
+    /// `hits / elapsed`.
+    hits_per_second: f64,
+}
+
+impl RunResult {
+    #[expect(clippy::cast_precision_loss, reason = "averages of counters")]
+    pub fn new(py: Python<'_>, shared: &Shared, course: &Course, reason: Reason) -> Self {
+        let elapsed = course.begun.elapsed().as_secs_f64();
+        let now = shared.quick(py, |inner| inner.session.stats());
+        let hits = now.hits.saturating_sub(course.before.hits);
+        let handled = now.handled.saturating_sub(course.before.handled);
+        let hold_total = now.hold_total.saturating_sub(course.before.hold_total).as_secs_f64();
+        Self {
+            reason: reason.name(),
+            hits,
+            filtered: now.filtered.saturating_sub(course.before.filtered),
+            py_calls: shared.calls.load(Ordering::Relaxed).saturating_sub(course.calls_before),
+            lost: shared.lost.load(Ordering::Relaxed).saturating_sub(course.lost_before),
+            elapsed,
+            hold_total,
+            hold_mean: if handled == 0 { 0.0 } else { hold_total / handled as f64 },
+            hold_max: course.hold_max.as_secs_f64(),
+            hits_per_second: if elapsed > 0.0 { hits as f64 / elapsed } else { 0.0 },
+        }
+    }
+}
+
+#[pymethods]
+impl RunResult {
+    fn __repr__(&self) -> String {
+        let Self { reason, hits, filtered, py_calls, lost, elapsed, .. } = self;
+        format!("<RunResult {reason} hits={hits} filtered={filtered} py_calls={py_calls} lost={lost} elapsed={elapsed:.3}>")
+    }
+}
+
+/// Counters of a session, as a snapshot.
+#[pyclass(frozen, get_all, module = "vmitap._native")]
+pub struct Stats {
+    /// Events of any kind that the driver raised; each was answered exactly once.
+    events: u64,
+    /// As `RunResult.hits`.
+    hits: u64,
+    /// As `RunResult.filtered`.
+    filtered: u64,
+    /// As `RunResult.py_calls`.
+    py_calls: u64,
+    /// As `RunResult.lost`.
+    lost: u64,
+    /// INT3 of the guest's own that were delivered to it.
+    reinjected: u64,
+    /// Reads of hidden pages that were served with the original bytes.
+    hidden_reads: u64,
+    /// Writes to hidden pages, under whichever policy.
+    hidden_writes: u64,
+    /// Breakpoints that `OnWrite.REMOVE` took out.
+    removed_by_write: u64,
+    /// Frames that hold shadow pages now.
+    shadow_frames: usize,
+}
+
+impl Stats {
+    pub fn new(shared: &Shared, counters: &Counters, shadow_frames: usize) -> Self {
+        Self {
+            events: counters.events,
+            hits: counters.hits,
+            filtered: counters.filtered,
+            py_calls: shared.calls.load(Ordering::Relaxed),
+            lost: shared.lost.load(Ordering::Relaxed),
+            reinjected: counters.reinjected,
+            hidden_reads: counters.hidden_reads,
+            hidden_writes: counters.hidden_writes,
+            removed_by_write: counters.removed_by_write,
+            shadow_frames,
+        }
+    }
+}
+
+#[pymethods]
+impl Stats {
+    fn __repr__(&self) -> String {
+        let Self { events, hits, filtered, py_calls, lost, .. } = self;
+        format!("<Stats events={events} hits={hits} filtered={filtered} py_calls={py_calls} lost={lost}>")
+    }
+}
+
+/// The iterator of `Vm.events`.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Events {
+    /// Keeps the session open.
+    vm: Py<Vm>,
+    shared: Arc<Shared>,
+    listener: Arc<Listener>,
+    timeout: Option<Duration>,
+    /// Of the iteration, from the first `next()` on; taken while the guest runs.
+    course: Mutex<Option<Course>>,
+    begun: AtomicBool,
+    result: Mutex<Option<RunResult>>,
+}
+
+impl Events {
+    pub fn new(
+        vm: Py<Vm>,
+        shared: &Arc<Shared>,
+        breakpoints: &[Py<Breakpoint>],
+        timeout: Option<Duration>,
+        room: usize,
+    ) -> PyResult<Self> {
+        if room == 0 {
+            return Err(invalid("queue", "there has to be room for a hit"));
+        }
+        if breakpoints.iter().any(|each| !Arc::ptr_eq(each.get().shared(), shared)) {
+            return Err(invalid("breakpoints", "one of them is of another session"));
+        }
+        let taps = (!breakpoints.is_empty()).then(|| breakpoints.iter().map(|each| each.get().id()).collect());
+        let listener = Arc::new(Listener { taps, queue: Mutex::new(VecDeque::new()), room, lost: AtomicU64::new(0) });
+        shared.listeners.lock().push(listener.clone());
+        shared.listeners_changed.store(true, Ordering::Release);
+        Ok(Self {
+            vm,
+            shared: shared.clone(),
+            listener,
+            timeout,
+            course: Mutex::new(None),
+            begun: AtomicBool::new(false),
+            result: Mutex::new(None),
+        })
+    }
+
+    /// No more hits are put into the queue.
+    fn leave(&self) {
+        self.shared.listeners.lock().retain(|each| !Arc::ptr_eq(each, &self.listener));
+        self.shared.listeners_changed.store(true, Ordering::Release);
+    }
+
+    fn next_waiting(&self) -> Option<Py<Hit>> {
+        self.listener.queue.lock().pop_front()
+    }
+
+    fn end(&self, py: Python<'_>, course: &Course, reason: Reason) {
+        let result = RunResult::new(py, &self.shared, course, reason);
+        self.result.lock().get_or_insert(result);
+        self.leave();
+    }
+}
+
+#[pymethods]
+impl Events {
+    fn __iter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __next__(&self, py: Python<'_>) -> PyResult<Option<Py<Hit>>> {
+        if let Some(hit) = self.next_waiting() {
+            return Ok(Some(hit));
+        }
+        if self.result.lock().is_some() {
+            return Ok(None);
+        }
+        if !self.begun.swap(true, Ordering::AcqRel) {
+            let course = Course::begin(py, &self.shared, self.timeout, None);
+            *self.course.lock() = Some(course);
+        }
+        // Another thread in here has it.
+        let taken = self.course.lock().take();
+        let Some(mut course) = taken else { return Err(busy("next()")) };
+        let outcome = drive(py, &self.shared, &mut course, Some(&self.listener));
+        let ended = match outcome {
+            Ok(Some(reason)) => Some(reason),
+            Ok(None) => None,
+            Err(error) => {
+                *self.course.lock() = Some(course);
+                return Err(error);
+            }
+        };
+        if let Some(reason) = ended {
+            self.end(py, &course, reason);
+        } else {
+            *self.course.lock() = Some(course);
+        }
+        Ok(self.next_waiting())
+    }
+
+    /// Hits that there was no room for so far.
+    #[getter]
+    fn lost(&self) -> u64 {
+        self.listener.lost.load(Ordering::Relaxed)
+    }
+
+    /// What `run` would have returned; None until the iteration has ended.
+    #[getter]
+    fn result(&self) -> Option<RunResult> {
+        self.result.lock().clone()
+    }
+
+    /// Ends the iteration; hits that still wait are dropped.
+    fn close(&self, py: Python<'_>) {
+        if self.result.lock().is_none() {
+            let taken = self.course.lock().take();
+            let course = taken.unwrap_or_else(|| Course::begin(py, &self.shared, None, None));
+            self.end(py, &course, Reason::Stopped);
+        }
+        let waiting = std::mem::take(&mut *self.listener.queue.lock());
+        drop(waiting);
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.vm)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}

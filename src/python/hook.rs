@@ -1,0 +1,341 @@
+//! The loop as Python sees it, and the only place that calls a handler.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use pyo3::exceptions::{PyException, PyTypeError};
+use pyo3::prelude::*;
+
+use super::breakpoint::Breakpoint;
+use super::convert::OnWriteArg;
+use super::errors::{DeadlineExceededError, HandlerError};
+use super::hit::Hit;
+use super::shared::{Listener, Shared};
+use super::verdict::{Said, Verdict};
+use crate::addr::VcpuId;
+use crate::error::{Result, VmiError};
+use crate::session::{self, Limits, Poll, Session, Stats};
+use crate::tap::OnWrite;
+
+/// Between two looks at Python's signals.
+const SIGNALS: Duration = Duration::from_millis(100);
+
+/// Why the loop ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    Timeout,
+    MaxHits,
+    Stopped,
+    Paused,
+    Detached,
+    Idle,
+}
+
+impl Reason {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Timeout => "timeout",
+            Self::MaxHits => "max_hits",
+            Self::Stopped => "stopped",
+            Self::Paused => "paused",
+            Self::Detached => "detached",
+            Self::Idle => "idle",
+        }
+    }
+}
+
+/// One `run`, or one iteration over hits: what it may do, and what the counters were when it began.
+pub struct Course {
+    pub begun: Instant,
+    deadline: Option<Instant>,
+    /// The session's hits at which it ends.
+    last_hit: Option<u64>,
+    pub before: Stats,
+    pub calls_before: u64,
+    pub lost_before: u64,
+    pub hold_max: Duration,
+}
+
+impl Course {
+    pub fn begin(py: Python<'_>, shared: &Shared, timeout: Option<Duration>, max_hits: Option<u64>) -> Self {
+        let before = shared.quick(py, |inner| inner.session.stats());
+        let begun = Instant::now();
+        Self {
+            begun,
+            deadline: timeout.and_then(|timeout| begun.checked_add(timeout)),
+            last_hit: max_hits.map(|hits| before.hits.saturating_add(hits)),
+            before,
+            calls_before: shared.calls.load(Ordering::Relaxed),
+            lost_before: shared.lost.load(Ordering::Relaxed),
+            hold_max: Duration::ZERO,
+        }
+    }
+}
+
+/// What a handler, or the function that is asked about a write, wants done.
+#[derive(Clone, Copy)]
+enum Answer {
+    Verdict(session::Verdict),
+    Write(OnWrite),
+}
+
+impl Answer {
+    fn give(self, session: &mut Session) -> Result<()> {
+        match self {
+            Self::Verdict(verdict) => session.answer(verdict),
+            Self::Write(policy) => session.answer_write(policy),
+        }
+    }
+}
+
+/// What one look at the session brought.
+enum Turn {
+    /// The event in hand is answered, and the loop is to end.
+    Answered,
+    Failed(VmiError),
+    Polled(Poll),
+}
+
+/// The state of one [`drive`].
+#[derive(Default)]
+struct Loop {
+    /// The answer to the hit in hand, and when its event was received.
+    answer: Option<(Answer, Instant)>,
+    /// The first thing that went wrong in a handler.
+    raised: Option<PyErr>,
+    /// The hit whose handler gave the verdict that counts, until its event is answered.
+    decider: Option<Py<Hit>>,
+    /// The event of the hit that was met last.
+    event: Option<(Instant, VcpuId)>,
+    paused: bool,
+    detach: bool,
+}
+
+/// Lets the guest run and calls handlers until something ends it, or until `enough` once no event is in hand: then `None`.
+///
+/// Whatever is raised, every event has been answered before.
+pub fn drive(py: Python<'_>, shared: &Arc<Shared>, course: &mut Course, listener: Option<&Listener>) -> PyResult<Option<Reason>> {
+    let running = shared.start_run(if listener.is_some() { "next()" } else { "run" })?;
+    let result = turn_until(py, shared, course, listener);
+    let detached = if shared.is_detach_wanted() { shared.close(py) } else { Ok(()) };
+    drop(running);
+    let reason = result?;
+    detached?;
+    Ok(reason)
+}
+
+fn turn_until(
+    py: Python<'_>,
+    shared: &Arc<Shared>,
+    course: &mut Course,
+    listener: Option<&Listener>,
+) -> PyResult<Option<Reason>> {
+    let mut state = Loop::default();
+    let mut signals_at = Instant::now();
+    loop {
+        shared.refresh_wanted(py);
+        let now = Instant::now();
+        if now >= signals_at {
+            signals_at = now + SIGNALS;
+            if let Err(error) = py.check_signals() {
+                state.raised.get_or_insert(error);
+            }
+        }
+        let is_late = course.deadline.is_some_and(|deadline| now >= deadline);
+        let is_stopped = shared.stop.load(Ordering::Acquire);
+        let has_enough = listener.is_some_and(|listener| !listener.queue.lock().is_empty());
+        let detach = state.detach || shared.is_detach_wanted();
+        let ends = state.raised.is_some() || state.paused || detach || is_late || is_stopped || has_enough;
+        let (answer, paused, last_hit, hold_max) = (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max);
+        let limit = if ends { Some(now) } else { course.deadline };
+        let turn = shared.released(py, |inner| {
+            let session = &mut inner.session;
+            if let Some((answer, received)) = answer {
+                if let Err(error) = answer.give(session) {
+                    return Turn::Failed(error);
+                }
+                *hold_max = (*hold_max).max(received.elapsed());
+            }
+            // Others at the same event are told first; a pause alone leaves them for later.
+            if ends && (paused || !session.has_pending()) {
+                return Turn::Answered;
+            }
+            let hits = last_hit.map(|last| last.saturating_sub(session.stats().hits));
+            match session.poll(&Limits { deadline: limit, hits }) {
+                Ok(poll) => Turn::Polled(poll),
+                Err(error) => Turn::Failed(error),
+            }
+        });
+        match turn {
+            Turn::Polled(Poll::Hit(hit)) => meet(py, shared, &mut state, &hit),
+            Turn::Polled(Poll::Timeout) => {}
+            Turn::Polled(Poll::Idle) if !ends => return Ok(Some(Reason::Idle)),
+            Turn::Polled(Poll::MaxHits) if !ends => return Ok(Some(Reason::MaxHits)),
+            Turn::Polled(Poll::Idle | Poll::MaxHits) | Turn::Answered => {
+                if let Some(error) = state.raised.take() {
+                    return Err(error);
+                }
+                if detach {
+                    shared.want_detach();
+                    return Ok(Some(Reason::Detached));
+                }
+                if paused {
+                    return Ok(Some(Reason::Paused));
+                }
+                if has_enough {
+                    return Ok(None);
+                }
+                if is_stopped {
+                    shared.stop.store(false, Ordering::Release);
+                    return Ok(Some(Reason::Stopped));
+                }
+                return Ok(Some(Reason::Timeout));
+            }
+            Turn::Failed(error) => return Err(failed(py, &mut state, error)),
+        }
+    }
+}
+
+/// An event could not be answered as it was to be: what was raised before is told first, then whose verdict it was.
+fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
+    if let Some(raised) = state.raised.take() {
+        log::warn!("{error}");
+        super::log::flush(py);
+        return raised;
+    }
+    match (state.decider.take(), error) {
+        (Some(hit), error @ (VmiError::Translation { .. } | VmiError::OutOfRange { .. })) => {
+            HandlerError::new_err((hit, PyErr::from(error).into_value(py)))
+        }
+        (_, error) => error.into(),
+    }
+}
+
+/// Tells everybody who wants to know of a hit, and finds the answer to it.
+fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::Hit) {
+    let go_on = (Answer::Verdict(session::Verdict::Continue), hit.at);
+    state.answer = Some(go_on);
+    if state.event.replace((hit.at, hit.vcpu)) != Some((hit.at, hit.vcpu)) {
+        state.decider = None;
+    }
+    let Some(breakpoint) = shared.breakpoint(py, hit.tap) else { return };
+    let tap = breakpoint.get();
+    let listeners = if hit.ask { Vec::new() } else { listeners_of(shared, hit.tap) };
+    // After an error nobody is called any more, but no hit is kept back from those who only look.
+    let handler = match (state.raised.is_some(), hit.ask) {
+        (true, _) => None,
+        (false, true) => tap.ask().map(|ask| ask.clone_ref(py)),
+        (false, false) => tap.handler(py),
+    };
+    if handler.is_none() && listeners.is_empty() {
+        return;
+    }
+    let generation = if handler.is_some() { shared.generation.fetch_add(1, Ordering::AcqRel) + 1 } else { 0 };
+    let object = match Py::new(py, Hit::new(hit, breakpoint.clone_ref(py), generation, shared.began)) {
+        Ok(object) => object,
+        Err(error) => {
+            state.raised.get_or_insert(error);
+            return;
+        }
+    };
+    for listener in listeners {
+        enqueue(py, shared, &listener, &object);
+    }
+    let Some(handler) = handler else { return };
+    let said = call(py, shared, state, &breakpoint, &handler, &object, hit.ask);
+    if generation != 0 {
+        shared.generation.fetch_add(1, Ordering::AcqRel);
+    }
+    state.answer = Some((said, hit.at));
+}
+
+fn listeners_of(shared: &Shared, tap: session::TapId) -> Vec<Arc<Listener>> {
+    // An empty vector takes no memory, and hardly ever is there one.
+    shared.listeners.lock().iter().filter(|listener| listener.wants(tap)).cloned().collect()
+}
+
+fn enqueue(py: Python<'_>, shared: &Shared, listener: &Listener, hit: &Py<Hit>) {
+    let hit = hit.clone_ref(py);
+    let mut queue = listener.queue.lock();
+    if queue.len() < listener.room {
+        queue.push_back(hit);
+        return;
+    }
+    drop(queue);
+    listener.lost.fetch_add(1, Ordering::Relaxed);
+    shared.lost.fetch_add(1, Ordering::Relaxed);
+}
+
+/// Calls a handler, and notes in `state` what it raised, and what it wants beyond this vCPU.
+fn call(
+    py: Python<'_>,
+    shared: &Shared,
+    state: &mut Loop,
+    breakpoint: &Py<Breakpoint>,
+    handler: &Py<PyAny>,
+    hit: &Py<Hit>,
+    ask: bool,
+) -> Answer {
+    let tap = breakpoint.get();
+    shared.calls.fetch_add(1, Ordering::Relaxed);
+    tap.calls.fetch_add(1, Ordering::Relaxed);
+    let began = tap.deadline.map(|_| Instant::now());
+    let returned = handler.bind(py).call1((hit,));
+    let took = began.map(|began| began.elapsed().as_secs_f64());
+    let go_on = Answer::Verdict(session::Verdict::Continue);
+    let answer =
+        match returned.and_then(|returned| if ask { read_policy(&returned) } else { read_verdict(&returned, state, hit) }) {
+            Ok(answer) => answer,
+            Err(error) => {
+                state.raised.get_or_insert_with(|| handler_error(py, hit, error));
+                return go_on;
+            }
+        };
+    if let (Some(deadline), Some(took)) = (tap.deadline, took)
+        && took > deadline
+    {
+        state.raised.get_or_insert_with(|| DeadlineExceededError::new_err((hit.clone_ref(py), deadline, took)));
+    }
+    answer
+}
+
+/// An `Exception` is told with its hit; what is none (`KeyboardInterrupt`) goes on as it is.
+fn handler_error(py: Python<'_>, hit: &Py<Hit>, error: PyErr) -> PyErr {
+    if !error.is_instance_of::<PyException>(py) {
+        return error;
+    }
+    let raised = error.into_value(py);
+    HandlerError::new_err((hit.clone_ref(py), raised))
+}
+
+fn read_verdict(returned: &Bound<'_, PyAny>, state: &mut Loop, hit: &Py<Hit>) -> PyResult<Answer> {
+    let go_on = Answer::Verdict(session::Verdict::Continue);
+    if returned.is_none() {
+        return Ok(go_on);
+    }
+    let Ok(verdict) = returned.cast::<Verdict>() else {
+        let kind = returned.get_type().name()?;
+        return Err(PyTypeError::new_err(format!("a handler returns a Verdict or None, not {kind}")));
+    };
+    let Said::To(verdict) = verdict.get().0 else {
+        // The first verdict counts, and this one comes too late if there was another.
+        state.detach |= state.decider.is_none();
+        return Ok(go_on);
+    };
+    if verdict != session::Verdict::Continue && state.decider.is_none() {
+        state.paused = verdict == session::Verdict::Pause;
+        state.decider = Some(hit.clone_ref(returned.py()));
+    }
+    Ok(Answer::Verdict(verdict))
+}
+
+fn read_policy(returned: &Bound<'_, PyAny>) -> PyResult<Answer> {
+    let policy = returned.extract::<OnWriteArg>().map_err(|_| {
+        PyTypeError::new_err("the function given as ask= returns OnWrite.REAPPLY, OnWrite.REMOVE or OnWrite.DENY")
+    })?;
+    if policy.0 == OnWrite::Ask {
+        return Err(PyTypeError::new_err("the function given as ask= cannot return OnWrite.ASK"));
+    }
+    Ok(Answer::Write(policy.0))
+}

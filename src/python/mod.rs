@@ -1,0 +1,94 @@
+//! The Python module `vmitap._native`: thin frozen classes over [`crate::session`]. Its documentation is the stub,
+//! python/vmitap/_native.pyi.
+
+mod breakpoint;
+mod convert;
+mod errors;
+mod events;
+mod floor;
+mod gil;
+mod hit;
+mod hook;
+mod log;
+mod memory;
+mod plant;
+mod registers;
+mod shared;
+mod symbols;
+mod verdict;
+mod views;
+mod vm;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+
+use crate::driver::open::{OpenOptions, Opened, Target, open as open_driver};
+use crate::error::Result;
+use crate::session::Session;
+use convert::{OnWriteArg, optional, small};
+
+/// Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
+#[pyfunction]
+#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline=String::new(), libunicorn=None, on_write=None))]
+fn open(
+    py: Python<'_>,
+    target: &str,
+    memory: Option<&Bound<'_, PyAny>>,
+    vcpus: Option<&Bound<'_, PyAny>>,
+    cmdline: String,
+    libunicorn: Option<PathBuf>,
+    on_write: Option<OnWriteArg>,
+) -> PyResult<vm::Vm> {
+    let options = OpenOptions {
+        memory: optional("memory", memory)?,
+        vcpus: vcpus.map(|vcpus| small("vcpus", vcpus, u16::MAX.into())).transpose()?,
+        command_line: cmdline,
+        libunicorn,
+    };
+    let on_write = on_write.map(|policy| policy.0).unwrap_or_default();
+    let opened: Result<_> = gil::detached(py, || {
+        let Opened { driver, symbols } = open_driver(&Target::parse(target)?, &options)?;
+        let version = driver.version();
+        Ok((Session::new(driver, on_write)?, symbols, version))
+    });
+    let (session, symbols, version) = opened?;
+    Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version))))
+}
+
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::breakpoint::{Breakpoint, BreakpointStats, Breakpoints};
+    #[pymodule_export]
+    use super::events::{Events, RunResult, Stats};
+    #[pymodule_export]
+    use super::floor::{
+        BreakpointController, BreakpointManager, ManagedBreakpoint, MemoryController, VmiCore, VmiEvent, VmiEventResponse,
+    };
+    #[pymodule_export]
+    use super::hit::{_hit, Hit};
+    #[pymodule_export]
+    use super::memory::Memory;
+    #[pymodule_export]
+    use super::open;
+    #[pymodule_export]
+    use super::registers::{_registers, Registers};
+    #[pymodule_export]
+    use super::symbols::{Symbol, Symbols};
+    #[pymodule_export]
+    use super::verdict::Verdict;
+    #[pymodule_export]
+    use super::views::{Caps, View, Views, VmInfo};
+    #[pymodule_export]
+    use super::vm::Vm;
+
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::log::install();
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

@@ -1,0 +1,85 @@
+//! Putting breakpoints and watches in.
+
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+
+use super::breakpoint::{Breakpoint, Given};
+use super::convert::optional;
+use super::errors::invalid;
+use super::vm::Vm;
+use crate::addr::{MemoryAccess, Va, View};
+use crate::session::{TapKind, TapSpec};
+use crate::tap::OnWrite;
+
+/// What is put in.
+#[derive(Clone, Copy)]
+pub enum Kind {
+    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool },
+    Watch { len: u64, access: MemoryAccess },
+}
+
+/// Checks what Python gave.
+pub fn given(
+    py: Python<'_>,
+    handler: Option<Py<PyAny>>,
+    ask: Option<Py<PyAny>>,
+    key: Option<&Bound<'_, PyAny>>,
+    tag: Option<Py<PyAny>>,
+    (deadline, root): (Option<f64>, Option<&Bound<'_, PyAny>>),
+) -> PyResult<Given> {
+    for (function, name) in [(&handler, "a handler"), (&ask, "what is given as ask=")] {
+        if function.as_ref().is_some_and(|function| !function.bind(py).is_callable()) {
+            return Err(PyTypeError::new_err(format!("{name} must be callable")));
+        }
+    }
+    if let Some(deadline) = deadline.filter(|deadline| deadline.is_nan() || *deadline < 0.0) {
+        return Err(invalid("deadline", format!("{deadline} is not a length of time")));
+    }
+    let root = optional("root", root)?;
+    let key = key.map_or_else(|| py.None(), |key| key.clone().unbind());
+    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root })
+}
+
+/// Puts them in: all or none.
+pub fn plant(py: Python<'_>, vm: &Vm, vas: &[Va], given: &Given, kind: Kind) -> PyResult<Vec<Py<Breakpoint>>> {
+    let shared = vm.open()?;
+    let key = given.key.bind(py);
+    let key = if key.is_none() { None } else { Some(shared.intern(py, key)?) };
+    let tap_view = shared.quick(py, |inner| inner.session.tap_view());
+    let (view, length, access) = match kind {
+        Kind::Breakpoint { view, .. } => (view.unwrap_or(tap_view), 1, MemoryAccess::X),
+        Kind::Watch { len, access } => (tap_view, len, access),
+    };
+    // Made before the lock is taken: making an object can run the collector, and with it any Python code.
+    let make = |va: &Va| Py::new(py, Breakpoint::new(py, shared, given, (*va, length, access), view));
+    let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
+    let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
+    let everybody = shared.listeners.lock().iter().any(|listener| listener.taps.is_none());
+    let wanted = given.handler.is_some() || everybody;
+    shared.open_released(py, |session| {
+        let context = vm.context(session, given.root)?;
+        let spec = |va: &Va| {
+            let (kind, on_write, enabled) = match kind {
+                Kind::Breakpoint { on_write, enabled, .. } => (TapKind::Breakpoint, on_write, enabled),
+                Kind::Watch { len, access } => (TapKind::Watch { len, access }, None, true),
+            };
+            TapSpec { kind, va: *va, context, global: given.root.is_none(), view, on_write, key, wanted, enabled }
+        };
+        let specs: Vec<TapSpec> = vas.iter().map(spec).collect();
+        let ids = session.add_many(&specs)?;
+        // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
+        let mut taps = shared.taps.lock();
+        for (id, object) in ids.into_iter().zip(kept) {
+            object.get().set_id(id);
+            let index = id.0 as usize;
+            if taps.len() <= index {
+                taps.resize_with(index + 1, || None);
+            }
+            if let Some(slot) = taps.get_mut(index) {
+                *slot = Some(object);
+            }
+        }
+        Ok(())
+    })?;
+    Ok(objects)
+}

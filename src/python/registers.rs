@@ -1,0 +1,114 @@
+//! The registers of one vCPU, as a snapshot.
+
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
+
+use crate::arch::amd64;
+
+macro_rules! registers {
+    ($($name:ident = $($path:ident).+),* $(,)?) => {
+        /// The registers of one vCPU, as a snapshot.
+        #[pyclass(frozen, get_all, module = "vmitap._native", name = "Registers")]
+        pub struct Registers {
+            $($name: u64,)*
+        }
+
+        impl From<&amd64::Registers> for Registers {
+            #[allow(clippy::useless_conversion, reason = "some are 64 bits wide already")]
+            fn from(registers: &amd64::Registers) -> Self {
+                Self { $($name: u64::from(registers.$($path).+),)* }
+            }
+        }
+
+        impl Registers {
+            /// Every register by name.
+            const fn named(&self) -> [(&'static str, u64); NAMES.len()] {
+                [$((stringify!($name), self.$name),)*]
+            }
+
+            fn from_named(values: &[u64]) -> Option<Self> {
+                let mut values = values.iter().copied();
+                Some(Self { $($name: values.next()?,)* })
+            }
+        }
+
+        const NAMES: &[&str] = &[$(stringify!($name),)*];
+    };
+}
+
+registers! {
+    rax = gp.rax, rbx = gp.rbx, rcx = gp.rcx, rdx = gp.rdx, rsi = gp.rsi, rdi = gp.rdi, rsp = gp.rsp, rbp = gp.rbp,
+    r8 = gp.r8, r9 = gp.r9, r10 = gp.r10, r11 = gp.r11, r12 = gp.r12, r13 = gp.r13, r14 = gp.r14, r15 = gp.r15,
+    rip = gp.rip, rflags = gp.rflags, cr0 = cr0, cr2 = cr2, cr3 = cr3, cr4 = cr4, efer = efer,
+    cs = cs.selector, ss = ss.selector, ds = ds.selector, es = es.selector, fs = fs.selector, gs = gs.selector,
+    tr = tr.selector, fs_base = fs.base, gs_base = gs.base, kernel_gs_base = kernel_gs_base, tr_base = tr.base,
+    gdtr_base = gdtr.base, gdtr_limit = gdtr.limit, idtr_base = idtr.base, idtr_limit = idtr.limit,
+    star = star, lstar = lstar, sfmask = sfmask,
+}
+
+impl Registers {
+    /// The first six integer arguments of a System V call.
+    pub const fn arguments(&self) -> (u64, u64, u64, u64, u64, u64) {
+        (self.rdi, self.rsi, self.rdx, self.rcx, self.r8, self.r9)
+    }
+
+    /// The page-table root: CR3 without PCID and flag bits.
+    pub const fn page_root(&self) -> u64 {
+        self.cr3 & 0x000f_ffff_ffff_f000
+    }
+
+    /// The privilege level.
+    pub const fn ring(&self) -> u8 {
+        (self.cs & 3) as u8
+    }
+}
+
+#[pymethods]
+impl Registers {
+    /// The page-table root: CR3 without PCID and flag bits.
+    #[getter]
+    fn root(&self) -> u64 {
+        self.page_root()
+    }
+
+    /// The privilege level, 0 to 3 (Intel SDM vol. 3, 5.5).
+    #[getter]
+    fn cpl(&self) -> u8 {
+        self.ring()
+    }
+
+    /// Every register by name, in the order of the manual; without the derived `root` and `cpl`.
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (name, value) in self.named() {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
+        other.cast::<Self>().is_ok_and(|other| other.get().named() == self.named())
+    }
+
+    fn __hash__(&self) -> u64 {
+        self.named().iter().fold(0, |hash: u64, (_, value)| hash.rotate_left(5) ^ value)
+    }
+
+    fn __repr__(&self) -> String {
+        let shown: Vec<_> = self.named().iter().take(18).map(|(name, value)| format!("{name}={value:#x}")).collect();
+        format!("<Registers {}>", shown.join(" "))
+    }
+
+    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyTuple>,))> {
+        let py = slf.py();
+        let values = PyTuple::new(py, slf.get().named().map(|(_, value)| value))?;
+        Ok((py.import("vmitap._native")?.getattr("_registers")?, (values,)))
+    }
+}
+
+/// Makes registers from what `__reduce__` gave.
+#[pyfunction]
+
+pub fn _registers(values: Vec<u64>) -> PyResult<Registers> {
+    Registers::from_named(&values).ok_or_else(|| super::errors::invalid("values", "too few for the registers of a vCPU"))
+}

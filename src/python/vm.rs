@@ -1,0 +1,607 @@
+//! A session, as Python holds it.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use pyo3::PyTraverseError;
+use pyo3::exceptions::PyTypeError;
+use pyo3::gc::PyVisit;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
+
+use super::breakpoint::{Breakpoint, Breakpoints};
+use super::convert::{self, AccessArg, OnWriteArg};
+use super::errors::{invalid, stale};
+use super::events::{Events, RunResult, Stats};
+use super::floor::{VmiEvent, VmiEventResponse, raw};
+use super::hook::{Course, Reason, drive};
+use super::memory::{self, Memory};
+use super::plant::{self, Kind};
+use super::registers::Registers;
+use super::shared::Shared;
+use super::symbols::Symbols;
+use super::views::{Caps, View, Views, VmInfo};
+use crate::addr::{Pa, Va, VcpuId};
+use crate::arch::amd64::{AddressContext, Injection, InjectionKind};
+use crate::error::Result;
+use crate::session::Session;
+use crate::tap::OnWrite;
+
+/// The hit a `hit.vm` belongs to.
+#[derive(Clone, Copy)]
+pub struct Scope {
+    pub vcpu: VcpuId,
+    pub context: AddressContext,
+    pub generation: u64,
+}
+
+/// A session with one guest: memory, registers, breakpoints and the event loop.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Vm {
+    shared: Arc<Shared>,
+    scope: Option<Scope>,
+}
+
+impl Vm {
+    pub const fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, scope: None }
+    }
+
+    pub const fn scoped(shared: Arc<Shared>, scope: Scope) -> Self {
+        Self { shared, scope: Some(scope) }
+    }
+
+    /// What is shared, if this `hit.vm` is still valid.
+    pub fn current(&self) -> PyResult<&Arc<Shared>> {
+        match self.scope {
+            Some(scope) if self.shared.generation.load(Ordering::Acquire) != scope.generation => Err(stale("hit.vm")),
+            _ => Ok(&self.shared),
+        }
+    }
+
+    /// The same, if the session is open too.
+    pub fn open(&self) -> PyResult<&Arc<Shared>> {
+        let shared = self.current()?;
+        shared.check_open()?;
+        Ok(shared)
+    }
+
+    /// The page tables meant by `root`.
+    pub fn context(&self, session: &Session, root: Option<u64>) -> Result<AddressContext> {
+        let base = match self.scope {
+            Some(scope) => scope.context,
+            None => AddressContext::from(&session.registers(VcpuId(0))?),
+        };
+        Ok(root.map_or(base, |root| AddressContext { root: Pa(root), ..base }))
+    }
+
+    /// The vCPU meant.
+    fn vcpu(&self, vcpu: Option<&Bound<'_, PyAny>>) -> PyResult<VcpuId> {
+        match vcpu {
+            Some(number) => convert::vcpu(number, self.shared.info.vcpus),
+            None => Ok(self.scope.map_or(VcpuId(0), |scope| scope.vcpu)),
+        }
+    }
+
+    fn address(&self, address: &Bound<'_, PyAny>) -> PyResult<Va> {
+        convert::address("address", address, &self.open()?.symbols)
+    }
+
+    fn read_number<const N: usize>(
+        &self,
+        py: Python<'_>,
+        address: &Bound<'_, PyAny>,
+        root: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<[u8; N]> {
+        let (va, root) = (self.address(address)?, convert::optional("root", root)?);
+        self.shared.open(py, |session| {
+            let mut bytes = [0; N];
+            session.vmi().read(va, self.context(session, root)?, &mut bytes)?;
+            Ok(bytes)
+        })
+    }
+
+    fn write_number<T: TryFrom<u64>, const N: usize>(
+        &self,
+        address: &Bound<'_, PyAny>,
+        (value, max): (&Bound<'_, PyAny>, u64),
+        root: Option<&Bound<'_, PyAny>>,
+        bytes: impl FnOnce(T) -> [u8; N],
+    ) -> PyResult<()> {
+        let bytes = bytes(convert::small("value", value, max)?);
+        self.write_bytes(value.py(), address, &bytes, root)
+    }
+
+    fn write_bytes(
+        &self,
+        py: Python<'_>,
+        address: &Bound<'_, PyAny>,
+        bytes: &[u8],
+        root: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let (va, root) = (self.address(address)?, convert::optional("root", root)?);
+        self.shared.open(py, |session| {
+            let context = self.context(session, root)?;
+            session.write(va, context, bytes)
+        })
+    }
+}
+
+#[pymethods]
+impl Vm {
+    /// Facts about the guest that do not change.
+    #[getter]
+    fn info(&self) -> PyResult<VmInfo> {
+        Ok(VmInfo::new(self.current()?))
+    }
+
+    /// The driver's name: "emu".
+    #[getter]
+    fn driver(&self) -> PyResult<&'static str> {
+        Ok(self.current()?.info.driver)
+    }
+
+    /// What the driver can do with this guest, found by probing.
+    #[getter]
+    fn caps(&self) -> PyResult<Caps> {
+        Ok(Caps::from(self.current()?.caps))
+    }
+
+    /// How many vCPUs the guest has; they are numbered from 0.
+    #[getter]
+    fn vcpus(&self) -> PyResult<u16> {
+        Ok(self.current()?.info.vcpus)
+    }
+
+    /// Counters of the whole session so far, as a snapshot.
+    #[getter]
+    fn stats(&self, py: Python<'_>) -> PyResult<Stats> {
+        let shared = self.current()?;
+        let (counters, frames) = shared.quick(py, |inner| (inner.session.stats(), inner.session.shadow_frames()));
+        Ok(Stats::new(shared, &counters, frames))
+    }
+
+    /// Every breakpoint and watch of the session that is not removed.
+    #[getter]
+    fn breakpoints(&self) -> PyResult<Breakpoints> {
+        Ok(Breakpoints(self.current()?.clone()))
+    }
+
+    /// The guest's views: alternative maps of its physical memory.
+    #[getter]
+    fn views(&self) -> PyResult<Views> {
+        Ok(Views(self.current()?.clone()))
+    }
+
+    /// Guest-physical memory as a whole, and scattered reads.
+    #[getter]
+    fn memory(&self) -> PyResult<Memory> {
+        Ok(Memory(Self { shared: self.current()?.clone(), scope: self.scope }))
+    }
+
+    /// The symbols of the guest's image.
+    #[getter]
+    fn symbols(&self) -> PyResult<Symbols> {
+        Ok(Symbols(self.current()?.clone()))
+    }
+
+    /// What the guest has written to its debug console so far; bytes that are not UTF-8 are replaced.
+    #[getter]
+    fn console(&self, py: Python<'_>) -> PyResult<String> {
+        let shared = self.current()?;
+        let bytes = shared.quick(py, |inner| inner.session.vmi().driver().console());
+        let missing = crate::VmiError::NotSupported { driver: shared.info.driver, capability: "a console" };
+        Ok(String::from_utf8_lossy(&bytes.ok_or(missing)?).into_owned())
+    }
+
+    /// Whether the session is over; every method but `detach` and `stop` then raises `StaleContextError`.
+    #[getter]
+    fn closed(&self) -> PyResult<bool> {
+        Ok(self.current()?.is_closed())
+    }
+
+    fn __enter__(slf: Py<Self>) -> PyResult<Py<Self>> {
+        slf.get().open()?;
+        Ok(slf)
+    }
+
+    #[pyo3(signature = (exc_type, exc_value, traceback, /))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: &Bound<'_, PyAny>,
+        exc_value: &Bound<'_, PyAny>,
+        traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let _ = (exc_type, exc_value, traceback);
+        self.detach(py)
+    }
+
+    /// Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
+    #[pyo3(signature = (target, handler=None, *, root=None, view=None, on_write=None, ask=None, key=None, tag=None, deadline=None, enabled=true))]
+    #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
+    fn breakpoint(
+        &self,
+        py: Python<'_>,
+        target: &Bound<'_, PyAny>,
+        handler: Option<Py<PyAny>>,
+        root: Option<&Bound<'_, PyAny>>,
+        view: Option<&Bound<'_, View>>,
+        on_write: Option<OnWriteArg>,
+        ask: Option<Py<PyAny>>,
+        key: Option<&Bound<'_, PyAny>>,
+        tag: Option<Py<PyAny>>,
+        deadline: Option<f64>,
+        enabled: bool,
+    ) -> PyResult<Py<Breakpoint>> {
+        let shared = self.open()?;
+        let asks = on_write.is_some_and(|policy| policy.0 == OnWrite::Ask);
+        if asks != ask.is_some() {
+            let reason = if asks { "OnWrite.ASK needs a function to ask" } else { "goes with on_write=OnWrite.ASK only" };
+            return Err(invalid("ask", reason));
+        }
+        let given = plant::given(py, handler, ask, key, tag, (deadline, root))?;
+        let va = convert::address("target", target, &shared.symbols)?;
+        let kind =
+            Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled };
+        plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("target", "none was given"))
+    }
+
+    /// Puts many breakpoints into the guest at once: all of them, or on an error none.
+    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, on_write=None, key=None, tag=None, deadline=None))]
+    #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
+    fn insert_many(
+        &self,
+        py: Python<'_>,
+        targets: &Bound<'_, PyAny>,
+        handler: Option<Py<PyAny>>,
+        root: Option<&Bound<'_, PyAny>>,
+        view: Option<&Bound<'_, View>>,
+        on_write: Option<OnWriteArg>,
+        key: Option<&Bound<'_, PyAny>>,
+        tag: Option<Py<PyAny>>,
+        deadline: Option<f64>,
+    ) -> PyResult<Vec<Py<Breakpoint>>> {
+        let shared = self.open()?;
+        if targets.is_instance_of::<PyString>() {
+            return Err(PyTypeError::new_err("targets is an iterable of symbols and addresses, not a string"));
+        }
+        if on_write.is_some_and(|policy| policy.0 == OnWrite::Ask) {
+            return Err(invalid("on_write", "OnWrite.ASK needs a function to ask: use breakpoint()"));
+        }
+        let given = plant::given(py, handler, None, key, tag, (deadline, root))?;
+        let resolve = |target: PyResult<Bound<'_, PyAny>>| convert::address("targets", &target?, &shared.symbols);
+        let vas = targets.try_iter()?.map(resolve).collect::<PyResult<Vec<Va>>>()?;
+        let kind =
+            Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled: true };
+        plant::plant(py, self, &vas, &given, kind)
+    }
+
+    /// Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
+    #[pyo3(signature = (address, length, access, handler=None, *, root=None, key=None, tag=None, deadline=None))]
+    #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
+    fn watch(
+        &self,
+        py: Python<'_>,
+        address: &Bound<'_, PyAny>,
+        length: &Bound<'_, PyAny>,
+        access: AccessArg,
+        handler: Option<Py<PyAny>>,
+        root: Option<&Bound<'_, PyAny>>,
+        key: Option<&Bound<'_, PyAny>>,
+        tag: Option<Py<PyAny>>,
+        deadline: Option<f64>,
+    ) -> PyResult<Py<Breakpoint>> {
+        let va = self.address(address)?;
+        let kind = Kind::Watch { len: convert::number("length", length)?, access: access.0 };
+        let given = plant::given(py, handler, None, key, tag, (deadline, root))?;
+        plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("address", "none was given"))
+    }
+
+    /// Lets the guest run and calls handlers, until something ends it.
+    #[pyo3(signature = (timeout=None, max_hits=None))]
+    fn run(&self, py: Python<'_>, timeout: Option<f64>, max_hits: Option<&Bound<'_, PyAny>>) -> PyResult<RunResult> {
+        let shared = self.open()?;
+        let (timeout, hits) = (convert::seconds("timeout", timeout)?, convert::optional("max_hits", max_hits)?);
+        let mut course = Course::begin(py, shared, timeout, hits);
+        let reason = drive(py, shared, &mut course, None)?.unwrap_or(Reason::Timeout);
+        Ok(RunResult::new(py, shared, &course, reason))
+    }
+
+    /// Iterates over hits; the vCPU is not held while your code works on one.
+    #[pyo3(signature = (*breakpoints, timeout=None, queue=10_000))]
+    fn events(slf: Py<Self>, breakpoints: Vec<Py<Breakpoint>>, timeout: Option<f64>, queue: usize) -> PyResult<Events> {
+        let shared = slf.get().open()?.clone();
+        Events::new(slf, &shared, &breakpoints, convert::seconds("timeout", timeout)?, queue)
+    }
+
+    /// Holds every vCPU inside a `with` block. Counted: blocks can be nested, the outermost lets the guest go on.
+    fn pause(slf: Py<Self>) -> PyResult<Pause> {
+        slf.get().open()?;
+        Ok(Pause(slf))
+    }
+
+    /// Makes the `run` or `events` under way return soon with reason "stopped"; without one, the next. Usable from any thread.
+    fn stop(&self) -> PyResult<()> {
+        let shared = self.current()?;
+        shared.stop.store(true, Ordering::Release);
+        shared.waker.wake();
+        Ok(())
+    }
+
+    /// Restores the guest and ends the session: breakpoints, watches and views go, vCPUs return to the default view.
+    fn detach(&self, py: Python<'_>) -> PyResult<()> {
+        self.current()?.detach(py)
+    }
+
+    /// A snapshot of a vCPU's registers.
+    #[pyo3(signature = (vcpu=None))]
+    fn registers(&self, py: Python<'_>, vcpu: Option<&Bound<'_, PyAny>>) -> PyResult<Registers> {
+        let (shared, vcpu) = (self.open()?, self.vcpu(vcpu)?);
+        let registers = shared.open(py, |session| session.registers(vcpu))?;
+        Ok(Registers::from(&registers))
+    }
+
+    /// Writes registers of a vCPU; those not named keep their value.
+    #[pyo3(signature = (vcpu=None, /, **registers))]
+    fn set_registers(
+        &self,
+        py: Python<'_>,
+        vcpu: Option<&Bound<'_, PyAny>>,
+        registers: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<()> {
+        let (shared, vcpu) = (self.open()?, self.vcpu(vcpu)?);
+        let changes = convert::changes(registers)?;
+        shared.open(py, |session| session.set_registers(vcpu, &changes))
+    }
+
+    /// Reads virtual memory, across any number of pages: all of it or nothing. Breakpoints never show in it.
+    #[pyo3(signature = (address, length, *, root=None))]
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        address: &Bound<'_, PyAny>,
+        length: &Bound<'_, PyAny>,
+        root: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let (va, root) = (self.address(address)?, convert::optional("root", root)?);
+        memory::read(
+            py,
+            self.open()?,
+            convert::length("length", length)?,
+            |session| Ok((va, self.context(session, root)?).into()),
+        )
+    }
+
+    /// Reads physical memory: all of it or nothing.
+    fn read_pa<'py>(&self, py: Python<'py>, pa: &Bound<'_, PyAny>, length: &Bound<'_, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let pa = Pa(convert::number("pa", pa)?);
+        memory::read(py, self.open()?, convert::length("length", length)?, |_| Ok(pa.into()))
+    }
+
+    /// Reads one byte of virtual memory; raises as `read`.
+    #[pyo3(signature = (address, *, root=None))]
+    fn read_u8(&self, py: Python<'_>, address: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<u8> {
+        self.read_number(py, address, root).map(u8::from_le_bytes)
+    }
+
+    /// Reads two bytes of virtual memory as a little-endian number; raises as `read`.
+    #[pyo3(signature = (address, *, root=None))]
+    fn read_u16(&self, py: Python<'_>, address: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<u16> {
+        self.read_number(py, address, root).map(u16::from_le_bytes)
+    }
+
+    /// Reads four bytes of virtual memory as a little-endian number; raises as `read`.
+    #[pyo3(signature = (address, *, root=None))]
+    fn read_u32(&self, py: Python<'_>, address: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<u32> {
+        self.read_number(py, address, root).map(u32::from_le_bytes)
+    }
+
+    /// Reads eight bytes of virtual memory as a little-endian number; raises as `read`.
+    #[pyo3(signature = (address, *, root=None))]
+    fn read_u64(&self, py: Python<'_>, address: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<u64> {
+        self.read_number(py, address, root).map(u64::from_le_bytes)
+    }
+
+    /// Reads a string that ends in a zero byte, as UTF-8; bytes that are not UTF-8 become backslash escapes.
+    #[pyo3(signature = (address, limit=4096, *, root=None))]
+    fn read_cstr<'py>(
+        &self,
+        py: Python<'py>,
+        address: &Bound<'_, PyAny>,
+        limit: usize,
+        root: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (va, root) = (self.address(address)?, convert::optional("root", root)?);
+        let bytes = self.shared.open(py, |session| session.vmi().read_cstr(va, self.context(session, root)?, limit))?;
+        match std::str::from_utf8(&bytes) {
+            Ok(text) => Ok(PyString::new(py, text).into_any()),
+            Err(_) => PyBytes::new(py, &bytes).call_method1("decode", ("utf-8", "backslashreplace")),
+        }
+    }
+
+    /// Reads a little-endian UTF-16 string that ends in a zero unit; lone surrogates become U+FFFD.
+    #[pyo3(signature = (address, limit=4096, *, root=None))]
+    fn read_utf16(
+        &self,
+        py: Python<'_>,
+        address: &Bound<'_, PyAny>,
+        limit: usize,
+        root: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<String> {
+        let (va, root) = (self.address(address)?, convert::optional("root", root)?);
+        let bytes = self.shared.open(py, |session| session.vmi().read_utf16(va, self.context(session, root)?, limit))?;
+        Ok(bytes.to_utf16_lossy())
+    }
+
+    /// Writes virtual memory: all of it, or on an error nothing. Code the guest has run from there is forgotten.
+    #[pyo3(signature = (address, data, *, root=None))]
+    fn write(
+        &self,
+        py: Python<'_>,
+        address: &Bound<'_, PyAny>,
+        data: &Bound<'_, PyAny>,
+        root: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        self.write_bytes(py, address, &convert::buffer(data)?, root)
+    }
+
+    /// Writes physical memory: all of it, or on an error nothing. See `write`.
+    fn write_pa(&self, py: Python<'_>, pa: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
+        memory::write_pa(py, self.open()?, pa, data)
+    }
+
+    /// Writes one byte of virtual memory; see `write`.
+    #[pyo3(signature = (address, value, *, root=None))]
+    fn write_u8(&self, address: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.write_number(address, (value, u8::MAX.into()), root, u8::to_le_bytes)
+    }
+
+    /// Writes a little-endian 16-bit number to virtual memory; see `write`.
+    #[pyo3(signature = (address, value, *, root=None))]
+    fn write_u16(&self, address: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.write_number(address, (value, u16::MAX.into()), root, u16::to_le_bytes)
+    }
+
+    /// Writes a little-endian 32-bit number to virtual memory; see `write`.
+    #[pyo3(signature = (address, value, *, root=None))]
+    fn write_u32(&self, address: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.write_number(address, (value, u32::MAX.into()), root, u32::to_le_bytes)
+    }
+
+    /// Writes a little-endian 64-bit number to virtual memory; see `write`.
+    #[pyo3(signature = (address, value, *, root=None))]
+    fn write_u64(&self, address: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.write_number(address, (value, u64::MAX), root, u64::to_le_bytes)
+    }
+
+    /// The physical address of a virtual one, by the guest's own page tables (4 or 5 levels, 2 MiB and 1 GiB pages).
+    #[pyo3(signature = (address, root=None))]
+    fn translate(&self, py: Python<'_>, address: &Bound<'_, PyAny>, root: Option<&Bound<'_, PyAny>>) -> PyResult<u64> {
+        let (va, root) = (self.address(address)?, convert::optional("root", root)?);
+        let pa = self.shared.open(py, |session| session.vmi().translate(va, self.context(session, root)?))?;
+        Ok(pa.0)
+    }
+
+    /// The virtual address of a symbol, or of "symbol+offset".
+    fn symbol(&self, name: &str) -> PyResult<u64> {
+        Ok(self.open()?.symbols.resolve(name)?.0)
+    }
+
+    /// The nearest symbol at or below an address, as "name" or "name+0x10"; None if the address lies in no symbol.
+    fn symbolize(&self, address: &Bound<'_, PyAny>) -> PyResult<Option<String>> {
+        Ok(self.open()?.symbols.describe(Va(convert::number("address", address)?)))
+    }
+
+    /// Delivers an interrupt or exception to a vCPU through the guest's IDT, before its next instruction.
+    #[pyo3(signature = (vector, *, vcpu=None, kind="exception", error_code=None, cr2=None, insn_len=0))]
+    #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
+    fn inject(
+        &self,
+        py: Python<'_>,
+        vector: &Bound<'_, PyAny>,
+        vcpu: Option<&Bound<'_, PyAny>>,
+        kind: &str,
+        error_code: Option<&Bound<'_, PyAny>>,
+        cr2: Option<&Bound<'_, PyAny>>,
+        insn_len: u8,
+    ) -> PyResult<()> {
+        let (shared, vcpu) = (self.open()?, self.vcpu(vcpu)?);
+        let kind = match kind {
+            "external" => InjectionKind::External,
+            "exception" => InjectionKind::Exception,
+            "software" => InjectionKind::Software,
+            _ => return Err(invalid("kind", format!("{kind:?} is none of \"external\", \"exception\" and \"software\""))),
+        };
+        let injection = Injection {
+            vector: convert::small("vector", vector, u8::MAX.into())?,
+            kind,
+            error_code: error_code.map(|code| convert::small("error_code", code, u32::MAX.into())).transpose()?,
+            cr2: convert::optional("cr2", cr2)?,
+            insn_len,
+        };
+        shared.open(py, |session| session.inject(vcpu, &injection))
+    }
+
+    /// Lets the guest run until its next event, for people who write their own loop instead of using `run`.
+    #[pyo3(signature = (timeout=None))]
+    fn wait_event(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<VmiEvent>> {
+        raw::wait(py, self.open()?, convert::seconds("timeout", timeout)?)
+    }
+
+    /// Answers an event of `wait_event`; its vCPU goes on. Exactly once an event.
+    fn respond(&self, py: Python<'_>, event: &Bound<'_, VmiEvent>, response: &Bound<'_, VmiEventResponse>) -> PyResult<()> {
+        raw::respond(py, self.open()?, event.get(), response.get())
+    }
+
+    fn __repr__(&self) -> String {
+        let info = &self.shared.info;
+        let state = if self.shared.is_closed() { "closed" } else { "open" };
+        format!("<Vm {:?} on {}, {} vCPUs, {state}>", info.name, info.driver, info.vcpus)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        // The session's Python objects are this one's: the session ends with it. A `hit.vm` owns nothing.
+        if self.scope.is_some() {
+            return Ok(());
+        }
+        visit.call(&self.shared.keys)?;
+        if let Some(taps) = self.shared.taps.try_lock() {
+            for tap in taps.iter().flatten() {
+                visit.call(tap)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        if self.scope.is_none() {
+            end(&self.shared);
+        }
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if self.scope.is_none() {
+            end(&self.shared);
+        }
+    }
+}
+
+/// Ends a session nobody holds any more; there is nobody to raise to.
+fn end(shared: &Arc<Shared>) {
+    if shared.is_closed() {
+        return;
+    }
+    Python::attach(|py| {
+        if let Err(error) = shared.close(py) {
+            log::error!("a session was not ended with detach(), and then: {error}");
+            super::log::flush(py);
+        }
+    });
+}
+
+/// The context manager of `Vm.pause`.
+#[pyclass(frozen, module = "vmitap._native", name = "_Pause")]
+pub struct Pause(Py<Vm>);
+
+#[pymethods]
+impl Pause {
+    fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
+        self.0.get().shared.open(py, Session::pause)
+    }
+
+    #[pyo3(signature = (*_exception))]
+    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) -> PyResult<()> {
+        let shared = &self.0.get().shared;
+        if shared.is_closed() {
+            return Ok(());
+        }
+        shared.open(py, Session::resume)
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
+        visit.call(&self.0)
+    }
+}

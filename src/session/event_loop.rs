@@ -1,0 +1,492 @@
+//! The loop: wait, decide, answer. Each event is answered exactly once, also when something fails on the way.
+
+use std::time::{Duration, Instant};
+
+use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
+use crate::arch::amd64::AddressContext;
+use crate::core::VmiCore;
+use crate::driver::{VmiDriver, Wait};
+use crate::error::{Result, TranslationFault, VmiError};
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use crate::tap::{BreakpointController, OnWrite, WriteDecision};
+
+use super::pending::{Course, Pending, Walk};
+use super::{Hit, Limits, Poll, Session, TapId, TapState, Verdict};
+
+/// The longest [`Session::poll`] goes on without coming back, so that its caller can look at signals.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Events between two looks at the clock.
+const EVENTS: u32 = 64;
+
+/// What became of an event.
+enum Sorted {
+    /// It is to be answered at once.
+    Answer(Course),
+    /// Somebody wants it.
+    Wanted(Box<Pending>),
+}
+
+impl<D: VmiDriver + ?Sized> Session<D> {
+    /// Lets the guest run until there is something for the caller, but at most 100 ms.
+    ///
+    /// A hit that was handed out and not answered is answered with [`Verdict::Continue`] first.
+    ///
+    /// # Errors
+    /// What the driver fails with. Every event that was received has been answered.
+    pub fn poll(&mut self, limits: &Limits) -> Result<Poll> {
+        self.check_open()?;
+        let stop_at = limits.hits.map(|hits| self.stats.hits.saturating_add(hits));
+        if self.pending.as_ref().is_some_and(|pending| pending.is_out) {
+            self.answer(Verdict::Continue)?;
+        }
+        if self.pending.is_some() {
+            if let Some(hit) = self.next_hit() {
+                return Ok(Poll::Hit(Box::new(hit)));
+            }
+            self.finish()?;
+        }
+        self.answer_raw()?;
+        let patience = Instant::now() + PATIENCE;
+        let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
+        let mut left = EVENTS;
+        loop {
+            if stop_at.is_some_and(|stop_at| self.stats.hits >= stop_at) {
+                return Ok(Poll::MaxHits);
+            }
+            // Right after a look at the clock, and the driver looks at it too.
+            let timeout = if left == EVENTS { deadline.saturating_duration_since(Instant::now()) } else { PATIENCE };
+            let event = match self.vmi.driver_mut().wait(timeout)? {
+                Wait::Timeout => return Ok(Poll::Timeout),
+                Wait::Idle => return Ok(Poll::Idle),
+                Wait::Event(event) => event,
+            };
+            self.stats.events += 1;
+            match self.take(&event) {
+                Ok(None) => {}
+                Ok(Some(pending)) => {
+                    self.pending = Some(*pending);
+                    if let Some(hit) = self.next_hit() {
+                        return Ok(Poll::Hit(Box::new(hit)));
+                    }
+                    self.finish()?;
+                }
+                Err(error) => {
+                    self.rescue(&event);
+                    return Err(error);
+                }
+            }
+            left -= 1;
+            if left == 0 {
+                left = EVENTS;
+                if Instant::now() >= deadline {
+                    return Ok(Poll::Timeout);
+                }
+            }
+        }
+    }
+
+    /// Answers an event whose handling failed, so that its vCPU does not stand still for ever.
+    fn rescue(&mut self, event: &VmiEvent) {
+        let home = self.home_of(event);
+        if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
+            vcpu.after_write = None;
+            vcpu.walk = None;
+        }
+        let step = VmiEventResponse::action(EventAction::FastSingleStep { view: View::DEFAULT }).in_view(home);
+        match self.vmi.driver_mut().respond(event.vcpu, &step) {
+            // It was answered before the failure.
+            Ok(()) | Err(VmiError::NoPendingEvent { .. }) => {}
+            Err(error) => log::error!("vCPU {} stands still: its event could not be answered: {error}", event.vcpu),
+        }
+    }
+
+    /// The view the vCPU of an event is to be in afterwards: during a step in the default view that is another one.
+    fn home_of(&self, event: &VmiEvent) -> View {
+        let view = event.view.unwrap_or(self.tap_view);
+        let home = self.vcpus.get(usize::from(event.vcpu.0)).and_then(|vcpu| vcpu.home);
+        home.filter(|_| view == View::DEFAULT).unwrap_or(view)
+    }
+
+    /// Looks at a new event and answers it, unless somebody wants it.
+    fn take(&mut self, event: &VmiEvent) -> Result<Option<Box<Pending>>> {
+        let index = usize::from(event.vcpu.0);
+        let home = self.home_of(event);
+        if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
+            self.finish_write(event.vcpu, &event.registers)?;
+        }
+        match self.sort(event, home)? {
+            Sorted::Wanted(pending) => Ok(Some(pending)),
+            Sorted::Answer(course) => {
+                self.go_on(event, home, course, None)?;
+                Ok(None)
+            }
+        }
+    }
+
+    fn sort(&mut self, event: &VmiEvent, home: View) -> Result<Sorted> {
+        let view = event.view.unwrap_or(self.tap_view);
+        let rip = event.registers.rip();
+        self.owners.clear();
+        match event.reason {
+            EventReason::Breakpoint { gfn, insn_len } => {
+                let pa = gfn.pa(rip.0);
+                let there = if insn_len == 1 { self.find_breakpoints(view, pa, rip, event) } else { 0 };
+                if there == 0 {
+                    let own = insn_len != 1 || BreakpointController::is_breakpoint(&self.vmi, event)?;
+                    self.stats.reinjected += u64::from(own);
+                    // No INT3 of ours, and none of the guest's: it was taken out while the event was on its way.
+                    return Ok(Sorted::Answer(if own { Course::Reinject } else { Course::StepClean }));
+                }
+                Ok(self.count(event, home, Course::StepClean, (rip, pa), MemoryAccess::X))
+            }
+            EventReason::MemoryAccess { pa, va, access, .. } => {
+                let va = va.unwrap_or_default();
+                let is_hidden = self.controller.is_hidden(view, pa.gfn());
+                let is_watched = self.find_watches(view, pa, access);
+                let mut course = Course::StepClean;
+                if access.contains(MemoryAccess::X) {
+                    // Executed in the default view, the instruction would pass by the INT3 on it.
+                    self.find_breakpoints(view, pa, va, event);
+                } else if access.contains(MemoryAccess::W) {
+                    if is_hidden {
+                        self.stats.hidden_writes += 1;
+                        course = Course::Write;
+                    }
+                } else if is_hidden {
+                    self.stats.hidden_reads += 1;
+                    course = Course::Emulate;
+                }
+                if self.owners.is_empty() && (!is_watched || is_hidden) && !access.contains(MemoryAccess::X) {
+                    // Nobody asked for it: the price of hiding.
+                    return if course == Course::Write { self.sort_write(event, home) } else { Ok(Sorted::Answer(course)) };
+                }
+                match self.count(event, home, course, (va, pa), access) {
+                    Sorted::Answer(Course::Write) => self.sort_write(event, home),
+                    sorted => Ok(sorted),
+                }
+            }
+            EventReason::SingleStep { gfn } => Ok(self.sort_step(event, home, gfn)),
+            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => {
+                Ok(Sorted::Answer(Course::Retry))
+            }
+        }
+    }
+
+    /// Puts the breakpoints an execution hits into `self.owners`; how many there are at that place, hit or not.
+    fn find_breakpoints(&mut self, view: View, pa: Pa, va: Va, event: &VmiEvent) -> usize {
+        let owners = &mut self.owners;
+        self.manager.for_each_at(view, pa, va, event.registers.root(), |tap, ()| owners.push(*tap))
+    }
+
+    /// Counts the hits of `self.owners`, and finds out whether somebody wants one of them.
+    fn count(&mut self, event: &VmiEvent, home: View, course: Course, (va, pa): (Va, Pa), access: MemoryAccess) -> Sorted {
+        if self.owners.is_empty() {
+            self.stats.filtered += 1;
+            return Sorted::Answer(course);
+        }
+        let mut is_wanted = false;
+        for tap in &self.owners {
+            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
+                tap.stats.hits += 1;
+                is_wanted |= tap.spec.wanted;
+            }
+        }
+        self.stats.hits += self.owners.len() as u64;
+        if !is_wanted {
+            return Sorted::Answer(course);
+        }
+        let taps = &self.taps;
+        let wants = |tap: &TapId| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted);
+        let wanted = self.owners.iter().copied().filter(wants).collect();
+        Sorted::Wanted(Box::new(Self::pending(event, home, course, (va, pa), access, wanted)))
+    }
+
+    fn pending(
+        event: &VmiEvent,
+        home: View,
+        course: Course,
+        (va, pa): (Va, Pa),
+        access: MemoryAccess,
+        wanted: Vec<TapId>,
+    ) -> Pending {
+        Pending {
+            event: *event,
+            home,
+            course,
+            va,
+            pa,
+            access,
+            wanted,
+            told: 0,
+            verdict: None,
+            asking: None,
+            touched: false,
+            moved_to: None,
+            step: 0,
+            received: Instant::now(),
+            is_out: false,
+        }
+    }
+
+    /// A write to a hidden page that no watch is for.
+    fn sort_write(&mut self, event: &VmiEvent, home: View) -> Result<Sorted> {
+        let EventReason::MemoryAccess { pa, va, access, .. } = event.reason else { return Ok(Sorted::Answer(Course::Retry)) };
+        match self.decide_write(event, event.view.unwrap_or(self.tap_view)) {
+            (WriteDecision::Ask, Some(tap)) => {
+                let at = (va.unwrap_or_default(), pa);
+                let mut pending = Self::pending(event, home, Course::Write, at, access, Vec::new());
+                pending.asking = Some(tap);
+                Ok(Sorted::Wanted(Box::new(pending)))
+            }
+            (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
+            _ => {
+                self.prepare_write(event, None)?;
+                Ok(Sorted::Answer(Course::Write))
+            }
+        }
+    }
+
+    fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
+        let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
+        if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
+            vcpu.after_write = after;
+        }
+        Ok(())
+    }
+
+    /// A single-step: of a walk, or the end of a store that was followed.
+    fn sort_step(&mut self, event: &VmiEvent, home: View, gfn: Option<Gfn>) -> Sorted {
+        let rip = event.registers.rip();
+        let Some(slot) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Sorted::Answer(Course::Retry) };
+        let is_active = |tap: TapId| self.taps.get(tap.0 as usize).is_some_and(|tap| tap.state == TapState::Active);
+        slot.walk = slot.walk.filter(|walk| walk.left > 0 && is_active(walk.tap));
+        let Some(walk) = &mut slot.walk else { return Sorted::Answer(Course::Retry) };
+        walk.left -= 1;
+        walk.done += 1;
+        let (tap, done) = (walk.tap, walk.done);
+        let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
+        let mut pending = Self::pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
+        pending.step = done;
+        Sorted::Wanted(Box::new(pending))
+    }
+
+    /// The next tap to be told of the event in hand.
+    fn next_hit(&mut self) -> Option<Hit> {
+        let pending = self.pending.as_mut()?;
+        loop {
+            let (tap, ask) = match pending.wanted.get(pending.told) {
+                Some(tap) => (*tap, false),
+                None => (pending.asking.filter(|_| pending.told == pending.wanted.len())?, true),
+            };
+            pending.told += 1;
+            // A handler before may have taken it out, which is meant to take effect at once.
+            let gone = self.taps.get(tap.0 as usize).is_none_or(|tap| tap.state != TapState::Active);
+            if gone && !ask {
+                continue;
+            }
+            pending.is_out = true;
+            return Some(Hit {
+                tap,
+                vcpu: pending.event.vcpu,
+                view: pending.home,
+                registers: pending.event.registers,
+                va: pending.va,
+                pa: pending.pa,
+                access: pending.access,
+                step: pending.step,
+                ask,
+                at: pending.received,
+            });
+        }
+    }
+
+    /// Answers the hit that [`Session::poll`] returned last. Of several taps at one event the first verdict that is not
+    /// [`Verdict::Continue`] decides. Once all are told, the vCPU goes on.
+    ///
+    /// # Errors
+    /// [`VmiError::NoPendingEvent`] if there is none; for [`Verdict::Return`] if the stack cannot be read or the return address
+    /// is not canonical: the vCPU goes on as with `Continue` then.
+    pub fn answer(&mut self, verdict: Verdict) -> Result<()> {
+        let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_out) else {
+            return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
+        };
+        pending.is_out = false;
+        if pending.told > pending.wanted.len() {
+            // The question was not answered: as the default policy says.
+            return self.answer_question(OnWrite::Reapply);
+        }
+        let tap = pending.wanted.get(pending.told - 1).copied();
+        if let (Some(tap), None) = (tap, pending.verdict)
+            && verdict != Verdict::Continue
+        {
+            pending.verdict = Some((tap, verdict));
+        }
+        if pending.told < pending.wanted.len() || matches!(pending.verdict, Some((_, Verdict::Pause))) {
+            return Ok(());
+        }
+        if pending.course == Course::Write && pending.asking.is_none() {
+            return self.ask_after_watches();
+        }
+        self.finish()
+    }
+
+    /// The watches of a write to a hidden page are told; now the policies are asked.
+    fn ask_after_watches(&mut self) -> Result<()> {
+        let Some(pending) = &self.pending else { return Ok(()) };
+        let (event, view) = (pending.event, pending.event.view.unwrap_or(self.tap_view));
+        let (decision, asked) = self.decide_write(&event, view);
+        let Some(pending) = &mut self.pending else { return Ok(()) };
+        match decision {
+            WriteDecision::Ask => {
+                pending.asking = asked;
+                Ok(())
+            }
+            WriteDecision::Deny => {
+                pending.course = Course::Deny;
+                self.finish()
+            }
+            WriteDecision::Allow => self.finish(),
+        }
+    }
+
+    /// Answers a hit with [`Hit::ask`]: what is done with the write.
+    ///
+    /// # Errors
+    /// [`VmiError::NoPendingEvent`] if there is no such hit; [`VmiError::InvalidArgument`] for [`OnWrite::Ask`].
+    pub fn answer_write(&mut self, policy: OnWrite) -> Result<()> {
+        let is_asked = |pending: &&mut Pending| pending.is_out && pending.told > pending.wanted.len();
+        let Some(pending) = self.pending.as_mut().filter(is_asked) else {
+            return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
+        };
+        if policy == OnWrite::Ask {
+            let reason = "a question cannot be answered with `ask`".to_owned();
+            return Err(VmiError::InvalidArgument { what: "policy", reason });
+        }
+        pending.is_out = false;
+        self.answer_question(policy)
+    }
+
+    fn answer_question(&mut self, policy: OnWrite) -> Result<()> {
+        let Some(pending) = &mut self.pending else { return Ok(()) };
+        if policy == OnWrite::Deny {
+            pending.course = Course::Deny;
+        } else {
+            let event = pending.event;
+            if let Err(error) = self.prepare_write(&event, Some(policy)) {
+                self.pending = None;
+                self.rescue(&event);
+                return Err(error);
+            }
+        }
+        self.finish()
+    }
+
+    /// Everybody is told: carries the verdict out and answers the event.
+    fn finish(&mut self) -> Result<()> {
+        let Some(pending) = self.pending.take() else { return Ok(()) };
+        let done = self.carry_out(&pending);
+        self.note_hold(&pending);
+        if done.is_err() {
+            self.rescue(&pending.event);
+        }
+        done
+    }
+
+    fn note_hold(&mut self, pending: &Pending) {
+        let held = pending.received.elapsed();
+        self.stats.hold_total += held;
+        self.stats.hold_max = self.stats.hold_max.max(held);
+        self.stats.handled += u64::from(pending.told > pending.wanted.len());
+        for tap in &pending.wanted {
+            self.stats.handled += 1;
+            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
+                tap.stats.handled += 1;
+                tap.stats.hold_total += held;
+                tap.stats.hold_max = tap.stats.hold_max.max(held);
+            }
+        }
+    }
+
+    fn carry_out(&mut self, pending: &Pending) -> Result<()> {
+        let event = &pending.event;
+        let index = usize::from(event.vcpu.0);
+        if pending.course == Course::Write && self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_none()) {
+            self.prepare_write(event, None)?;
+        }
+        let mut gp = None;
+        let mut failed = Ok(());
+        if pending.touched {
+            gp = Some(self.vmi.driver().registers(event.vcpu)?.gp);
+        }
+        if let (Some((tap, verdict)), Some(vcpu)) = (pending.verdict, self.vcpus.get_mut(index)) {
+            if pending.step > 0 && verdict != Verdict::Pause {
+                vcpu.walk = None;
+            }
+            match verdict {
+                Verdict::Continue | Verdict::Pause => {}
+                Verdict::Step(left) => vcpu.walk = Some(Walk { tap, done: 0, left }),
+                Verdict::SetRegisters(changes) => changes.apply(gp.get_or_insert(event.registers.gp)),
+                Verdict::Return(value) => {
+                    let gp = gp.get_or_insert(event.registers.gp);
+                    let context = AddressContext::from(&event.registers);
+                    match return_address(&self.vmi, Va(gp.rsp), context) {
+                        Ok(to) => {
+                            gp.rip = to;
+                            gp.rsp = gp.rsp.wrapping_add(8);
+                            gp.rax = value;
+                        }
+                        Err(error) => failed = Err(error),
+                    }
+                }
+            }
+        }
+        // With another RIP the instruction is not executed.
+        let leaves = gp.is_some_and(|gp| gp.rip != event.registers.gp.rip);
+        let course = if leaves { Course::Retry } else { pending.course };
+        if leaves && let Some(vcpu) = self.vcpus.get_mut(index) {
+            vcpu.after_write = None;
+        }
+        self.go_on(event, pending.home(), course, gp)?;
+        failed
+    }
+
+    /// Answers an event.
+    fn go_on(
+        &mut self,
+        event: &VmiEvent,
+        home: View,
+        course: Course,
+        registers: Option<crate::arch::amd64::GpRegisters>,
+    ) -> Result<()> {
+        let clean = View::DEFAULT;
+        let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
+        if vcpu.walk.is_some_and(|walk| walk.left == 0) {
+            vcpu.walk = None;
+        }
+        let reports = vcpu.walk.is_some();
+        let action = match course {
+            Course::Retry if reports => EventAction::SingleStep { view: home },
+            Course::Retry => EventAction::Continue,
+            Course::Write => EventAction::SingleStep { view: clean },
+            Course::StepClean | Course::Emulate if reports => EventAction::SingleStep { view: clean },
+            Course::StepClean => EventAction::FastSingleStep { view: clean },
+            Course::Emulate if self.vmi.driver().caps().emulate_read => EventAction::Emulate,
+            Course::Emulate => EventAction::FastSingleStep { view: clean },
+            Course::Reinject => EventAction::Reinject,
+            Course::Deny => EventAction::Deny,
+        };
+        vcpu.home = matches!(course, Course::StepClean | Course::Emulate | Course::Write | Course::Deny).then_some(home);
+        let response = VmiEventResponse { action, view: Some(home), registers };
+        self.vmi.driver_mut().respond(event.vcpu, &response)
+    }
+}
+
+/// The return address on top of the stack.
+fn return_address<D: VmiDriver + ?Sized>(vmi: &VmiCore<D>, rsp: Va, context: AddressContext) -> Result<u64> {
+    let to = vmi.read_u64(rsp, context)?;
+    let bits = if context.levels == 5 { 57 } else { 48 };
+    if Va(to).is_canonical(bits) {
+        return Ok(to);
+    }
+    Err(VmiError::Translation { va: Va(to), root: context.root, fault: TranslationFault::NonCanonical })
+}

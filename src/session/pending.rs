@@ -1,0 +1,83 @@
+//! What is owed to each vCPU: the answer to its event, and what comes after a step.
+
+use std::time::Instant;
+
+use crate::addr::{MemoryAccess, Pa, Va, View};
+use crate::event::VmiEvent;
+
+use super::write::AfterWrite;
+use super::{TapId, Verdict};
+
+/// A vCPU between its events.
+#[derive(Clone, Default, Debug)]
+pub struct Vcpu {
+    /// The view it comes back to after a step elsewhere.
+    pub home: Option<View>,
+    /// What has to be done once its store is done.
+    pub after_write: Option<AfterWrite>,
+    /// Its single-steps are handed out.
+    pub walk: Option<Walk>,
+    /// It has an event of `wait_raw` that is not answered, from this view.
+    pub raw: Option<View>,
+}
+
+/// Steps a handler asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Walk {
+    pub tap: TapId,
+    pub done: u32,
+    pub left: u32,
+}
+
+/// How a vCPU goes on if no verdict says otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Course {
+    /// The instruction is tried again where it is.
+    Retry,
+    /// The instruction is executed in the default view.
+    StepClean,
+    /// It is a write to a hidden page; the policies are still to be asked.
+    Write,
+    /// The denied read is served from the default view.
+    Emulate,
+    /// The INT3 is the guest's.
+    Reinject,
+    /// The write is thrown away.
+    Deny,
+}
+
+/// An event that is not answered yet, and the taps that are still to be told.
+#[derive(Debug)]
+pub struct Pending {
+    pub event: VmiEvent,
+    /// The view the vCPU goes on in.
+    pub home: View,
+    pub course: Course,
+    /// Where it happened.
+    pub va: Va,
+    pub pa: Pa,
+    pub access: MemoryAccess,
+    /// Taps to be told, and how many were.
+    pub wanted: Vec<TapId>,
+    pub told: usize,
+    /// The first verdict that says something.
+    pub verdict: Option<(TapId, Verdict)>,
+    /// The write was put to a question, which is open.
+    pub asking: Option<TapId>,
+    /// Registers were written while the event was handled.
+    pub touched: bool,
+    /// A handler moved the vCPUs to another view.
+    pub moved_to: Option<View>,
+    /// The number of the step, for an event of a walk.
+    pub step: u32,
+    pub received: Instant,
+    /// Handed out and not answered.
+    pub is_out: bool,
+}
+
+impl Pending {
+    /// The view the vCPU is to be in.
+    pub fn home(&self) -> View {
+        self.moved_to.unwrap_or(self.home)
+    }
+}

@@ -1,0 +1,202 @@
+//! What a session is told and what it tells: plain data.
+
+use std::time::{Duration, Instant};
+
+use crate::addr::{MemoryAccess, Pa, Va, VcpuId, View};
+use crate::arch::amd64::{AddressContext, GpRegisters, Registers};
+use crate::tap::OnWrite;
+
+/// A tap of a session: a breakpoint or a watch. Never given twice in one session.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TapId(pub u32);
+
+/// What a tap looks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TapKind {
+    /// The instruction at its address being executed.
+    Breakpoint,
+    /// Accesses to a range of bytes.
+    Watch {
+        /// Bytes in the range.
+        len: u64,
+        /// Which accesses.
+        access: MemoryAccess,
+    },
+}
+
+/// A tap, as the caller describes it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TapSpec {
+    /// What it looks for.
+    pub kind: TapKind,
+    /// Its address, the first one of a watch.
+    pub va: Va,
+    /// The page tables the address is looked up in.
+    pub context: AddressContext,
+    /// Whether hits under every root count; else only those under the root of `context`.
+    pub global: bool,
+    /// The view it is planted in.
+    pub view: View,
+    /// What a write to its byte does; `None`: as the session says.
+    pub on_write: Option<OnWrite>,
+    /// Its owner: the same address, root and owner twice is an error. `None`: one of its own.
+    pub key: Option<u64>,
+    /// Whether [`super::Session::poll`] returns its hits; they are counted in any case.
+    pub wanted: bool,
+    /// Whether it is planted at once.
+    pub enabled: bool,
+}
+
+/// Where a tap is in its life.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum TapState {
+    /// Planted.
+    Active,
+    /// Taken out of the guest, and kept.
+    Disabled,
+    /// Gone for good.
+    Removed,
+}
+
+/// Counters of one tap.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct TapStats {
+    /// How often it was hit.
+    pub hits: u64,
+    /// How many of its hits were handed to the caller.
+    pub handled: u64,
+    /// How long vCPUs stood still for the hits that were handed out, all together.
+    pub hold_total: Duration,
+    /// The longest of these times.
+    pub hold_max: Duration,
+}
+
+/// Counters of a session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stats {
+    /// Events of any kind that the driver raised.
+    pub events: u64,
+    /// Hits of taps; an event that several own counts once for each.
+    pub hits: u64,
+    /// Events at a tapped place that nobody wanted: under another root, or in the rest of a watched page.
+    pub filtered: u64,
+    /// Hits that were handed to the caller and answered.
+    pub handled: u64,
+    /// INT3s of the guest's own that were delivered to it.
+    pub reinjected: u64,
+    /// Reads of hidden pages that were served with the original bytes.
+    pub hidden_reads: u64,
+    /// Writes to hidden pages, under whichever policy.
+    pub hidden_writes: u64,
+    /// Breakpoints that [`OnWrite::Remove`] took out.
+    pub removed_by_write: u64,
+    /// How long vCPUs stood still for hits that were handed out, all together.
+    pub hold_total: Duration,
+    /// The longest of these times.
+    pub hold_max: Duration,
+}
+
+/// One hit of one tap. Its vCPU stands still until it is answered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hit {
+    /// The tap.
+    pub tap: TapId,
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// The view the vCPU was in.
+    pub view: View,
+    /// Its registers; RIP is the instruction, which has not been executed.
+    pub registers: Registers,
+    /// The virtual address: of the instruction, or of the first byte accessed.
+    pub va: Va,
+    /// The physical address of the same.
+    pub pa: Pa,
+    /// X for a breakpoint; which access it was otherwise.
+    pub access: MemoryAccess,
+    /// 0 for the hit itself; 1 and up for the instructions after it that [`Verdict::Step`] asked for.
+    pub step: u32,
+    /// It is a write to a hidden page under [`OnWrite::Ask`], to be answered with [`super::Session::answer_write`].
+    pub ask: bool,
+    /// When the event was received.
+    pub at: Instant,
+}
+
+/// Names of the general-purpose registers, in the order of [`GpChanges`].
+pub const GP_NAMES: [&str; 18] = [
+    "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rip", "rflags",
+];
+
+/// New values for some general-purpose registers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct GpChanges {
+    /// The values, in the order of [`GP_NAMES`]; `None`: as it is.
+    pub values: [Option<u64>; 18],
+}
+
+impl GpChanges {
+    /// Writes the values into `gp`.
+    pub fn apply(&self, gp: &mut GpRegisters) {
+        let targets = [
+            &mut gp.rax,
+            &mut gp.rbx,
+            &mut gp.rcx,
+            &mut gp.rdx,
+            &mut gp.rsi,
+            &mut gp.rdi,
+            &mut gp.rsp,
+            &mut gp.rbp,
+            &mut gp.r8,
+            &mut gp.r9,
+            &mut gp.r10,
+            &mut gp.r11,
+            &mut gp.r12,
+            &mut gp.r13,
+            &mut gp.r14,
+            &mut gp.r15,
+            &mut gp.rip,
+            &mut gp.rflags,
+        ];
+        for (target, value) in targets.into_iter().zip(self.values) {
+            if let Some(value) = value {
+                *target = value;
+            }
+        }
+    }
+}
+
+/// What is to happen to the vCPU of a hit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Verdict {
+    /// The instruction is executed, and the vCPU goes on.
+    Continue,
+    /// The function that was just entered is left at once with this value in RAX.
+    Return(u64),
+    /// The vCPU goes on with these registers. With RIP the instruction is not executed.
+    SetRegisters(GpChanges),
+    /// The vCPU goes on instruction by instruction: after each of so many there is a hit again, with [`Hit::step`] from 1 on.
+    Step(u32),
+    /// The vCPU stands where it is until the next [`super::Session::poll`], which goes on as with `Continue`.
+    Pause,
+}
+
+/// When [`super::Session::poll`] is to come back at the latest.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Limits {
+    /// A point in time.
+    pub deadline: Option<Instant>,
+    /// So many hits, counted from this call on.
+    pub hits: Option<u64>,
+}
+
+/// Why [`super::Session::poll`] came back.
+#[derive(Clone, Debug)]
+pub enum Poll {
+    /// A hit of a wanted tap; to be answered before the next `poll`.
+    Hit(Box<Hit>),
+    /// The time is over, 100 ms are over, or the session was woken.
+    Timeout,
+    /// No vCPU can run: each has halted for good or is held.
+    Idle,
+    /// There were as many hits as asked for.
+    MaxHits,
+}

@@ -1,0 +1,106 @@
+//! Writes to hidden pages: which policy applies, and bringing the shadows up to date once the write is done.
+
+use crate::addr::{Gfn, Pa, Va, VcpuId, View};
+use crate::arch::amd64::{AddressContext, Registers};
+use crate::driver::VmiDriver;
+use crate::error::Result;
+use crate::event::{EventReason, VmiEvent};
+use crate::tap::{OnWrite, WriteDecision, decide};
+
+use super::{Session, TapId};
+
+/// Bytes a store is taken to be long where the driver does not say.
+const UNKNOWN_LEN: u64 = 8;
+/// Bytes one instruction that is no string instruction can store: XSAVE's area is the longest.
+const MAX_STORE: u64 = 4096;
+/// Pages that are looked at after a string instruction; what it wrote beyond is found by looking at every hidden page.
+const MAX_PAGES: u64 = 4096;
+
+/// What is to be done once a store is done.
+#[derive(Clone, Debug)]
+pub struct AfterWrite {
+    va: Va,
+    pa: Pa,
+    context: AddressContext,
+    rdi: u64,
+    /// Breakpoints to be removed if their byte changed: the tap, its byte's address, what was there, and whether the store is
+    /// known to cover it.
+    removable: Vec<(TapId, Pa, u8, bool)>,
+}
+
+/// The physical range a denied write covers, as far as it is known.
+fn covered(event: &VmiEvent) -> Option<(Pa, Pa)> {
+    let EventReason::MemoryAccess { pa, len, .. } = event.reason else { return None };
+    let len = if len == 0 { UNKNOWN_LEN } else { len.into() };
+    // Only this page was denied; a store that crosses into the next one raises an event of its own there.
+    let len = len.min(pa.page_rest());
+    Some((pa, Pa(pa.0 + len - 1)))
+}
+
+impl<D: VmiDriver + ?Sized> Session<D> {
+    /// The breakpoints planted on a page of a view.
+    fn taps_on_page(&self, view: View, gfn: Gfn) -> Vec<(TapId, Pa)> {
+        self.manager.breakpoints_on_page(view, gfn).map(|(breakpoint, pa)| (breakpoint.key, pa)).collect()
+    }
+
+    /// What the policies of the breakpoints under a write say, and whom to ask.
+    pub(super) fn decide_write(&self, event: &VmiEvent, view: View) -> (WriteDecision, Option<TapId>) {
+        let Some((first, last)) = covered(event) else { return (WriteDecision::Allow, None) };
+        let taps = self.taps_on_page(view, first.gfn());
+        let under = || taps.iter().filter(|(_, pa)| (first..=last).contains(pa)).map(|(tap, _)| *tap);
+        let asked = under().find(|tap| self.policy(*tap) == OnWrite::Ask);
+        (decide(under().map(|tap| self.policy(tap))), asked)
+    }
+
+    /// Remembers what is needed after the store. `answer` stands in for the policies of those that ask.
+    pub(super) fn before_write(&self, event: &VmiEvent, view: View, answer: Option<OnWrite>) -> Result<Option<AfterWrite>> {
+        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return Ok(None) };
+        let Some((first, last)) = covered(event) else { return Ok(None) };
+        let mut removable = Vec::new();
+        for (tap, at) in self.taps_on_page(view, pa.gfn()) {
+            let mut policy = self.policy(tap);
+            if policy == OnWrite::Ask {
+                policy = answer.unwrap_or_default();
+            }
+            if policy == OnWrite::Remove {
+                let mut byte = [0];
+                self.vmi.read_pa(at, &mut byte)?;
+                removable.push((tap, at, byte[0], (first..=last).contains(&at)));
+            }
+        }
+        let context = AddressContext::from(&event.registers);
+        let va = va.unwrap_or_default();
+        Ok(Some(AfterWrite { va, pa, context, rdi: event.registers.gp.rdi, removable }))
+    }
+
+    /// The store of a vCPU is done: brings shadows up to date and removes what is to be removed.
+    pub(super) fn finish_write(&mut self, vcpu: VcpuId, registers: &Registers) -> Result<()> {
+        let slot = self.vcpus.get_mut(usize::from(vcpu.0));
+        let Some(done) = slot.and_then(|slot| slot.after_write.take()) else { return Ok(()) };
+        self.controller.refresh(&mut self.vmi, done.pa.gfn())?;
+        // The store may have reached into the page behind, and a string instruction moves RDI over all it wrote.
+        let moved = registers.gp.rdi.abs_diff(done.rdi);
+        let (mut first, mut last) = (done.va.0, done.va.0.saturating_add(MAX_STORE));
+        if moved > 0 {
+            first = first.min(registers.gp.rdi).min(done.rdi);
+            last = last.max(registers.gp.rdi.max(done.rdi));
+        }
+        let count = ((last >> 12) - (first >> 12)).min(MAX_PAGES);
+        for page in (first >> 12)..=(first >> 12) + count {
+            // A page that is not mapped was not written either.
+            let Ok(pa) = self.vmi.translate(Va(page << 12), done.context) else { continue };
+            if pa.gfn() != done.pa.gfn() && self.controller.hides_anywhere(pa.gfn()) {
+                self.controller.refresh(&mut self.vmi, pa.gfn())?;
+            }
+        }
+        for (tap, at, was, is_covered) in done.removable {
+            let mut byte = [0];
+            self.vmi.read_pa(at, &mut byte)?;
+            if is_covered || byte[0] != was {
+                self.remove(tap)?;
+                self.stats.removed_by_write += 1;
+            }
+        }
+        Ok(())
+    }
+}
