@@ -1,0 +1,186 @@
+//! Guests of tests/guests under breakpoints.
+
+use vmitap::driver::VmiProtection;
+use vmitap::event::{EventAction, EventReason, VmiEventResponse};
+use vmitap::{MemoryAccess, View};
+
+use super::guest::{Lab, options};
+
+/// All that the guest of insns.S leaves: what it computed and what its exception handler recorded.
+fn truth(lab: &Lab) -> Vec<u64> {
+    // From `results` to the end of the truth section, then the records; the reads' words come in between.
+    let mut all = Vec::new();
+    for name in ["rounds", "int3_seen", "user_rcx", "user_r11", "user_flags", "buffer", "done"] {
+        all.push(lab.word(name));
+    }
+    all.extend(lab.words("results", 64 * 3 * 2));
+    all.extend(lab.words("hash_now", 10));
+    for name in ["exc_count", "exc_error", "exc_rip", "exc_cs", "exc_rflags", "exc_rsp", "exc_ss", "exc_cr2"] {
+        all.extend(lab.words(name, 256));
+    }
+    all
+}
+
+fn tap_names(lab: &Lab) -> Vec<String> {
+    let mut names: Vec<String> = lab.symbols.iter().map(|s| s.name.to_string()).filter(|name| name.starts_with("t_")).collect();
+    names.sort();
+    names
+}
+
+/// How often each instruction is executed.
+fn executions(name: &str) -> u64 {
+    match name {
+        // Once for each iteration.
+        "t_loop" | "t_branch" => 6,
+        // `first` is reached by no other way, and all others once in each round.
+        _ => 2,
+    }
+}
+
+#[test]
+fn each_hard_instruction_can_be_stepped_over_without_a_trace() {
+    let elf = super::guest::assemble("insns.S");
+    let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+    plain.run();
+    plain.assert_unseen();
+    let expected = truth(&plain);
+    let names = tap_names(&plain);
+    assert!(names.len() > 50, "{names:?}");
+    let mut wrong = Vec::new();
+    for name in &names {
+        let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+        lab.tap(&[name]);
+        lab.run();
+        let found = truth(&lab);
+        let differ: Vec<_> =
+            (0..found.len()).filter(|at| found[*at] != expected[*at]).map(|at| (at, expected[at], found[at])).collect();
+        if !differ.is_empty() || lab.hits_at(name) != executions(name) || lab.console() != plain.console() {
+            wrong.push(format!("{name}: {} hits, (place, expected, found): {differ:x?} {}", lab.hits_at(name), lab.console()));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn all_hard_instructions_are_stepped_over_in_one_run() {
+    for report in [false, true] {
+        let elf = super::guest::assemble("insns.S");
+        let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+        plain.run();
+        let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+        let names = tap_names(&lab);
+        lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let (mut steps, mut reports) = (0, 0);
+        lab.run_with(|lab, event| {
+            let mut response = lab.usual(event);
+            if let EventAction::FastSingleStep { view } = response.action
+                && report
+            {
+                steps += 1;
+                response.action = EventAction::SingleStep { view };
+            }
+            if matches!(event.reason, EventReason::SingleStep { .. }) {
+                assert_eq!(event.view, Some(View::DEFAULT));
+                reports += 1;
+                response = response.in_view(lab.view);
+            }
+            response
+        });
+        assert!(truth(&lab) == truth(&plain));
+        for name in &names {
+            assert_eq!(lab.hits_at(name), executions(name), "{name}");
+        }
+        if report {
+            // The two INT3s of the guest's own end their steps with an event each, in place of the report.
+            assert_eq!((steps > 100, steps - reports), (true, 6));
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_is_stepped_from_its_first_to_its_last_instruction_computes_the_same() {
+    let elf = super::guest::assemble("insns.S");
+    let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+    plain.run();
+    let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+    lab.tap(&["t_first"]);
+    let mut steps = 0_u64;
+    lab.run_with(|lab, event| {
+        if let EventReason::Breakpoint { .. } = event.reason {
+            let response = lab.usual(event);
+            if response.action == EventAction::Reinject {
+                return response.in_view(View::DEFAULT);
+            }
+        }
+        steps += 1;
+        VmiEventResponse::action(EventAction::SingleStep { view: View::DEFAULT })
+    });
+    assert!(steps > 1000, "{steps}");
+    assert!(truth(&lab) == truth(&plain));
+}
+
+#[test]
+fn every_call_is_one_hit_and_no_kind_of_read_sees_the_breakpoint() {
+    for taps in [&["f"][..], &["g"], &["f", "h"], &["f", "g", "h"]] {
+        let mut lab = Lab::with("calls.S", &options(1, "n=1000 every=100"));
+        lab.tap(taps);
+        lab.run();
+        lab.assert_unseen();
+        assert_eq!((lab.word("f_count"), lab.word("f_sum"), lab.word("wrong_results")), (1000, 499_500, 0));
+        for name in taps {
+            assert_eq!(lab.hits_at(name), lab.word(&format!("{name}_count")), "{name}");
+        }
+        assert!(lab.reads > 1000 && lab.word("checks") > 9, "{} reads", lab.reads);
+        let plain = {
+            let mut lab = Lab::with("calls.S", &options(1, "n=1000 every=100"));
+            lab.run();
+            lab.words("hash_now", 10)
+        };
+        assert_eq!(lab.words("hash_now", 10), plain);
+    }
+}
+
+#[test]
+fn reads_can_be_served_by_emulation() {
+    let mut lab = Lab::with("calls.S", &options(1, "n=100 every=50"));
+    lab.tap(&["f", "g"]);
+    lab.run_with(|lab, event| {
+        let mut response = lab.usual(event);
+        if matches!(event.reason, EventReason::MemoryAccess { access: MemoryAccess::R, .. }) {
+            response.action = EventAction::Emulate;
+        }
+        response
+    });
+    lab.assert_unseen();
+    assert_eq!((lab.hits_at("f"), lab.word("wrong_results")), (100, 0));
+}
+
+#[test]
+fn other_vcpus_that_read_all_the_time_see_nothing() {
+    for vcpus in [2, 4] {
+        let mut lab = Lab::with("calls.S", &options(vcpus, "n=3000 every=1000"));
+        lab.tap(&["f", "g"]);
+        lab.run();
+        lab.assert_unseen();
+        assert_eq!((lab.hits_at("f"), lab.word("wrong_results")), (3000, 0));
+        assert!(lab.word("ap_checks") > 2, "{}", lab.word("ap_checks"));
+    }
+}
+
+#[test]
+fn a_breakpoint_that_can_be_read_is_seen() {
+    let mut lab = Lab::with("calls.S", &options(1, "n=100 every=50"));
+    lab.tap(&["f"]);
+    lab.run_with(|lab, event| {
+        // From the first hit on: the guest has taken its reference by then.
+        if matches!(event.reason, EventReason::Breakpoint { .. }) {
+            lab.vm.set_memory_access(lab.view, lab.pa("f").gfn(), MemoryAccess::RX).unwrap();
+        }
+        lab.usual(event)
+    });
+    lab.assert_done();
+    let seen: Vec<bool> = lab.words("mismatches", 10).iter().map(|count| *count > 0).collect();
+    // Not by page-crossing reads, which do not meet this byte, nor by `lock xadd`, which is denied as a write and stepped.
+    let expected = [true, true, true, false, true, true, false, true, true, true];
+    assert_eq!(seen, expected);
+}
