@@ -116,7 +116,10 @@ fn a_guest_that_is_stepped_from_its_first_to_its_last_instruction_computes_the_s
         VmiEventResponse::action(EventAction::SingleStep { view: View::DEFAULT })
     });
     assert!(steps > 1000, "{steps}");
-    assert!(truth(&lab) == truth(&plain));
+    let (found, expected) = (truth(&lab), truth(&plain));
+    let differ: Vec<_> =
+        (0..found.len()).filter(|at| found[*at] != expected[*at]).map(|at| (at, expected[at], found[at])).collect();
+    assert!(differ.is_empty(), "{differ:x?} {}", lab.console());
 }
 
 #[test]
@@ -163,7 +166,7 @@ fn other_vcpus_that_read_all_the_time_see_nothing() {
         lab.run();
         lab.assert_unseen();
         assert_eq!((lab.hits_at("f"), lab.word("wrong_results")), (3000, 0));
-        assert!(lab.word("ap_checks") > 2, "{}", lab.word("ap_checks"));
+        assert!(lab.word("ap_checks") > 1, "{}", lab.word("ap_checks"));
     }
 }
 
@@ -180,7 +183,6 @@ fn a_breakpoint_that_can_be_read_is_seen() {
     });
     lab.assert_done();
     let seen: Vec<bool> = lab.words("mismatches", 10).iter().map(|count| *count > 0).collect();
-    // Not by page-crossing reads, which do not meet this byte, nor by `lock xadd`, which is denied as a write and stepped.
-    let expected = [true, true, true, false, true, true, false, true, true, true];
-    assert_eq!(seen, expected);
+    // Not by `lock xadd`, which is denied as a write and stepped.
+    assert_eq!(seen, [true, true, true, true, true, true, false, true, true, true]);
 }
