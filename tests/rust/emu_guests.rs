@@ -1,8 +1,9 @@
 //! Guests of tests/guests under breakpoints.
 
-use vmitap::driver::VmiProtection;
-use vmitap::event::{EventAction, EventReason, VmiEventResponse};
-use vmitap::{MemoryAccess, View};
+use vmitap::driver::emu::BootOptions;
+use vmitap::driver::{VmiProtection, VmiWrite};
+use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use vmitap::{Gfn, MemoryAccess, View};
 
 use super::guest::{Lab, options};
 
@@ -185,4 +186,115 @@ fn a_breakpoint_that_can_be_read_is_seen() {
     let seen: Vec<bool> = lab.words("mismatches", 10).iter().map(|count| *count > 0).collect();
     // Not by `lock xadd`, which is denied as a write and stepped.
     assert_eq!(seen, [true, true, true, true, true, true, false, true, true, true]);
+}
+
+/// The write policy of a tap, by hand: the write happens in the page itself, then the shadow follows.
+fn reapply(lab: &mut Lab, event: &VmiEvent) -> VmiEventResponse {
+    match event.reason {
+        EventReason::MemoryAccess { access, .. } if access.contains(MemoryAccess::W) => {
+            lab.writes += 1;
+            VmiEventResponse::action(EventAction::SingleStep { view: View::DEFAULT })
+        }
+        EventReason::SingleStep { .. } => {
+            let pages: Vec<u64> = lab.shadows.keys().copied().collect();
+            pages.into_iter().for_each(|gfn| lab.refresh(Gfn(gfn)));
+            VmiEventResponse::CONTINUE.in_view(lab.view)
+        }
+        _ => lab.usual(event),
+    }
+}
+
+fn assert_writes(lab: &Lab, rounds: u64) {
+    lab.assert_done();
+    let counts = ["wrong", "overwritten", "reread"].map(|name| lab.word(name));
+    assert_eq!(counts, [0, rounds, rounds], "wrong results, overwritten, read back");
+    assert!(lab.word("calls") >= 7 * rounds);
+}
+
+#[test]
+fn code_that_is_overwritten_in_any_way_runs_as_written() {
+    for vcpus in [1, 2, 3] {
+        let mut lab = Lab::with("writes.S", &options(vcpus, "n=50"));
+        lab.run();
+        assert_writes(&lab, 50);
+    }
+}
+
+#[test]
+fn tapped_code_that_is_overwritten_in_any_way_runs_as_written_and_stays_tapped() {
+    for vcpus in [1, 2, 3] {
+        let mut lab = Lab::with("writes.S", &options(vcpus, "n=50"));
+        lab.tap(&["patched"]);
+        lab.run_with(reapply);
+        assert_writes(&lab, 50);
+        assert_eq!(lab.hits_at("patched"), lab.word("calls"), "with {vcpus} vCPUs");
+        assert!(lab.writes > 400, "{}", lab.writes);
+        assert_eq!(vcpus > 1, lab.word("ap_writes") > 0);
+    }
+}
+
+#[test]
+fn code_that_the_caller_overwrites_runs_as_written() {
+    // The page itself, while the tapped view shows a shadow: the stepper's translation is the one that must go.
+    let mut lab = Lab::with("calls.S", &options(1, "n=40 every=0"));
+    lab.tap(&["f"]);
+    let mut flips = 0;
+    lab.run_with(|lab, event| {
+        if lab.hits_at("f") > 20 && flips == 0 {
+            flips = 1;
+            // `push rbx` becomes `push rcx`, and `pop rbx` `pop rcx` in the shadow: f still returns, with another RBX.
+            let f = lab.pa("f");
+            lab.vm.write(f, &[0x51]).unwrap();
+            let before = lab.bytes(f, 32);
+            let pop = before.windows(2).position(|bytes| bytes == [0x5b, 0xc3]).unwrap() as u64;
+            lab.vm.write(lab.shadows[&f.gfn().0].pa(f.page_offset() + pop), &[0x59]).unwrap();
+        }
+        lab.usual(event)
+    });
+    lab.assert_done();
+    assert_eq!((lab.hits_at("f"), lab.word("wrong_results"), lab.word("f_count")), (40, 0, 40));
+}
+
+const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
+const CALLS: usize = 0x100 / 8;
+const FINISHED: (usize, u64) = (0x30 / 8, 0x6465_6873_696e_6966);
+
+fn demo(vcpus: u16, command_line: &str) -> Lab {
+    Lab::boot(DEMO, &BootOptions { vcpus, command_line: command_line.to_owned(), ..BootOptions::default() }).unwrap()
+}
+
+#[test]
+fn the_demo_guest_reaches_its_verdict_untouched_and_tapped() {
+    for (vcpus, taps) in
+        [(1, &[][..]), (2, &[]), (1, &["open_file"]), (2, &["open_file", "read_file", "timer_tick", "trap_iret"])]
+    {
+        let t = std::time::Instant::now();
+        let mut lab = demo(vcpus, "rounds=6");
+        lab.tap(taps);
+        lab.run();
+        println!("{vcpus} {taps:?} {:?} {} {}", t.elapsed(), lab.reads, lab.writes);
+        let console = lab.console();
+        assert!(console.contains(" checks, 0 mismatches"), "{console}");
+        let truth = lab.words("truth", 128);
+        assert_eq!((truth[FINISHED.0], truth[0x28 / 8], truth[0x20 / 8], truth[0x10 / 8]), (FINISHED.1, 1, 6, vcpus.into()));
+        assert!(truth[0x60 / 8] > 0, "preempted by the timer");
+        for (index, name) in ["open_file", "read_file"].iter().enumerate() {
+            if taps.contains(name) {
+                assert!(truth[CALLS + index] > 10);
+                assert_eq!(lab.hits_at(name), truth[CALLS + index], "{name} with {vcpus} vCPUs");
+            }
+        }
+        if taps.contains(&"timer_tick") {
+            assert_eq!(lab.hits_at("timer_tick"), truth[0x380 / 8..0x3c0 / 8].iter().sum::<u64>());
+        }
+    }
+}
+
+#[test]
+fn the_demo_guest_sees_a_breakpoint_that_is_not_hidden() {
+    let mut lab = demo(1, "rounds=3");
+    lab.tap_with("open_file", MemoryAccess::RX);
+    lab.run();
+    assert!(lab.console().contains("TAMPERING SEEN"), "{}", lab.console());
+    assert_eq!(lab.hits_at("open_file"), lab.words("truth", 128)[CALLS]);
 }

@@ -600,7 +600,7 @@ impl Machine {
             let mut exit = self.stepper.hooks().exit.get();
             let mut ended = ended;
             // The engine fetches ahead: the instruction is done, and this is about the next one, whose time is not now.
-            let is_next = matches!(exit, Exit::Retry) || matches!(exit, Exit::Denied(Denied { access: Access::Fetch, .. }));
+            let is_next = matches!(exit, Exit::Retry | Exit::Denied(Denied { access: Access::Fetch, .. }));
             if is_next && vcpu.rip() != rip {
                 (exit, ended) = (Exit::None, code::OK);
             }
