@@ -268,11 +268,9 @@ fn the_demo_guest_reaches_its_verdict_untouched_and_tapped() {
     for (vcpus, taps) in
         [(1, &[][..]), (2, &[]), (1, &["open_file"]), (2, &["open_file", "read_file", "timer_tick", "trap_iret"])]
     {
-        let t = std::time::Instant::now();
         let mut lab = demo(vcpus, "rounds=6");
         lab.tap(taps);
         lab.run();
-        println!("{vcpus} {taps:?} {:?} {} {}", t.elapsed(), lab.reads, lab.writes);
         let console = lab.console();
         assert!(console.contains(" checks, 0 mismatches"), "{console}");
         let truth = lab.words("truth", 128);

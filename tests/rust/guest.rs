@@ -210,7 +210,14 @@ impl Lab {
                 Wait::Idle => return,
                 Wait::Timeout => {}
             }
-            assert!(Instant::now() < end, "the guest hangs: {:?}", self.vm.registers(vmitap::VcpuId(0)).unwrap());
+            assert!(
+                Instant::now() < end,
+                "the guest hangs after {} reads, {} writes, {:x?}: {:x?}",
+                self.reads,
+                self.writes,
+                self.hits,
+                self.vm.registers(vmitap::VcpuId(0)).unwrap().gp
+            );
         }
     }
 

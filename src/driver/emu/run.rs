@@ -337,6 +337,10 @@ impl Machine {
                 self.loaded = Loaded::Nothing;
                 return Ok(None);
             }
+            if vcpu.is_in_interrupt_shadow() {
+                // The main engine would stop before the very instruction that ends the shadow.
+                return self.step(index, self.in_place(index)?);
+            }
             wants_interrupts = true;
         }
         self.run_main(index, wants_interrupts)
