@@ -337,6 +337,10 @@ impl Machine {
                 self.loaded = Loaded::Nothing;
                 return Ok(None);
             }
+            if vcpu.is_in_interrupt_shadow() {
+                // The main engine would stop before the very instruction that ends the shadow.
+                return self.step(index, self.in_place(index)?);
+            }
             wants_interrupts = true;
         }
         self.run_main(index, wants_interrupts)
@@ -597,7 +601,13 @@ impl Machine {
                 Loaded::All(held) | Loaded::ButInteger(held) if held == index && integer => Loaded::ButInteger(held),
                 _ => Loaded::Nothing,
             };
-            let exit = self.stepper.hooks().exit.get();
+            let mut exit = self.stepper.hooks().exit.get();
+            let mut ended = ended;
+            // The engine fetches ahead: the instruction is done, and this is about the next one, whose time is not now.
+            let is_next = matches!(exit, Exit::Retry | Exit::Denied(Denied { access: Access::Fetch, .. }));
+            if is_next && vcpu.rip() != rip {
+                (exit, ended) = (Exit::None, code::OK);
+            }
             if exit == Exit::Retry {
                 vcpu.set_hflags(hflags);
                 continue;
