@@ -192,7 +192,13 @@ impl VmiViews for EmuDriver {
         if !self.machine().memory.has_view(view) {
             return Err(VmiError::ViewNotFound { view });
         }
-        self.machine.0.vcpus.iter_mut().for_each(|vcpu| vcpu.view = view);
+        for vcpu in &mut self.machine.0.vcpus {
+            vcpu.view = view;
+            // A step that is still to be made would put the vCPU back to where it was.
+            if let Some(step) = &mut vcpu.step {
+                step.back = view;
+            }
+        }
         Ok(())
     }
 
