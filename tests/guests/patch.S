@@ -1,6 +1,7 @@
 /*
- * Calls f `n` times (command line `n=`, default 100) and rewrites f's first eight bytes after each call, so that it returns the number
+ * Calls f_entry, and so f, `n` times (command line `n=`, default 100) and rewrites f's first eight bytes after each call, so that it returns the number
  * of the next one: code that overwrites a tapped byte itself. Counts results that are not the number, and keeps the last result.
+ * The store is a `mov`; with `xchg=1` or `xadd=1` an instruction that reads the bytes first, locked.
  */
 #define TAPPED_SIZE 4096
 #include "boot.inc"
@@ -13,14 +14,24 @@ counter wrong_results
 	.global main
 main:
 	push rbp
+	push r14
+	push r15
 	lea rdi, [rip + name_n]
 	mov eax, 100
 	call parameter
 	mov [rip + n], rax
+	lea rdi, [rip + name_xchg]
+	xor eax, eax
+	call parameter
+	mov r14, rax
+	lea rdi, [rip + name_xadd]
+	xor eax, eax
+	call parameter
+	mov r15, rax
 	xor ebp, ebp
 1:	cmp rbp, [rip + n]
 	jae 3f
-	call f
+	call f_entry
 	mov [rip + f_returned], rax
 	cmp rax, rbp
 	je 2f
@@ -31,14 +42,29 @@ main:
 	shl rax, 8
 	mov rcx, 0x9090c300000000b8
 	or rax, rcx
+	test r14, r14
+	jnz 4f
+	test r15, r15
+	jnz 5f
 	mov [rip + f], rax
 	jmp 1b
-3:	pop rbp
+4:	xchg [rip + f], rax
+	jmp 1b
+	/* The number is the only thing that changes, by one: in the second byte. */
+5:	mov eax, 0x100
+	lock xadd [rip + f], rax
+	jmp 1b
+3:	pop r15
+	pop r14
+	pop rbp
 	ret
 
 	.section .tapped, "ax"
 	.balign 16
-	.global f
+	.global f_entry, f
+f_entry:
+	nop
+	.balign 16
 f:	mov eax, 0
 	ret
 	nop
@@ -47,3 +73,5 @@ f:	mov eax, 0
 
 	.section .data
 name_n:	.asciz "n="
+name_xchg: .asciz "xchg="
+name_xadd: .asciz "xadd="

@@ -61,10 +61,8 @@ def test_the_import_loads_neither_the_emulator_nor_the_command_line() -> None:
 
 
 def test_attaching_loads_the_emulators_library_and_not_its_package() -> None:
-    code = (
-        "import sys, vmitap; vmitap.attach('demo').detach()"
-        "; print('unicorn' in sys.modules, 'libunicorn' in open('/proc/self/maps').read())"
-    )
+    code = "import sys, vmitap; vm = vmitap.attach('demo')"
+    code += "; print('unicorn' in sys.modules, 'libunicorn' in open('/proc/self/maps').read())"
     assert python(code).stdout.split() == ["False", "True"]
 
 

@@ -58,12 +58,14 @@ def main() -> NoReturn:
         sys.exit(exits.USAGE)
     except (click.Abort, KeyboardInterrupt):
         _report("Interrupted", "interrupted; the guest has been restored", "", exits.INTERRUPTED, as_json=as_json)
+    except vmitap.HandlerError as error:
+        if isinstance(error.error, BrokenPipeError):
+            _reader_has_gone()
+        _report(type(error).__name__, str(error), error.hint, exits.code_of(error), as_json=as_json)
     except vmitap.VmitapError as error:
         _report(type(error).__name__, str(error), error.hint, exits.code_of(error), as_json=as_json)
     except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(exits.PIPE)
+        _reader_has_gone()
     except Exception as error:
         traceback.print_exc()
         _report(
@@ -84,6 +86,12 @@ def _report(kind: str, message: str, hint: str, code: int, *, as_json: bool) -> 
         if hint:
             print(f"  hint: {hint}", file=sys.stderr)
     sys.exit(code)
+
+
+def _reader_has_gone() -> NoReturn:
+    # Python would complain once more when it flushes stdout at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(exits.PIPE)
 
 
 def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
