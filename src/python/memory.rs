@@ -8,7 +8,7 @@ use pyo3::types::PyBytes;
 
 use super::convert::{buffer, length, number, optional};
 use super::shared::Shared;
-use super::vm::Vm;
+use super::vm::Handle;
 use crate::addr::{Pa, Va};
 use crate::bytes::GuestBytes;
 use crate::core::Address;
@@ -45,7 +45,7 @@ pub fn write_pa(py: Python<'_>, shared: &Arc<Shared>, pa: &Bound<'_, PyAny>, dat
 
 /// Guest-physical memory, from 0 to `size`.
 #[pyclass(frozen, module = "vmitap._native")]
-pub struct Memory(pub Vm);
+pub struct Memory(pub Handle);
 
 #[pymethods]
 impl Memory {
