@@ -63,6 +63,7 @@ impl Memory {
     }
 
     /// Fills a writable buffer from `pa` on, without an object in between; raises as `Vm.read_pa`.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     fn read_into(&self, py: Python<'_>, pa: &Bound<'_, PyAny>, buffer: PyBuffer<u8>) -> PyResult<()> {
         let (shared, pa) = (self.0.open()?, Pa(number("pa", pa)?));
         if buffer.readonly() {
@@ -74,6 +75,7 @@ impl Memory {
     }
 
     /// Reads many ranges of virtual memory, each an address and a length, in one call: all of them or nothing.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     #[pyo3(signature = (ranges, *, root=None))]
     fn read_many<'py>(
         &self,

@@ -326,6 +326,7 @@ impl Vm {
     }
 
     /// Iterates over hits; the vCPU is not held while your code works on one.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     #[pyo3(signature = (*breakpoints, timeout=None, queue=10_000))]
     fn events(slf: Py<Self>, breakpoints: Vec<Py<Breakpoint>>, timeout: Option<f64>, queue: usize) -> PyResult<Events> {
         let shared = slf.get().open()?.clone();

@@ -307,7 +307,9 @@ def test_other_threads_read_while_the_guest_runs(vm: Vm) -> None:
 
     def reader() -> None:
         try:
-            read.extend(vm.read("open_file", 8) for _ in range(50))
+            end = time.monotonic() + 0.3
+            while time.monotonic() < end:
+                read.append(vm.read("open_file", 8))
             with pytest.raises(vmitap.SessionBusyError):
                 vm.run()
         except BaseException as error:
@@ -326,7 +328,9 @@ def test_other_threads_read_while_the_guest_runs(vm: Vm) -> None:
     result = vm.run(timeout=30)
     thread.join()
     assert (result.reason, errors) == ("stopped", [])
-    assert result.hits == result.py_calls > 50
+    # A thread that never rests takes the interpreter for 5 ms at a time.
+    assert result.hits == result.py_calls > 5
+    assert len(read) > 5
     assert len(set(read)) == 1
 
 
