@@ -12,6 +12,5 @@ mod image;
 mod layering;
 mod mock;
 mod paging;
-mod session;
 mod tap;
 mod tap_manager;
