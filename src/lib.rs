@@ -8,6 +8,7 @@ pub mod driver;
 pub mod error;
 pub mod event;
 pub mod image;
+pub mod session;
 pub mod symbols;
 pub mod tap;
 

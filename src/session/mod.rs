@@ -83,9 +83,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             let undone = driver.monitor(Monitor::Breakpoint, false).and_then(|()| driver.destroy_view(tap_view));
             return Err(match undone {
                 Ok(()) => cause,
-                Err(error) => {
-                    VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") }
-                }
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
             });
         }
         Ok(Self {

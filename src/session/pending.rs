@@ -81,4 +81,3 @@ impl Pending {
         self.moved_to.unwrap_or(self.home)
     }
 }
-

@@ -12,5 +12,6 @@ mod image;
 mod layering;
 mod mock;
 mod paging;
+mod session;
 mod tap;
 mod tap_manager;
