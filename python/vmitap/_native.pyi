@@ -571,10 +571,15 @@ class Vm:
         >>> pa, view = vm.translate("open_file"), vm.views.tap
         >>> controller.monitor(pa >> 12, view)
         >>> controller.insert_breakpoint(pa, view)
-        >>> event = vm.wait_event(timeout=5)
+        >>> step = vmitap.VmiEventResponse.fast_single_step(vm.views.default)
+        >>> while event := vm.wait_event(timeout=5):
+        ...     is_int3 = event.reason == "breakpoint"
+        ...     is_own = is_int3 and controller.is_breakpoint(event)
+        ...     vm.respond(event, vmitap.VmiEventResponse.reinject() if is_own else step)
+        ...     if is_int3 and event.pa == pa:
+        ...         break
         >>> controller.check_event(event) == (view, pa >> 12)
         True
-        >>> vm.respond(event, vmitap.VmiEventResponse.fast_single_step(vm.views.default))
         """
     def respond(self, event: VmiEvent, response: VmiEventResponse) -> None:
         """Answers an event of `wait_event`; its vCPU goes on. Exactly once an event.
@@ -1141,7 +1146,7 @@ class Events:
     def result(self) -> RunResult | None:
         """What `run` would have returned; None until the iteration has ended.
 
-        >>> events = vm.events(timeout=0.01)
+        >>> events = vm.events(timeout=0)
         >>> list(events), events.result.reason
         ([], 'timeout')
         """
@@ -1646,12 +1651,14 @@ class BreakpointManager:
 
     >>> manager = vmitap.BreakpointManager(vm, vmitap.BreakpointController(vm))
     >>> root, view = vm.registers(0).root, vm.views.tap
-    >>> manager.insert(vm.symbol("open_file"), root, view, key="files")
+    >>> manager.insert(vm.symbol("open_file"), root, view, key="files", is_global=True)
     True
-    >>> event = vm.wait_event(timeout=5)
-    >>> manager.get_by_event(event, "files").address == event.registers.rip
+    >>> step, reinject = vmitap.VmiEventResponse.fast_single_step(vm.views.default), vmitap.VmiEventResponse.reinject()
+    >>> while (found := manager.get_by_event(event := vm.wait_event(timeout=5), "files")) is None:
+    ...     vm.respond(event, reinject if event.reason == "breakpoint" else step)
+    >>> found.address == event.registers.rip
     True
-    >>> vm.respond(event, vmitap.VmiEventResponse.fast_single_step(vm.views.default))
+    >>> vm.respond(event, step)
     >>> manager.clear()
     """
 

@@ -1,17 +1,11 @@
-"""Shapes of what callers hand in: handlers, register values, and controllers of their own."""
+"""Shapes of what callers hand in: register values, and controllers of their own."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from vmitap._native import Hit, Verdict, View, VmiEvent
-    from vmitap.policy import OnWrite
-
-    Handler = Callable[[Hit], Verdict | None]
-    WriteHandler = Callable[[Hit], OnWrite]
+    from vmitap._native import View, VmiEvent
 
 __all__ = ["RegisterValues", "TapController"]
 

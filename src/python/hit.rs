@@ -21,6 +21,7 @@ use crate::arch::amd64::{self, AddressContext};
 use crate::session;
 
 /// The registers: as the session gave them, or as they were pickled.
+#[expect(clippy::large_enum_variant, reason = "a box would cost an allocation a hit")]
 enum Snapshot {
     Live(amd64::Registers),
     Pickled(Py<Registers>),

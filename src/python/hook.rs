@@ -75,6 +75,7 @@ impl Course {
 
 /// What a handler, or the function that is asked about a write, wants done.
 #[derive(Clone, Copy)]
+#[expect(clippy::large_enum_variant, reason = "used once a hit, and a box would cost an allocation")]
 enum Answer {
     Verdict(session::Verdict),
     Write(OnWrite),

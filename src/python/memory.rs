@@ -8,7 +8,7 @@ use pyo3::types::PyBytes;
 
 use super::convert::{buffer, length, number, optional};
 use super::shared::Shared;
-use super::vm::Vm;
+use super::vm::Handle;
 use crate::addr::{Pa, Va};
 use crate::bytes::GuestBytes;
 use crate::core::Address;
@@ -45,7 +45,7 @@ pub fn write_pa(py: Python<'_>, shared: &Arc<Shared>, pa: &Bound<'_, PyAny>, dat
 
 /// Guest-physical memory, from 0 to `size`.
 #[pyclass(frozen, module = "vmitap._native")]
-pub struct Memory(pub Vm);
+pub struct Memory(pub Handle);
 
 #[pymethods]
 impl Memory {
@@ -63,6 +63,7 @@ impl Memory {
     }
 
     /// Fills a writable buffer from `pa` on, without an object in between; raises as `Vm.read_pa`.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     fn read_into(&self, py: Python<'_>, pa: &Bound<'_, PyAny>, buffer: PyBuffer<u8>) -> PyResult<()> {
         let (shared, pa) = (self.0.open()?, Pa(number("pa", pa)?));
         if buffer.readonly() {
@@ -74,6 +75,7 @@ impl Memory {
     }
 
     /// Reads many ranges of virtual memory, each an address and a length, in one call: all of them or nothing.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     #[pyo3(signature = (ranges, *, root=None))]
     fn read_many<'py>(
         &self,

@@ -31,20 +31,20 @@ use convert::{OnWriteArg, optional, small};
 
 /// Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 #[pyfunction]
-#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline=String::new(), libunicorn=None, on_write=None))]
+#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline="", libunicorn=None, on_write=None))]
 fn open(
     py: Python<'_>,
     target: &str,
     memory: Option<&Bound<'_, PyAny>>,
     vcpus: Option<&Bound<'_, PyAny>>,
-    cmdline: String,
+    cmdline: &str,
     libunicorn: Option<PathBuf>,
     on_write: Option<OnWriteArg>,
 ) -> PyResult<vm::Vm> {
     let options = OpenOptions {
         memory: optional("memory", memory)?,
         vcpus: vcpus.map(|vcpus| small("vcpus", vcpus, u16::MAX.into())).transpose()?,
-        command_line: cmdline,
+        command_line: cmdline.to_owned(),
         libunicorn,
     };
     let on_write = on_write.map(|policy| policy.0).unwrap_or_default();
@@ -89,6 +89,12 @@ mod _native {
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::log::install();
-        module.add("__version__", env!("CARGO_PKG_VERSION"))
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        // What only unpickling calls is not for `import *`.
+        let all = module.index()?;
+        for private in ["_hit", "_registers"] {
+            all.call_method1("remove", (private,))?;
+        }
+        Ok(())
     }
 }

@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use super::breakpoint::{Breakpoint, Given};
 use super::convert::optional;
 use super::errors::invalid;
-use super::vm::Vm;
+use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
 use crate::session::{TapKind, TapSpec};
 use crate::tap::OnWrite;
@@ -41,7 +41,7 @@ pub fn given(
 }
 
 /// Puts them in: all or none.
-pub fn plant(py: Python<'_>, vm: &Vm, vas: &[Va], given: &Given, kind: Kind) -> PyResult<Vec<Py<Breakpoint>>> {
+pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind) -> PyResult<Vec<Py<Breakpoint>>> {
     let shared = vm.open()?;
     let key = given.key.bind(py);
     let key = if key.is_none() { None } else { Some(shared.intern(py, key)?) };

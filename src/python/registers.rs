@@ -108,7 +108,7 @@ impl Registers {
 
 /// Makes registers from what `__reduce__` gave.
 #[pyfunction]
-
+#[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 pub fn _registers(values: Vec<u64>) -> PyResult<Registers> {
     Registers::from_named(&values).ok_or_else(|| super::errors::invalid("values", "too few for the registers of a vCPU"))
 }

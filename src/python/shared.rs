@@ -1,6 +1,6 @@
 //! What all objects of one session share: the session behind its lock, and what Python handed in.
 //!
-//! Order of locks: `inner` before any other; the others are held for a few instructions and never while another is taken. No
+//! Order of locks: `turn`, then `inner`, then any other; the others are held for a few instructions and never while another is taken. No
 //! lock is held while Python runs. A thread that has the interpreter takes `inner` only if it is free; it waits without.
 
 use std::collections::VecDeque;
@@ -23,6 +23,9 @@ use crate::driver::{Caps, VmInfo, Waker};
 use crate::error::{Result, VmiError};
 use crate::session::{Session, TapId};
 use crate::symbols::SymbolTable;
+
+/// How long the guest goes on before somebody who waits interrupts it: a thread that asks all the time is not to stop it.
+const GRACE: Duration = Duration::from_micros(500);
 
 /// What the session's lock guards.
 pub struct Inner {
@@ -48,6 +51,8 @@ impl Listener {
 
 pub struct Shared {
     inner: Mutex<Inner>,
+    /// Held while waiting for `inner`: whoever waits comes before the loop takes it again.
+    turn: Mutex<()>,
     pub symbols: SymbolTable,
     pub info: VmInfo,
     pub caps: Caps,
@@ -83,6 +88,7 @@ impl Shared {
         Self {
             waker: session.waker(),
             inner: Mutex::new(Inner { session, planted: Vec::new() }),
+            turn: Mutex::default(),
             symbols,
             info,
             caps,
@@ -109,11 +115,13 @@ impl Shared {
     /// Takes the lock with the interpreter released: for what takes long.
     pub fn released<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut Inner) -> T + Send) -> T {
         detached(py, || {
-            let mut inner = self.inner.try_lock().unwrap_or_else(|| {
+            let turn = self.turn.lock();
+            let mut inner = self.inner.try_lock_for(GRACE).unwrap_or_else(|| {
                 // The loop goes on for up to 0.1 s if nobody interrupts it.
                 self.waker.wake();
                 self.inner.lock()
             });
+            drop(turn);
             work(&mut inner)
         })
     }

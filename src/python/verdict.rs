@@ -9,6 +9,7 @@ use crate::session;
 
 /// What a verdict says.
 #[derive(Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "short-lived, and never many")]
 pub enum Said {
     To(session::Verdict),
     Detach,

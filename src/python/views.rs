@@ -33,6 +33,7 @@ impl View {
 }
 
 #[pymethods]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "Python holds it by reference")]
 impl View {
     #[new]
     fn new(id: &Bound<'_, PyAny>) -> PyResult<Self> {
@@ -75,6 +76,7 @@ impl Views {
 impl Views {
     /// The view the guest has when nobody taps it.
     #[getter]
+    #[expect(clippy::unused_self, reason = "a property")]
     fn default(&self) -> View {
         View::from(addr::View::DEFAULT)
     }
@@ -152,7 +154,6 @@ macro_rules! caps {
     ($($(#[doc = $doc:literal])* $name:ident: $type:ty,)*) => {
         /// What a driver can do with the guest it is attached to; found by probing, never by a version number.
         #[pyclass(frozen, get_all, module = "vmitap._native")]
-        #[expect(clippy::struct_excessive_bools, reason = "as in the driver's own")]
         pub struct Caps {
             $($(#[doc = $doc])* $name: $type,)*
         }

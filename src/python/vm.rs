@@ -35,22 +35,14 @@ pub struct Scope {
     pub generation: u64,
 }
 
-/// A session with one guest: memory, registers, breakpoints and the event loop.
-#[pyclass(frozen, module = "vmitap._native")]
-pub struct Vm {
+/// What a `Vm` and its parts know: the session, and the hit it is seen from.
+#[derive(Clone)]
+pub struct Handle {
     shared: Arc<Shared>,
     scope: Option<Scope>,
 }
 
-impl Vm {
-    pub const fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, scope: None }
-    }
-
-    pub const fn scoped(shared: Arc<Shared>, scope: Scope) -> Self {
-        Self { shared, scope: Some(scope) }
-    }
-
+impl Handle {
     /// What is shared, if this `hit.vm` is still valid.
     pub fn current(&self) -> PyResult<&Arc<Shared>> {
         match self.scope {
@@ -73,6 +65,30 @@ impl Vm {
             None => AddressContext::from(&session.registers(VcpuId(0))?),
         };
         Ok(root.map_or(base, |root| AddressContext { root: Pa(root), ..base }))
+    }
+}
+
+/// A session with one guest: memory, registers, breakpoints and the event loop.
+///
+/// The session ends with the one that was opened; a `hit.vm` ends nothing.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Vm(Handle);
+
+impl std::ops::Deref for Vm {
+    type Target = Handle;
+
+    fn deref(&self) -> &Handle {
+        &self.0
+    }
+}
+
+impl Vm {
+    pub const fn new(shared: Arc<Shared>) -> Self {
+        Self(Handle { shared, scope: None })
+    }
+
+    pub const fn scoped(shared: Arc<Shared>, scope: Scope) -> Self {
+        Self(Handle { shared, scope: Some(scope) })
     }
 
     /// The vCPU meant.
@@ -176,7 +192,8 @@ impl Vm {
     /// Guest-physical memory as a whole, and scattered reads.
     #[getter]
     fn memory(&self) -> PyResult<Memory> {
-        Ok(Memory(Self { shared: self.current()?.clone(), scope: self.scope }))
+        self.current()?;
+        Ok(Memory(self.0.clone()))
     }
 
     /// The symbols of the guest's image.
@@ -309,6 +326,7 @@ impl Vm {
     }
 
     /// Iterates over hits; the vCPU is not held while your code works on one.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     #[pyo3(signature = (*breakpoints, timeout=None, queue=10_000))]
     fn events(slf: Py<Self>, breakpoints: Vec<Py<Breakpoint>>, timeout: Option<f64>, queue: usize) -> PyResult<Events> {
         let shared = slf.get().open()?.clone();

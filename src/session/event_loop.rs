@@ -469,9 +469,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Course::Retry => EventAction::Continue,
             Course::Write => EventAction::SingleStep { view: clean },
             Course::StepClean | Course::Emulate if reports => EventAction::SingleStep { view: clean },
-            Course::StepClean => EventAction::FastSingleStep { view: clean },
             Course::Emulate if self.vmi.driver().caps().emulate_read => EventAction::Emulate,
-            Course::Emulate => EventAction::FastSingleStep { view: clean },
+            Course::StepClean | Course::Emulate => EventAction::FastSingleStep { view: clean },
             Course::Reinject => EventAction::Reinject,
             Course::Deny => EventAction::Deny,
         };

@@ -133,9 +133,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.manager.insert_many(&mut self.vmi, &mut self.controller, planted).map(drop)
         });
         if let Err(cause) = done {
-            new_keys.iter().for_each(|key| {
+            for key in &new_keys {
                 self.keys.remove(key);
-            });
+            }
             let mut left = Vec::new();
             for index in 0..watched {
                 if let Err(error) = self.unwatch(TapId((first + index) as u32)) {

@@ -166,6 +166,7 @@ impl GpChanges {
 
 /// What is to happen to the vCPU of a hit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[expect(clippy::large_enum_variant, reason = "made once a hit and consumed at once: a box would cost an allocation")]
 pub enum Verdict {
     /// The instruction is executed, and the vCPU goes on.
     Continue,

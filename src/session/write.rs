@@ -13,7 +13,8 @@ use super::{Session, TapId};
 const UNKNOWN_LEN: u64 = 8;
 /// Bytes one instruction that is no string instruction can store: XSAVE's area is the longest.
 const MAX_STORE: u64 = 4096;
-/// Pages that are looked at after a string instruction; what it wrote beyond is found by looking at every hidden page.
+/// Pages that are looked at after a store: RDI may also have been moved by something else. Shadows of what a longer string
+/// instruction wrote beyond stay behind.
 const MAX_PAGES: u64 = 4096;
 
 /// What is to be done once a store is done.

@@ -1,5 +1,6 @@
 //! Taps: breakpoints the guest cannot see, who owns them, and what an event means for them.
 
+mod books;
 mod breakpoint;
 mod manager;
 mod memory;

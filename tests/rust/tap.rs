@@ -9,6 +9,7 @@ use vmitap::tap::{BreakpointController, MemoryController, Rights, TapController,
 use vmitap::{Gfn, MemoryAccess, Pa, Result, VcpuId, View, VmiError};
 
 type Vmi = VmiCore<MockDriver>;
+type World = (View, BreakpointController);
 const GFN: Gfn = Gfn(2);
 
 fn guest() -> (Vmi, View) {
@@ -165,7 +166,6 @@ fn whichever_call_fails_nothing_has_changed_and_a_retry_does_it() {
         let (vmi, view) = guest();
         (vmi, (view, BreakpointController::new()))
     };
-    type World = (View, BreakpointController);
     each_call_failing(empty, |vmi, (view, c): &mut World| c.insert_breakpoint(vmi, Pa(0x2001), *view));
     each_call_failing(empty, |vmi, (view, c): &mut World| c.monitor(vmi, GFN, *view));
     each_call_failing(empty, |vmi, (view, c): &mut World| c.monitor_many(vmi, &[GFN, Gfn(3), Gfn(4)], *view));

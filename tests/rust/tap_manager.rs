@@ -223,7 +223,7 @@ fn global_ones_hit_under_every_root_and_others_under_theirs() {
     assert!(w.m.contains_by_event(&w.c, &event, &1) && !w.m.contains_by_event(&w.c, &event, &3));
     let found = w.m.get_by_event(&w.c, &event, &2).unwrap();
     assert_eq!((found.global, found.pa, *found.tag), (true, Some(Pa(0x3010)), "tag"));
-    assert!(w.m.contains_by_address(va(0x10), Pa(0xdead_000), V1));
+    assert!(w.m.contains_by_address(va(0x10), Pa(0xdead_0000), V1));
 }
 
 #[test]

@@ -25,8 +25,8 @@ pub struct VmiEvent {
 }
 
 impl VmiEvent {
-    pub fn of(event: event::VmiEvent, number: u64, session: &Arc<Shared>) -> Self {
-        Self { event, number, session: Arc::downgrade(session) }
+    pub fn of(event: &event::VmiEvent, number: u64, session: &Arc<Shared>) -> Self {
+        Self { event: *event, number, session: Arc::downgrade(session) }
     }
 
     /// Whether it is an event of this session.
@@ -140,8 +140,8 @@ impl VmiEvent {
     }
 
     /// The value to be written.
-    #[getter]
-    fn new(&self) -> Option<u64> {
+    #[getter(new)]
+    fn new_value(&self) -> Option<u64> {
         match self.event.reason {
             EventReason::WriteControlRegister { new, .. } | EventReason::WriteMsr { new, .. } => Some(new),
             _ => None,
@@ -245,10 +245,10 @@ impl VmiEventResponse {
             EventAction::Deny => "VmiEventResponse.deny()".to_owned(),
         };
         if let Some(view) = self.view {
-            shown.push_str(&format!(".in_view(View({view}))"));
+            shown = format!("{shown}.in_view(View({view}))");
         }
         if let Some(registers) = &self.registers {
-            shown.push_str(&format!(".with_registers({})", show_changes(registers)));
+            shown = format!("{shown}.with_registers({})", show_changes(registers));
         }
         shown
     }

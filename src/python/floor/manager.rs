@@ -37,6 +37,14 @@ enum Through {
     Theirs(Py<PyAny>),
 }
 
+/// Where a new breakpoint is.
+#[derive(Clone, Copy)]
+enum Hint {
+    LookUp,
+    /// The caller says it.
+    At(Option<Pa>),
+}
+
 /// A [`Found`] that outlives the books' lock.
 struct Seen {
     va: Va,
@@ -159,14 +167,13 @@ impl BreakpointManager {
         }
     }
 
-    /// `hint`: where the caller says it is; `None`: it is to be looked up.
     #[expect(clippy::too_many_arguments, reason = "the signatures Python sees")]
     fn add(
         &self,
         py: Python<'_>,
         (address, root): (&Bound<'_, PyAny>, &Bound<'_, PyAny>),
         view: &Bound<'_, View>,
-        hint: Option<Option<Pa>>,
+        hint: Hint,
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         global: bool,
@@ -182,9 +189,9 @@ impl BreakpointManager {
         let (context, found) = self.shared()?.open(py, |session| {
             let context = vm.context(session, Some(root))?;
             let found = match hint {
-                None if !is_ours => match session.vmi().translate(va, context) {
-                    Ok(pa) => Some(Some(pa)),
-                    Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) => Some(None),
+                Hint::LookUp if !is_ours => match session.vmi().translate(va, context) {
+                    Ok(pa) => Hint::At(Some(pa)),
+                    Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) => Hint::At(None),
                     Err(error) => return Err(error),
                 },
                 hint => hint,
@@ -193,8 +200,8 @@ impl BreakpointManager {
         })?;
         let breakpoint = Breakpoint { view: view.get().id(), va, context, key, tag: labels, global };
         self.work(py, None, |books, vmi, controller| match found {
-            Some(pa) => books.insert_with_hint(vmi, controller, breakpoint, pa),
-            None => books.insert(vmi, controller, breakpoint),
+            Hint::At(pa) => books.insert_with_hint(vmi, controller, breakpoint, pa),
+            Hint::LookUp => books.insert(vmi, controller, breakpoint),
         })
     }
 
@@ -264,7 +271,7 @@ impl BreakpointManager {
         tag: Option<Py<PyAny>>,
         is_global: bool,
     ) -> PyResult<bool> {
-        self.add(py, (address, root), view, None, key, tag, is_global)
+        self.add(py, (address, root), view, Hint::LookUp, key, tag, is_global)
     }
 
     /// As `insert`, with the translation given: None makes it pending.
@@ -282,7 +289,7 @@ impl BreakpointManager {
         is_global: bool,
     ) -> PyResult<bool> {
         let pa = optional("pa", pa)?.map(Pa);
-        self.add(py, (address, root), view, Some(pa), key, tag, is_global)
+        self.add(py, (address, root), view, Hint::At(pa), key, tag, is_global)
     }
 
     /// Removes a breakpoint by its identity, wherever it is planted now. Returns whether there was one.

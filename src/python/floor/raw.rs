@@ -45,7 +45,7 @@ fn wait_until(py: Python<'_>, shared: &Arc<Shared>, timeout: Option<Duration>) -
                 if let Some(slot) = shared.raw.lock().get_mut(usize::from(event.vcpu.0)) {
                     *slot = number;
                 }
-                return Ok(Some(VmiEvent::of(event, number, shared)));
+                return Ok(Some(VmiEvent::of(&event, number, shared)));
             }
             Wait::Idle => return Ok(None),
             Wait::Timeout if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),

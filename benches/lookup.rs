@@ -1,0 +1,89 @@
+//! Cost of finding out whose an event is, and of the bookkeeping of one breakpoint more among many.
+#![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark that cannot go on panics")]
+
+use std::hint::black_box;
+
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use vmitap::arch::amd64::AddressContext;
+use vmitap::core::VmiCore;
+use vmitap::driver::VmiDriver;
+use vmitap::driver::mock::MockDriver;
+use vmitap::event::VmiEvent;
+use vmitap::tap::{Breakpoint, BreakpointManager, TapController, TapEvents};
+use vmitap::{Gfn, Pa, Result, Va, View};
+
+const VIEW: View = View(1);
+const ROOT: Pa = Pa(0x1000);
+
+/// Plants nothing: what is left is the manager's own work.
+struct Nothing;
+
+impl TapEvents for Nothing {
+    fn check_event(&self, _: &VmiEvent) -> Option<(View, Gfn)> {
+        None
+    }
+}
+
+impl<D: VmiDriver + ?Sized> TapController<D> for Nothing {
+    fn insert_breakpoint(&mut self, _: &mut VmiCore<D>, _: Pa, _: View) -> Result<()> {
+        Ok(())
+    }
+
+    fn remove_breakpoint(&mut self, _: &mut VmiCore<D>, _: Pa, _: View) -> Result<()> {
+        Ok(())
+    }
+
+    fn monitor(&mut self, _: &mut VmiCore<D>, _: Gfn, _: View) -> Result<()> {
+        Ok(())
+    }
+
+    fn unmonitor(&mut self, _: &mut VmiCore<D>, _: Gfn, _: View) -> Result<()> {
+        Ok(())
+    }
+}
+
+fn point(index: u64) -> (Breakpoint<u32, ()>, Pa) {
+    let (va, pa) = (Va(0xffff_8000_0000_0000 + index * 1024), Pa(0x10_0000 + index * 1024));
+    (Breakpoint { view: VIEW, va, context: AddressContext::new(ROOT), key: 7, tag: (), global: true }, pa)
+}
+
+fn lookup(c: &mut Criterion) {
+    for count in [256, 1_000_000] {
+        let mut vmi = VmiCore::new(Box::new(MockDriver::new(0x1000, 1)));
+        let mut manager = BreakpointManager::new();
+        for index in 0..count {
+            let (breakpoint, pa) = point(index);
+            manager.insert_with_hint(&mut vmi, &mut Nothing, breakpoint, Some(pa)).unwrap();
+        }
+        let mut group = c.benchmark_group(format!("lookup/{count} breakpoints"));
+        let find = |index: u64| {
+            let (breakpoint, pa) = point(index);
+            let mut sum = 0;
+            manager.for_each_at(VIEW, pa, breakpoint.va, ROOT, |key, ()| sum += key) as u32 + sum
+        };
+        group.bench_function("the same hit", |b| b.iter(|| find(black_box(count / 2))));
+        let mut at = 0_u64;
+        group.bench_function("hits all over", |b| {
+            b.iter(|| {
+                at = at.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                find(black_box((at >> 33) % count))
+            });
+        });
+        group.bench_function("nobody's", |b| b.iter(|| find(black_box(count + 5))));
+        let mut manager = manager;
+        group.bench_function("insert and remove", |b| {
+            b.iter_batched(
+                || point(count + 9),
+                |(breakpoint, pa)| {
+                    manager.insert_with_hint(&mut vmi, &mut Nothing, breakpoint, Some(pa)).unwrap();
+                    manager.remove(&mut vmi, &mut Nothing, VIEW, breakpoint.va, ROOT, &7).unwrap()
+                },
+                BatchSize::SmallInput,
+            );
+        });
+        group.finish();
+    }
+}
+
+criterion_group!(benches, lookup);
+criterion_main!(benches);

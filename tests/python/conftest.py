@@ -1,0 +1,25 @@
+"""What every test can ask for: a fresh session with the demo guest, and an address in it that may be written to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import vmitap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def vm() -> Iterator[vmitap.Vm]:
+    """A fresh session; it is ended, and the guest restored, even if the test forgets it."""
+    with vmitap.attach("demo") as session:
+        yield session
+
+
+@pytest.fixture
+def scratch(vm: vmitap.Vm) -> int:
+    """An address in `vm` that may be written to."""
+    return vm.symbol("boot_copy")
