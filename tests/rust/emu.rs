@@ -281,7 +281,9 @@ fn what_is_remapped_and_written_is_what_executes() {
     assert_eq!(lab.vm.create_view(MemoryAccess::RWX).unwrap(), view);
     lab.vm.switch_to_view(view).unwrap();
     assert_eq!(go_on(&mut lab), 2);
-    frames.iter().for_each(|frame| lab.vm.free_frame(*frame).unwrap());
+    for frame in frames {
+        lab.vm.free_frame(frame).unwrap();
+    }
     assert_eq!(lab.vm.frames_in_use(), 0);
     lab.set_word("c", 1);
     lab.run();
@@ -384,7 +386,7 @@ fn options_and_images_out_of_range_are_refused_before_anything_starts() {
     for bad in [
         BootOptions { memory: 0, ..good.clone() },
         BootOptions { memory: (8 << 20) + 1, ..good.clone() },
-        BootOptions { memory: u64::MAX & !0xfff, ..good.clone() },
+        BootOptions { memory: !0xfff, ..good.clone() },
         BootOptions { vcpus: 0, ..good.clone() },
         BootOptions { vcpus: 9, ..good.clone() },
         BootOptions { command_line: "x".repeat(4096), ..good.clone() },
