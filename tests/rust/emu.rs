@@ -78,6 +78,18 @@ fn a_run_is_the_same_each_time() {
 }
 
 #[test]
+fn an_interrupt_that_waits_for_sti_comes_after_one_more_instruction() {
+    let mut lab = guest(
+        "lea rax, [rip + on_it]\nmov [rip + handlers + 0x40 * 8], rax\nwrite_msr X2APIC_LVT_TIMER, 0x40\n\
+         write_msr X2APIC_INITIAL_COUNT, 100\nmov ecx, 1000\n1: dec ecx\njnz 1b\nsti\nnop\n.global after\nafter: nop\ncli\nret\n\
+         on_it: count a\nwrite_msr X2APIC_EOI, 0\nret\n",
+    );
+    lab.run();
+    lab.assert_done();
+    assert_eq!((lab.word("a"), lab.words("exc_rip", 0x41)[0x40]), (1, lab.va("after").0));
+}
+
+#[test]
 fn a_triple_fault_ends_the_guest_and_does_not_hang() {
     let mut lab = guest("lidt [rip + zero]\nud2\nzero: .quad 0, 0\n");
     lab.run();
