@@ -23,7 +23,7 @@ fn truth(lab: &Lab) -> Vec<u64> {
 }
 
 fn tap_names(lab: &Lab) -> Vec<String> {
-    let mut names: Vec<String> = lab.symbols.iter().map(|s| s.name.to_string()).filter(|name| name.starts_with("t_")).collect();
+    let mut names: Vec<String> = lab.symbols.iter().map(|s| s.name.clone()).filter(|name| name.starts_with("t_")).collect();
     names.sort();
     names
 }
@@ -197,7 +197,9 @@ fn reapply(lab: &mut Lab, event: &VmiEvent) -> VmiEventResponse {
         }
         EventReason::SingleStep { .. } => {
             let pages: Vec<u64> = lab.shadows.keys().copied().collect();
-            pages.into_iter().for_each(|gfn| lab.refresh(Gfn(gfn)));
+            for gfn in pages {
+                lab.refresh(Gfn(gfn));
+            }
             VmiEventResponse::CONTINUE.in_view(lab.view)
         }
         _ => lab.usual(event),

@@ -222,7 +222,7 @@ impl Lab {
     }
 
     pub fn run(&mut self) {
-        self.run_with(|lab, event| lab.usual(event));
+        self.run_with(Self::usual);
     }
 
     /// The next event, which there must be.

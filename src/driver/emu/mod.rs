@@ -178,7 +178,8 @@ impl VmiViews for EmuDriver {
         if view == View::DEFAULT {
             return Err(VmiError::DefaultView { op: "destroying a view" });
         }
-        if let Some(vcpu) = machine.vcpus.iter().position(|vcpu| vcpu.view == view) {
+        let needs = |vcpu: &vcpu::Vcpu| vcpu.view == view || vcpu.step.is_some_and(|step| step.view == view || step.back == view);
+        if let Some(vcpu) = machine.vcpus.iter().position(needs) {
             return Err(VmiError::Driver {
                 op: "destroying a view",
                 errno: 16,
@@ -194,7 +195,7 @@ impl VmiViews for EmuDriver {
         }
         for vcpu in &mut self.machine.0.vcpus {
             vcpu.view = view;
-            // A step that is still to be made would put the vCPU back to where it was.
+            // One that is about to step comes back there.
             if let Some(step) = &mut vcpu.step {
                 step.back = view;
             }

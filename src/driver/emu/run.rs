@@ -31,6 +31,8 @@ use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
 const SLICE: u64 = 10_000;
+/// The longest single store of the engine, in bytes.
+const MAX_STORE: u64 = 16;
 /// Iterations of a repeated string instruction that are stepped before the clock is looked at.
 const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
@@ -505,6 +507,20 @@ impl Machine {
                 return self.step(index, self.in_place(index)?);
             }
         }
+        let mut len = denied.len;
+        let may_cross = va & (PAGE_SIZE - 1) < MAX_STORE;
+        if denied.access == Access::Write && len == 1 && may_cross && matches!(denied.why, Why::View { .. }) {
+            // The engine splits a store across a page border into bytes, the last one first, if only the second page is
+            // denied. The stepper knows the whole store.
+            if which == Which::Main {
+                return self.step(index, self.in_place(index)?);
+            }
+            let (start, whole) = self.stepper.hooks().last_store.get();
+            if (start & (PAGE_SIZE - 1)) + u64::from(whole) > PAGE_SIZE {
+                len = (va & (PAGE_SIZE - 1)) as u8 + 1;
+                va &= !(PAGE_SIZE - 1);
+            }
+        }
         match denied.why {
             Why::Code => self.step(index, self.in_place(index)?),
             Why::PageFault(code) => {
@@ -527,7 +543,7 @@ impl Machine {
                 let view = step.map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
-                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len: denied.len };
+                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
             }
         }
