@@ -96,6 +96,8 @@ pub struct CpuHooks {
     pub window_open: Cell<bool>,
     /// A page whose accesses go to another frame for the time of one step.
     pub discard: Cell<Option<(Gfn, Gfn)>>,
+    /// A page whose stores are denied, whatever the view says. The TLB must be emptied when it changes.
+    pub guard: Cell<Option<Gfn>>,
 }
 
 /// Result of a translation: the frame's page and the rights the page tables and the view give together.
@@ -121,6 +123,7 @@ impl CpuHooks {
             denied: RefCell::default(),
             window_open: Cell::new(false),
             discard: Cell::new(None),
+            guard: Cell::new(None),
         }
     }
 
@@ -278,6 +281,12 @@ impl Hooks for CpuHooks {
             && gfn.0 == page.gfn
         {
             page.frame = frame.0 as u32;
+        }
+        if self.guard.get() == Some(Gfn(page.gfn)) {
+            if access == Access::Write {
+                return self.deny(Denied { va, access, len: 0, why: Why::View { gfn: page.gfn } });
+            }
+            page.rights &= !2;
         }
         if access == Access::Fetch {
             if !self.memory.note_code(self.which, page.frame) {

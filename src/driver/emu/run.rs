@@ -410,7 +410,7 @@ impl Machine {
     /// A step in the vCPU's own view that nobody asked for.
     fn in_place(&self, index: usize) -> Result<Step> {
         let view = self.vcpu(index)?.view;
-        Ok(Step { view, back: view, report: false, discard: None })
+        Ok(Step { view, back: view, report: false, discard: None, guard: None })
     }
 
     /// Acts on why a run ended. `step` is what was being stepped, if it was the stepper's run.
@@ -540,7 +540,8 @@ impl Machine {
                     Access::Write => MemoryAccess::W,
                     Access::Fetch => MemoryAccess::X,
                 };
-                let view = step.map_or(vcpu.view, |step| step.view);
+                let is_guarded = step.is_some_and(|step| step.guard == Some(Gfn(gfn)) && access == MemoryAccess::W);
+                let view = step.filter(|_| !is_guarded).map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
                 let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
@@ -592,6 +593,9 @@ impl Machine {
         if let Some(gfn) = step.discard {
             self.memory.mark_stale_in(Which::Stepper);
             self.stepper.hooks().discard.set(Some((gfn, self.scratch)));
+        }
+        if self.stepper.hooks().guard.replace(step.guard) != step.guard {
+            self.memory.mark_stale_in(Which::Stepper);
         }
         let mut left = STRING_BURST;
         let mut attempts = 1;
@@ -879,7 +883,7 @@ impl Machine {
         }
         vcpu.held = Held::No;
         let back = vcpu.view;
-        let step = |view, report, discard| Some(Step { view, back, report, discard });
+        let step = |view, report, discard| Some(Step { view, back, report, discard, guard: None });
         match response.action {
             EventAction::Continue => vcpu.announced = matches!(held, Held::Announced(_)),
             EventAction::Reinject => {
@@ -891,7 +895,10 @@ impl Machine {
             EventAction::SingleStep { view } => {
                 vcpu.step = step(view, true, None);
             }
-            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, None),
+            // An instruction may store to what it has read: that is a write, and told as one.
+            EventAction::Emulate => {
+                vcpu.step = Some(Step { view: View::DEFAULT, back, report: false, discard: None, guard: denied_page });
+            }
             EventAction::Deny => match held {
                 Held::Announced(len) => {
                     vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));

@@ -28,6 +28,8 @@ pub struct Step {
     pub report: bool,
     /// A page whose stores are to have no effect.
     pub discard: Option<Gfn>,
+    /// A page that may be read only: a store to it is an access that the vCPU's own view denied.
+    pub guard: Option<Gfn>,
 }
 
 /// What a vCPU does.
