@@ -17,8 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-# The library that the embedded driver opens; the tests run guests on it.
-LIBUNICORN = $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("unicorn").submodule_search_locations[0])')/lib/libunicorn.so.2
+LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
 .PHONY: help demo test lint format bench wheel clean
 
@@ -29,16 +28,20 @@ help: ## this list
 demo: $(VENV)/.built ## boot a small guest, tap it, and see that it noticed nothing
 	@$(BIN)/vmitap demo $(ARGS)
 
-# The Python tests, the stub and the types join these two once the compiled module exists.
-test: $(VENV)/.engine ## every test
-	@scripts/toolchain cc >/dev/null && scripts/toolchain cargo >/dev/null
+test: $(VENV)/.built $(VENV)/.dev ## every test, Rust and Python
 	@echo "==> Rust tests"
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo test --quiet --features emu,mock
+	@echo "==> Python tests (the stub's and the README's examples included)"
+	@$(BIN)/python -m pytest $(ARGS)
 
-lint: ## formatting and lints
-	@scripts/toolchain cc >/dev/null && scripts/toolchain lint
+lint: $(VENV)/.built $(VENV)/.dev ## formatting, lints, types, and the stub against the compiled module
+	@scripts/toolchain lint
 	cargo fmt --check
-	cargo clippy --quiet --all-targets --features emu,mock -- -D warnings
+	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	MYPYPATH=python $(BIN)/python -m mypy.stubtest vmitap
 
 format: $(VENV)/.dev ## write the formatting that lint asks for
 	cargo fmt
@@ -60,11 +63,6 @@ clean: ## remove everything that make has made
 
 $(BIN)/python:
 	@python=$$(scripts/toolchain python) && echo "==> virtual environment in $(VENV), from $$python" && { "$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
-
-$(VENV)/.engine: pyproject.toml | $(BIN)/python
-	@echo "==> the emulator's library"
-	@$(BIN)/python -m pip install --quiet 'unicorn>=2.1.4,<3'
-	@touch $@
 
 # One stamp for each group of packages. pip learned --group in 25.1.
 $(VENV)/.build: pyproject.toml | $(BIN)/python
