@@ -17,7 +17,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
+# The library that the embedded driver opens; the tests run guests on it.
+LIBUNICORN = $$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("unicorn").submodule_search_locations[0])')/lib/libunicorn.so.2
 
 .PHONY: help demo test lint format bench wheel clean
 
@@ -29,10 +30,10 @@ demo: $(VENV)/.built ## boot a small guest, tap it, and see that it noticed noth
 	@$(BIN)/vmitap demo $(ARGS)
 
 # The Python tests, the stub and the types join these two once the compiled module exists.
-test: ## every test
+test: $(VENV)/.engine ## every test
 	@scripts/toolchain cc >/dev/null && scripts/toolchain cargo >/dev/null
 	@echo "==> Rust tests"
-	@cargo test --quiet --features emu,mock
+	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo test --quiet --features emu,mock
 
 lint: ## formatting and lints
 	@scripts/toolchain cc >/dev/null && scripts/toolchain lint
@@ -59,6 +60,11 @@ clean: ## remove everything that make has made
 
 $(BIN)/python:
 	@python=$$(scripts/toolchain python) && echo "==> virtual environment in $(VENV), from $$python" && { "$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; }
+
+$(VENV)/.engine: pyproject.toml | $(BIN)/python
+	@echo "==> the emulator's library"
+	@$(BIN)/python -m pip install --quiet 'unicorn>=2.1.4,<3'
+	@touch $@
 
 # One stamp for each group of packages. pip learned --group in 25.1.
 $(VENV)/.build: pyproject.toml | $(BIN)/python

@@ -4,6 +4,7 @@
  * h has its first instruction right behind f's, so that two breakpoints share a page and one instruction lies between.
  */
 #define TAPPED_SIZE (3 * 4096)
+#define HAS_AP_MAIN
 #include "boot.inc"
 #include "reads.inc"
 
@@ -13,6 +14,8 @@ counter f_sum
 counter g_count
 counter h_count
 counter wrong_results
+counter golden_done
+counter ap_checks
 
 	.text
 	.global main
@@ -29,6 +32,7 @@ main:
 	call parameter
 	mov r14, rax
 	call golden_reads
+	mov qword ptr [rip + golden_done], 1
 	mov r15, r14
 	xor ebp, ebp
 1:	cmp rbp, [rip + n]
@@ -54,6 +58,22 @@ main:
 	pop r15
 	pop r14
 	pop rbp
+	ret
+
+/* Other vCPUs check all the time, until vCPU 0 is done. */
+	.global ap_main
+ap_main:
+1:	pause
+	cmp qword ptr [rip + golden_done], 0
+	je 1b
+2:	call check_reads
+	count ap_checks
+	mov ecx, 50000		/* leave the others some time */
+3:	pause
+	dec ecx
+	jnz 3b
+	cmp qword ptr [rip + done], 0
+	je 2b
 	ret
 
 	.section .tapped, "ax"

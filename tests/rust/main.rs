@@ -8,6 +8,12 @@
 )]
 
 mod core;
+#[cfg(feature = "emu")]
+mod emu;
+#[cfg(feature = "emu")]
+mod emu_guests;
+#[cfg(feature = "emu")]
+mod guest;
 mod image;
 mod layering;
 mod mock;

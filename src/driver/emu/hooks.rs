@@ -89,6 +89,8 @@ pub struct CpuHooks {
     pub wants_interrupts: Cell<bool>,
     /// A store to code was seen since this was reset.
     pub stored_to_code: Cell<bool>,
+    /// Address and length of the store begun last; the stepper's only.
+    pub last_store: Cell<(u64, u32)>,
     denied: RefCell<Vec<Denied>>,
     /// Whether addresses inside [`WINDOW`] are answered.
     pub window_open: Cell<bool>,
@@ -115,6 +117,7 @@ impl CpuHooks {
             budget: Cell::new(0),
             wants_interrupts: Cell::new(false),
             stored_to_code: Cell::new(false),
+            last_store: Cell::default(),
             denied: RefCell::default(),
             window_open: Cell::new(false),
             discard: Cell::new(None),
@@ -312,6 +315,7 @@ impl Hooks for CpuHooks {
     }
 
     fn store(&self, pa: u64, len: u32) {
+        self.last_store.set((pa, len));
         if self.memory.note_store(pa, len as usize) {
             self.stored_to_code.set(true);
         }

@@ -178,7 +178,8 @@ impl VmiViews for EmuDriver {
         if view == View::DEFAULT {
             return Err(VmiError::DefaultView { op: "destroying a view" });
         }
-        if let Some(vcpu) = machine.vcpus.iter().position(|vcpu| vcpu.view == view) {
+        let needs = |vcpu: &vcpu::Vcpu| vcpu.view == view || vcpu.step.is_some_and(|step| step.view == view || step.back == view);
+        if let Some(vcpu) = machine.vcpus.iter().position(needs) {
             return Err(VmiError::Driver {
                 op: "destroying a view",
                 errno: 16,
@@ -192,7 +193,13 @@ impl VmiViews for EmuDriver {
         if !self.machine().memory.has_view(view) {
             return Err(VmiError::ViewNotFound { view });
         }
-        self.machine.0.vcpus.iter_mut().for_each(|vcpu| vcpu.view = view);
+        for vcpu in &mut self.machine.0.vcpus {
+            vcpu.view = view;
+            // One that is about to step comes back there.
+            if let Some(step) = &mut vcpu.step {
+                step.back = view;
+            }
+        }
         Ok(())
     }
 

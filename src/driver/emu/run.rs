@@ -31,6 +31,8 @@ use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
 const SLICE: u64 = 10_000;
+/// The longest single store of the engine, in bytes.
+const MAX_STORE: u64 = 16;
 /// Iterations of a repeated string instruction that are stepped before the clock is looked at.
 const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
@@ -337,6 +339,10 @@ impl Machine {
                 self.loaded = Loaded::Nothing;
                 return Ok(None);
             }
+            if vcpu.is_in_interrupt_shadow() {
+                // The main engine would stop before the very instruction that ends the shadow.
+                return self.step(index, self.in_place(index)?);
+            }
             wants_interrupts = true;
         }
         self.run_main(index, wants_interrupts)
@@ -501,6 +507,20 @@ impl Machine {
                 return self.step(index, self.in_place(index)?);
             }
         }
+        let mut len = denied.len;
+        let may_cross = va & (PAGE_SIZE - 1) < MAX_STORE;
+        if denied.access == Access::Write && len == 1 && may_cross && matches!(denied.why, Why::View { .. }) {
+            // The engine splits a store across a page border into bytes, the last one first, if only the second page is
+            // denied. The stepper knows the whole store.
+            if which == Which::Main {
+                return self.step(index, self.in_place(index)?);
+            }
+            let (start, whole) = self.stepper.hooks().last_store.get();
+            if (start & (PAGE_SIZE - 1)) + u64::from(whole) > PAGE_SIZE {
+                len = (va & (PAGE_SIZE - 1)) as u8 + 1;
+                va &= !(PAGE_SIZE - 1);
+            }
+        }
         match denied.why {
             Why::Code => self.step(index, self.in_place(index)?),
             Why::PageFault(code) => {
@@ -523,7 +543,7 @@ impl Machine {
                 let view = step.map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
-                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len: denied.len };
+                let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
             }
         }
@@ -597,7 +617,13 @@ impl Machine {
                 Loaded::All(held) | Loaded::ButInteger(held) if held == index && integer => Loaded::ButInteger(held),
                 _ => Loaded::Nothing,
             };
-            let exit = self.stepper.hooks().exit.get();
+            let mut exit = self.stepper.hooks().exit.get();
+            let mut ended = ended;
+            // The engine fetches ahead: the instruction is done, and this is about the next one, whose time is not now.
+            let is_next = matches!(exit, Exit::Retry | Exit::Denied(Denied { access: Access::Fetch, .. }));
+            if is_next && vcpu.rip() != rip {
+                (exit, ended) = (Exit::None, code::OK);
+            }
             if exit == Exit::Retry {
                 vcpu.set_hflags(hflags);
                 continue;

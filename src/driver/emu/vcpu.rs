@@ -118,6 +118,11 @@ impl Vcpu {
         self.context.u64(self.layout.eflags) & crate::arch::amd64::rflags::IF != 0 && self.hflags() & HF_INHIBIT_IRQ == 0
     }
 
+    /// Interrupts are on, but not for the instruction that comes next.
+    pub fn is_in_interrupt_shadow(&self) -> bool {
+        self.context.u64(self.layout.eflags) & crate::arch::amd64::rflags::IF != 0 && self.hflags() & HF_INHIBIT_IRQ != 0
+    }
+
     pub fn mode(&self, view: View) -> Mode {
         Mode { cr0: self.cr(0), cr3: self.cr(3), cr4: self.cr(4), efer: self.efer(), view }
     }
