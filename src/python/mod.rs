@@ -54,7 +54,7 @@ fn open(
         Ok((Session::new(driver, on_write)?, symbols, version))
     });
     let (session, symbols, version) = opened?;
-    Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version))))
+    Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, on_write))))
 }
 
 #[pymodule]

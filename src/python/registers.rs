@@ -6,11 +6,11 @@ use pyo3::types::{PyDict, PyTuple};
 use crate::arch::amd64;
 
 macro_rules! registers {
-    ($($name:ident = $($path:ident).+),* $(,)?) => {
+    ($($(#[doc = $doc:literal])* $name:ident = $($path:ident).+),* $(,)?) => {
         /// The registers of one vCPU, as a snapshot.
         #[pyclass(frozen, get_all, module = "vmitap._native", name = "Registers")]
         pub struct Registers {
-            $($name: u64,)*
+            $($(#[doc = $doc])* $name: u64,)*
         }
 
         impl From<&amd64::Registers> for Registers {
@@ -40,8 +40,11 @@ registers! {
     rax = gp.rax, rbx = gp.rbx, rcx = gp.rcx, rdx = gp.rdx, rsi = gp.rsi, rdi = gp.rdi, rsp = gp.rsp, rbp = gp.rbp,
     r8 = gp.r8, r9 = gp.r9, r10 = gp.r10, r11 = gp.r11, r12 = gp.r12, r13 = gp.r13, r14 = gp.r14, r15 = gp.r15,
     rip = gp.rip, rflags = gp.rflags, cr0 = cr0, cr2 = cr2, cr3 = cr3, cr4 = cr4, efer = efer,
+    /// The selector, as are `ss`, `ds`, `es`, `fs`, `gs` and `tr`.
     cs = cs.selector, ss = ss.selector, ds = ds.selector, es = es.selector, fs = fs.selector, gs = gs.selector,
-    tr = tr.selector, fs_base = fs.base, gs_base = gs.base, kernel_gs_base = kernel_gs_base, tr_base = tr.base,
+    tr = tr.selector, fs_base = fs.base, gs_base = gs.base,
+    /// What SWAPGS exchanges with `gs_base`.
+    kernel_gs_base = kernel_gs_base, tr_base = tr.base,
     gdtr_base = gdtr.base, gdtr_limit = gdtr.limit, idtr_base = idtr.base, idtr_limit = idtr.limit,
     star = star, lstar = lstar, sfmask = sfmask,
 }
@@ -77,7 +80,7 @@ impl Registers {
         self.ring()
     }
 
-    /// Every register by name, in the order of the manual; without the derived `root` and `cpl`.
+    /// Every register by name, in the order above; without the derived `root` and `cpl`.
     fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
         for (name, value) in self.named() {

@@ -23,6 +23,7 @@ use crate::driver::{Caps, VmInfo, Waker};
 use crate::error::{Result, VmiError};
 use crate::session::{Session, TapId};
 use crate::symbols::SymbolTable;
+use crate::tap::OnWrite;
 
 /// How long the guest goes on before somebody who waits interrupts it: a thread that asks all the time is not to stop it.
 const GRACE: Duration = Duration::from_micros(500);
@@ -57,6 +58,8 @@ pub struct Shared {
     pub info: VmInfo,
     pub caps: Caps,
     pub version: String,
+    /// What a write does where a breakpoint says nothing else.
+    pub on_write: OnWrite,
     pub began: Instant,
     pub waker: Arc<dyn Waker>,
     /// By the number of the tap.
@@ -82,7 +85,7 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(py: Python<'_>, session: Session, symbols: SymbolTable, version: String) -> Self {
+    pub fn new(py: Python<'_>, session: Session, symbols: SymbolTable, version: String, on_write: OnWrite) -> Self {
         let (info, caps) = (session.vmi().driver().info().clone(), session.vmi().driver().caps());
         let vcpus = usize::from(info.vcpus);
         Self {
@@ -93,6 +96,7 @@ impl Shared {
             info,
             caps,
             version,
+            on_write,
             began: Instant::now(),
             taps: Mutex::default(),
             keys: PyDict::new(py).unbind(),

@@ -252,10 +252,11 @@ impl Vm {
         enabled: bool,
     ) -> PyResult<Py<Breakpoint>> {
         let shared = self.open()?;
-        let asks = on_write.is_some_and(|policy| policy.0 == OnWrite::Ask);
-        if asks != ask.is_some() {
-            let reason = if asks { "OnWrite.ASK needs a function to ask" } else { "goes with on_write=OnWrite.ASK only" };
-            return Err(invalid("ask", reason));
+        if on_write.is_some_and(|policy| policy.0 == OnWrite::Ask) && ask.is_none() {
+            return Err(invalid("ask", "OnWrite.ASK needs a function to ask"));
+        }
+        if ask.is_some() && on_write.map_or(shared.on_write, |policy| policy.0) != OnWrite::Ask {
+            return Err(invalid("ask", "it goes with OnWrite.ASK only"));
         }
         let given = plant::given(py, handler, ask, key, tag, (deadline, root))?;
         let va = convert::address("target", target, &shared.symbols)?;

@@ -218,6 +218,67 @@ def test_asking_needs_somebody_to_ask(vm: Vm) -> None:
     vm.breakpoint("open_file", on_write=OnWrite.ASK, ask=lambda hit: OnWrite.DENY)
 
 
+PHYSMAP = 0xFFFF_8880_0000_0000
+"""Where the demo guest sees all of its memory (guests/demo/kernel.h)."""
+
+
+def writes_itself(vm: Vm) -> int:
+    """Makes the guest write 0x99 over a byte 0x40 behind the entry of a function, and spin; returns where."""
+    target = vm.symbol("open_file+0x40")
+    # The text is mapped read-only, but the guest has a writable map of all its memory:
+    # MOV RAX, imm64; MOV BYTE PTR [RAX], 0x99; JMP to itself
+    alias = (PHYSMAP + vm.translate(target)).to_bytes(8, "little")
+    vm.write("open_file", b"\x48\xb8" + alias + b"\xc6\x00\x99\xeb\xfe")
+    return target
+
+
+@pytest.mark.parametrize("answer", [OnWrite.REAPPLY, OnWrite.REMOVE, OnWrite.DENY])
+@pytest.mark.parametrize("of_session", [False, True])
+def test_a_write_is_put_to_whoever_is_to_be_asked(answer: OnWrite, of_session: bool) -> None:
+    asked: list[Hit] = []
+
+    def ask(hit: Hit) -> OnWrite:
+        asked.append(hit)
+        return answer
+
+    with vmitap.attach("demo", on_write=OnWrite.ASK if of_session else None) as vm:
+        target = writes_itself(vm)
+        before = vm.read_u8(target)
+        bp = vm.breakpoint(target, on_write=None if of_session else OnWrite.ASK, ask=ask)
+        result = vm.run(timeout=0.3)
+        assert result.reason == "timeout"
+        (hit,) = asked
+        assert (hit.breakpoint, hit.address, hit.pa) == (bp, PHYSMAP + vm.translate(target), vm.translate(target))
+        assert hit.access == Access.W
+        assert hit.regs.rip == vm.symbol("open_file+10")
+        assert (result.py_calls, bp.stats.py_calls, vm.stats.hidden_writes) == (1, 1, 1)
+        assert vm.read_u8(target) == (before if answer is OnWrite.DENY else 0x99)
+        assert bp.state == ("removed" if answer is OnWrite.REMOVE else "active")
+        assert vm.stats.removed_by_write == (1 if answer is OnWrite.REMOVE else 0)
+
+
+def test_what_is_no_policy_is_a_type_error_and_the_write_happens(vm: Vm) -> None:
+    target = writes_itself(vm)
+    vm.breakpoint(target, on_write=OnWrite.ASK, ask=lambda hit: OnWrite.ASK)
+    with pytest.raises(vmitap.HandlerError, match="TypeError"):
+        vm.run(timeout=5)
+    vm.run(timeout=0.1)
+    assert vm.read_u8(target) == 0x99
+
+
+def test_the_vm_of_a_hit_means_its_vcpu() -> None:
+    with vmitap.attach("demo", vcpus=2) as vm:
+        vcpus: list[int] = []
+
+        def handler(hit: Hit) -> None:
+            assert hit.vm.registers().rip == vm.registers(hit.vcpu).rip == hit.address
+            vcpus.append(hit.vcpu)
+
+        vm.breakpoint("check_integrity", handler)
+        vm.run(timeout=30, max_hits=1)
+        assert vcpus
+
+
 # --- iteration ---
 
 

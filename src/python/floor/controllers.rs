@@ -96,7 +96,8 @@ impl Planted {
 }
 
 macro_rules! controller {
-    ($(#[doc = $doc:literal])* $name:ident, $make:ident, { $($more:tt)* }) => {
+    ($(#[doc = $doc:literal])* $name:ident, $make:ident,
+     [$check:literal, $insert:literal, $remove:literal, $monitor:literal], { $($more:tt)* }) => {
         $(#[doc = $doc])*
         #[pyclass(frozen, module = "vmitap._native")]
         pub struct $name {
@@ -115,25 +116,25 @@ macro_rules! controller {
 
             $($more)*
 
-            /// The view and the frame of an event that is this controller's, else None.
+            #[doc = $check]
             #[pyo3(signature = (event, /))]
             fn check_event(&self, py: Python<'_>, event: &Bound<'_, VmiEvent>) -> PyResult<Option<(View, u64)>> {
                 self.planted.check(py, &self.vm, event)
             }
 
-            /// Plants a breakpoint at a physical address in a view; or adds a reference to the one there.
+            #[doc = $insert]
             #[pyo3(signature = (pa, view, /))]
             fn insert_breakpoint(&self, pa: &Bound<'_, PyAny>, view: &Bound<'_, View>) -> PyResult<()> {
                 self.planted.insert(&self.vm, pa, view)
             }
 
-            /// Takes back one reference.
+            #[doc = $remove]
             #[pyo3(signature = (pa, view, /))]
             fn remove_breakpoint(&self, pa: &Bound<'_, PyAny>, view: &Bound<'_, View>) -> PyResult<()> {
                 self.planted.remove(&self.vm, pa, view)
             }
 
-            /// Prepares a page for its first breakpoint, and remembers the access rights it found.
+            #[doc = $monitor]
             #[pyo3(signature = (gfn, view, /))]
             fn monitor(&self, gfn: &Bound<'_, PyAny>, view: &Bound<'_, View>) -> PyResult<()> {
                 self.planted.monitor(&self.vm, gfn, view)
@@ -154,7 +155,12 @@ macro_rules! controller {
 
 controller! {
     /// Breakpoints as INT3 in shadow pages that only execution can reach; a `TapController`.
-    BreakpointController, breakpoints, {
+    BreakpointController, breakpoints, [
+        "The view and the frame of an INT3 event that carries a view, else None.",
+        "Plants an INT3 at a physical address in a view, hidden from the guest; or adds a reference to the one there.",
+        "Takes back one reference; the last restores the byte, and the last of a page gives its frame back.",
+        "Makes a page execute-only in a view, and remembers the access rights it found."
+    ], {
         /// Whether the guest itself has an INT3 at the event's instruction.
         #[pyo3(signature = (event, /))]
         fn is_breakpoint(&self, py: Python<'_>, event: &Bound<'_, VmiEvent>) -> PyResult<bool> {
@@ -167,5 +173,10 @@ controller! {
 
 controller! {
     /// Breakpoints by taking the right to execute away from a page; touches no byte. A `TapController`.
-    MemoryController, memory, {}
+    MemoryController, memory, [
+        "The view and the frame of a denied execution, else None.",
+        "Notes a breakpoint at a physical address in a view; raises as `BreakpointController.insert_breakpoint`.",
+        "Takes back one reference.",
+        "Takes the right to execute away from a page in a view, and remembers the access rights it found."
+    ], {}
 }
