@@ -245,11 +245,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let mut old = vec![0; bytes.len()];
         self.vmi.read_pa(pa, &mut old)?;
         let mut spans: Vec<(Pa, &[u8], Vec<u8>)> = Vec::new();
-        let (mut rest, mut at) = (bytes, pa);
+        let (mut rest, mut at, mut done) = (bytes, pa, 0);
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(at.page_rest() as usize));
-            let tail = old.split_off(now.len());
-            spans.push((at, now, std::mem::replace(&mut old, tail)));
+            spans.push((at, now, old.get(done..done + now.len()).unwrap_or_default().to_vec()));
+            done += now.len();
             rest = later;
             at = Pa(at.0.saturating_add(now.len() as u64));
         }
