@@ -550,7 +550,7 @@ def test_a_truncated_or_hostile_image_is_refused(tmp_path: Path, data: bytes) ->
     path.write_bytes(data)
     with pytest.raises(vmitap.ImageError) as caught:
         vmitap.attach(f"emu:{path}")
-    assert caught.value.what
+    assert str(path) in caught.value.what
     assert caught.value.reason
 
 

@@ -76,9 +76,9 @@ fn write_words(memory: &Memory, pa: u64, words: &[u64]) -> Result<()> {
 }
 
 /// Copies the image's segments into RAM.
-fn load(memory: &Memory, image: &Image<'_>) -> Result<()> {
+fn load(memory: &Memory, name: &str, image: &Image<'_>) -> Result<()> {
     for segment in &image.segments {
-        let refuse = |reason: String| VmiError::Image { what: "the guest image".to_owned(), reason };
+        let refuse = |reason: String| VmiError::Image { what: name.to_owned(), reason };
         let first = segment.pa.0;
         let end = first.checked_add(segment.memory_size).filter(|end| *end <= memory.guest_len()).ok_or_else(|| {
             let (size, limit) = (segment.memory_size, memory.guest_len());
@@ -97,9 +97,9 @@ fn load(memory: &Memory, image: &Image<'_>) -> Result<()> {
 }
 
 /// Loads `image` and puts every vCPU at its entry.
-pub fn boot(machine: &mut Machine, layout: Layout, image: &Image<'_>, options: &BootOptions) -> Result<()> {
+pub fn boot(machine: &mut Machine, layout: Layout, name: &str, image: &Image<'_>, options: &BootOptions) -> Result<()> {
     let memory = std::rc::Rc::clone(&machine.memory);
-    load(&memory, image)?;
+    load(&memory, name, image)?;
     write_words(&memory, INFO, &[MAGIC, VERSION, options.memory, options.vcpus.into(), COMMAND_LINE])?;
     memory.write(Pa(COMMAND_LINE), options.command_line.as_bytes())?;
     write_words(&memory, GDT, &[0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff])?;

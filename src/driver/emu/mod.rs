@@ -87,7 +87,7 @@ impl EmuDriver {
         let layout = layout::calibrate(&library)?;
         let memory = Memory::new(options.memory >> PAGE_SHIFT, POOL_FRAMES)?;
         let mut machine = Machine::new(&library, memory)?;
-        boot::boot(&mut machine, layout, image, options)?;
+        boot::boot(&mut machine, layout, name, image, options)?;
         let info = VmInfo { driver: "emu", name: name.to_owned(), memory_size: options.memory, vcpus: options.vcpus };
         Ok(Self { machine: Confined(machine), info, version: library.version() })
     }
