@@ -80,7 +80,8 @@ pub enum EventAction {
     /// Deliver the INT3 to the guest through its own IDT, as if nobody had looked.
     Reinject,
     /// Execute one instruction in `view`, then go on in the vCPU's own view without another event. A repeated string
-    /// instruction is carried to its end. If `view` denies an access of the instruction, a `MemoryAccess` event follows.
+    /// instruction is carried to its end. If `view` denies an access of the instruction, a `MemoryAccess` event follows; also for a
+    /// store that only the vCPU's own view denies, unless the event answered is that store: nothing tapped is overwritten unseen.
     FastSingleStep {
         /// The view for that one instruction.
         view: View,

@@ -401,6 +401,15 @@ def test_a_watch_and_a_breakpoint_on_one_page_both_work(patch_guest: str) -> Non
         assert vm.read_u64("wrong_results") == 0
 
 
+@pytest.mark.parametrize(("policy", "wrong"), [(OnWrite.REAPPLY, 0), (OnWrite.DENY, 49)])
+def test_a_tapped_instruction_that_overwrites_its_own_page_is_a_write_like_any_other(patch_guest: str, policy: OnWrite, wrong: int) -> None:
+    with vmitap.attach(patch_guest, cmdline="n=50 inside=1") as vm:
+        store, called = vm.breakpoint("patch_f"), vm.breakpoint("f", on_write=policy)
+        assert vm.run(timeout=60).reason == "idle"
+        assert (store.stats.hits, called.stats.hits, vm.stats.hidden_writes) == (50, 50, 50)
+        assert vm.read_u64("wrong_results") == wrong
+
+
 @pytest.mark.parametrize("how", ["mov", "xchg", "xadd"])
 def test_code_that_is_overwritten_behind_a_breakpoint_is_executed_as_it_is_now(patch_guest: str, how: str) -> None:
     with vmitap.attach(patch_guest, cmdline=f"n=50 {how}=1") as vm:

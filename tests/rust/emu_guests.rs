@@ -71,14 +71,20 @@ fn all_hard_instructions_are_stepped_over_in_one_run() {
         let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
         let names = tap_names(&lab);
         lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
-        let (mut steps, mut reports) = (0, 0);
+        let (mut steps, mut reports, mut stores) = (0, 0, 0);
+        let mut stepped = None;
         lab.run_with(|lab, event| {
             let mut response = lab.usual(event);
+            if let EventReason::MemoryAccess { access: MemoryAccess::W, .. } = event.reason {
+                stores += u32::from(stepped == Some(event.registers.gp.rip));
+            }
+            stepped = None;
             if let EventAction::FastSingleStep { view } = response.action
                 && report
             {
                 steps += 1;
                 response.action = EventAction::SingleStep { view };
+                stepped = Some(event.registers.gp.rip);
             }
             if matches!(event.reason, EventReason::SingleStep { .. }) {
                 assert_eq!(event.view, Some(View::DEFAULT));
@@ -92,8 +98,9 @@ fn all_hard_instructions_are_stepped_over_in_one_run() {
             assert_eq!(lab.hits_at(name), executions(name), "{name}");
         }
         if report {
-            // The two INT3s of the guest's own end their steps with an event each, in place of the report.
-            assert_eq!((steps > 100, steps - reports), (true, 6));
+            // The two INT3s of the guest's own end their steps with an event each, in place of the report; so does the store of each
+            // `lock xadd` with which the guest reads its code.
+            assert_eq!((steps > 100, stores > 100, steps - reports - stores), (true, true, 6));
         }
     }
 }

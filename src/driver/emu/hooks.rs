@@ -5,7 +5,7 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Pa, Va};
+use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Pa, Va, View};
 use crate::arch::amd64::{cr0, cr4, efer, pte, rflags, walk};
 use crate::error::TranslationFault;
 
@@ -96,8 +96,8 @@ pub struct CpuHooks {
     pub window_open: Cell<bool>,
     /// A page whose accesses go to another frame for the time of one step.
     pub discard: Cell<Option<(Gfn, Gfn)>>,
-    /// A page whose stores are denied, whatever the view says. The TLB must be emptied when it changes.
-    pub guard: Cell<Option<Gfn>>,
+    /// A view whose denial of stores holds beside that of the view in use. The TLB must be emptied when it changes.
+    pub guard: Cell<Option<View>>,
 }
 
 /// Result of a translation: the frame's page and the rights the page tables and the view give together.
@@ -282,7 +282,9 @@ impl Hooks for CpuHooks {
         {
             page.frame = frame.0 as u32;
         }
-        if self.guard.get() == Some(Gfn(page.gfn)) {
+        if let Some(view) = self.guard.get()
+            && self.memory.lookup(view, page.gfn).is_some_and(|(rights, _)| rights & 2 == 0)
+        {
             if access == Access::Write {
                 return self.deny(Denied { va, access, len: 0, why: Why::View { gfn: page.gfn } });
             }

@@ -184,6 +184,7 @@ impl Machine {
             injection: None,
             announced: false,
             denied_page: None,
+            denied_store: false,
             cpuid_leaf: 0,
         });
         self.vcpu_mut(id)
@@ -540,10 +541,15 @@ impl Machine {
                     Access::Write => MemoryAccess::W,
                     Access::Fetch => MemoryAccess::X,
                 };
-                let is_guarded = step.is_some_and(|step| step.guard == Some(Gfn(gfn)) && access == MemoryAccess::W);
+                let is_guarded = access == MemoryAccess::W
+                    && step.is_some_and(|step| {
+                        step.guard.is_some() && memory.access(step.view, Gfn(gfn)).is_ok_and(|own| own.contains(access))
+                    });
                 let view = step.filter(|_| !is_guarded).map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
-                self.vcpu_mut(index)?.denied_page = Some(Gfn(gfn));
+                let target = self.vcpu_mut(index)?;
+                target.denied_page = Some(Gfn(gfn));
+                target.denied_store = access == MemoryAccess::W;
                 let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
             }
@@ -883,7 +889,13 @@ impl Machine {
         }
         vcpu.held = Held::No;
         let back = vcpu.view;
-        let step = |view, report, discard| Some(Step { view, back, report, discard, guard: None });
+        // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
+        // a read. That is a write, and told as one, unless it is the very store that is answered here.
+        let is_told = held == Held::Access && vcpu.denied_store;
+        let step = |view, report, discard: Option<Gfn>| {
+            let guard = (view != back && !is_told && discard.is_none()).then_some(back);
+            Some(Step { view, back, report, discard, guard })
+        };
         match response.action {
             EventAction::Continue => vcpu.announced = matches!(held, Held::Announced(_)),
             EventAction::Reinject => {
@@ -895,10 +907,7 @@ impl Machine {
             EventAction::SingleStep { view } => {
                 vcpu.step = step(view, true, None);
             }
-            // An instruction may store to what it has read: that is a write, and told as one.
-            EventAction::Emulate => {
-                vcpu.step = Some(Step { view: View::DEFAULT, back, report: false, discard: None, guard: denied_page });
-            }
+            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, None),
             EventAction::Deny => match held {
                 Held::Announced(len) => {
                     vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));

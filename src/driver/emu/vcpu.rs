@@ -28,8 +28,8 @@ pub struct Step {
     pub report: bool,
     /// A page whose stores are to have no effect.
     pub discard: Option<Gfn>,
-    /// A page that may be read only: a store to it is an access that the vCPU's own view denied.
-    pub guard: Option<Gfn>,
+    /// The vCPU's own view, where a store that it denies is an access like any other although another view is in use.
+    pub guard: Option<View>,
 }
 
 /// What a vCPU does.
@@ -69,6 +69,8 @@ pub struct Vcpu {
     pub announced: bool,
     /// The page of the access that was denied last.
     pub denied_page: Option<Gfn>,
+    /// That access was a store.
+    pub denied_store: bool,
     /// The leaf of the CPUID being carried out.
     pub cpuid_leaf: u32,
 }
