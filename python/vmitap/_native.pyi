@@ -1006,7 +1006,7 @@ class Verdict:
         """
     @staticmethod
     def set_registers(**registers: Unpack[RegisterValues]) -> Verdict:
-        """Goes on with these registers; those not named keep their value. With `rip`, the tapped instruction is not executed.
+        """Goes on with these registers; those not named keep their value. With another `rip`, the tapped instruction is not executed.
 
         Raises:
             InvalidArgumentError: no such register, or a value that does not fit into 64 bits.

@@ -33,7 +33,7 @@ impl Verdict {
         Ok(Self(Said::To(session::Verdict::Return(number("value", value)?))))
     }
 
-    /// Goes on with these registers; those not named keep their value. With `rip`, the tapped instruction is not executed.
+    /// Goes on with these registers; those not named keep their value. With another `rip`, the tapped instruction is not executed.
     #[staticmethod]
     #[pyo3(signature = (**registers))]
     fn set_registers(registers: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {

@@ -172,7 +172,7 @@ pub enum Verdict {
     Continue,
     /// The function that was just entered is left at once with this value in RAX.
     Return(u64),
-    /// The vCPU goes on with these registers. With RIP the instruction is not executed.
+    /// The vCPU goes on with these registers. With another RIP the instruction is not executed.
     SetRegisters(GpChanges),
     /// The vCPU goes on instruction by instruction: after each of so many there is a hit again, with [`Hit::step`] from 1 on.
     Step(u32),

@@ -13,9 +13,9 @@ use super::{Session, TapId};
 const UNKNOWN_LEN: u64 = 8;
 /// Bytes one instruction that is no string instruction can store: XSAVE's area is the longest.
 const MAX_STORE: u64 = 4096;
-/// Pages that are looked at after a store: RDI may also have been moved by something else. Shadows of what a longer string
-/// instruction wrote beyond stay behind.
-const MAX_PAGES: u64 = 4096;
+/// Pages of virtual memory that are looked up one by one after a store. A string instruction can write more, and something else can
+/// have moved RDI by any amount: then every hidden page is looked at.
+const MAX_PAGES: u64 = 64;
 
 /// What is to be done once a store is done.
 #[derive(Clone, Debug)]
@@ -86,13 +86,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             first = first.min(registers.gp.rdi).min(done.rdi);
             last = last.max(registers.gp.rdi.max(done.rdi));
         }
-        let count = ((last >> 12) - (first >> 12)).min(MAX_PAGES);
-        for page in (first >> 12)..=(first >> 12) + count {
+        let (first, last) = (first >> 12, last >> 12);
+        let mut written: Vec<Gfn> = if last - first > MAX_PAGES {
+            self.controller.hidden_pages().collect()
+        } else {
             // A page that is not mapped was not written either.
-            let Ok(pa) = self.vmi.translate(Va(page << 12), done.context) else { continue };
-            if pa.gfn() != done.pa.gfn() && self.controller.hides_anywhere(pa.gfn()) {
-                self.controller.refresh(&mut self.vmi, pa.gfn())?;
-            }
+            let mapped = (first..=last).filter_map(|page| self.vmi.translate(Va(page << 12), done.context).ok());
+            mapped.map(Pa::gfn).filter(|gfn| self.controller.hides_anywhere(*gfn)).collect()
+        };
+        written.sort_unstable();
+        written.dedup();
+        for gfn in written.into_iter().filter(|gfn| *gfn != done.pa.gfn()) {
+            self.controller.refresh(&mut self.vmi, gfn)?;
         }
         for (tap, at, was, is_covered) in done.removable {
             let mut byte = [0];

@@ -60,6 +60,11 @@ impl BreakpointController {
         self.shadows.contains_anywhere(gfn)
     }
 
+    /// Every page that shows a copy with breakpoints in some view, in no order; one that does in several views may come again.
+    pub fn hidden_pages(&self) -> impl Iterator<Item = Gfn> {
+        self.shadows.hidden()
+    }
+
     /// Brings every copy of the page up to date after its original was written, by the guest or from outside. The breakpoints
     /// are planted over the new bytes; there is no moment without one.
     ///

@@ -81,6 +81,11 @@ impl ShadowPages {
         self.views_of(gfn).next().is_some()
     }
 
+    /// Every page that has a shadow, once for each view.
+    pub(super) fn hidden(&self) -> impl Iterator<Item = Gfn> {
+        self.pages.keys().map(|(_, gfn)| *gfn)
+    }
+
     pub(super) fn offsets(&self, view: View, gfn: Gfn) -> impl Iterator<Item = u16> {
         self.pages.get(&(view, gfn)).into_iter().flat_map(|shadow| shadow.points.iter().map(|point| point.offset))
     }

@@ -252,6 +252,30 @@ fn a_write_to_a_hidden_page_follows_the_policy_of_the_byte() {
 }
 
 #[test]
+fn a_string_store_over_many_pages_leaves_no_shadow_behind() {
+    // RDI behind the two tapped pages, and far behind everything: nobody looks up so many pages one by one.
+    for rdi in [CODE.0 + 0x2000, CODE.0 + (1 << 32)] {
+        let (mut session, context) = session(1);
+        for va in [CODE, Va(CODE.0 + 0x1000)] {
+            session.add(&TapSpec { wanted: false, ..spec(&session, context, va) }).unwrap();
+        }
+        let view = session.tap_view();
+        let mut store = access(view, context, CODE_PA, CODE, MemoryAccess::W, 8);
+        store.registers.gp.rdi = CODE.0;
+        session.vmi_mut().driver_mut().push_event(store);
+        assert!(matches!(poll(&mut session), Poll::Idle));
+        session.vmi_mut().driver_mut().poke(CODE_PA, &[0x42; 0x2000]).unwrap();
+        let mut done = VmiEvent { view: Some(View::DEFAULT), reason: EventReason::SingleStep { gfn: None }, ..store };
+        done.registers.gp.rdi = rdi;
+        session.vmi_mut().driver_mut().push_event(done);
+        assert!(matches!(poll(&mut session), Poll::Idle));
+        for pa in [CODE_PA, Pa(0x6000)] {
+            assert_eq!(session.vmi().driver().peek_in_view(view, pa, 2).unwrap(), [0xcc, 0x42], "{pa}, {rdi:#x}");
+        }
+    }
+}
+
+#[test]
 fn a_write_beside_the_byte_is_not_denied() {
     let (mut session, context) = session(1);
     let spec = TapSpec { on_write: Some(OnWrite::Deny), ..spec(&session, context, Va(CODE.0 + 4)) };

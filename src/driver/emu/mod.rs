@@ -7,6 +7,7 @@
 //! All vCPUs run on the calling thread, in turns that are counted in basic blocks, so a run is repeatable. Time stands still
 //! for the guest while it is held.
 
+mod answer;
 mod apic;
 mod boot;
 mod deliver;
@@ -16,6 +17,7 @@ mod layout;
 mod memory;
 mod run;
 mod sys;
+mod system;
 mod vcpu;
 
 use std::path::Path;

@@ -15,15 +15,15 @@ use std::time::{Duration, Instant};
 use rustc_hash::FxHashSet;
 
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Va, VcpuId, View};
-use crate::arch::amd64::{ControlRegister, InjectionKind, cr4, vector};
+use crate::arch::amd64::{ControlRegister, InjectionKind, vector};
 use crate::driver::{Monitor, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use crate::event::{EventReason, VmiEvent};
 
-use super::apic::{self, Ipi, Target, Written};
+use super::apic;
 use super::deliver::{self, Fault};
 use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, fetch, rescan, translate};
-use super::insn::{self, Insn, System};
+use super::insn::{self, Insn};
 use super::layout::{HF_INHIBIT_IRQ, Layout};
 use super::memory::{Each, Memory, Which};
 use super::sys::{Access, Context, Engine, EngineKind, Library, code, reg};
@@ -38,15 +38,13 @@ const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
 const TURNS: u32 = 64;
 
-const RAX: u8 = 0;
-const RCX: u8 = 1;
-const RDX: u8 = 2;
-const RBX: u8 = 3;
+pub(super) const RAX: u8 = 0;
+pub(super) const RCX: u8 = 1;
+pub(super) const RDX: u8 = 2;
+pub(super) const RBX: u8 = 3;
 const RSP: u8 = 4;
 const RDI: u8 = 7;
 
-const MSR_TSC: u32 = 0x10;
-const MSR_TSC_AUX: u32 = 0xc000_0103;
 const DR6_BS: u64 = 1 << 14;
 
 /// Wakes a wait: a flag that the loop looks at.
@@ -63,9 +61,9 @@ impl Waker for Bell {
 #[derive(Debug, Default)]
 pub struct Monitors {
     breakpoint: bool,
-    cpuid: bool,
-    cr: [bool; 5],
-    msrs: FxHashSet<u32>,
+    pub(super) cpuid: bool,
+    pub(super) cr: [bool; 5],
+    pub(super) msrs: FxHashSet<u32>,
 }
 
 impl Monitors {
@@ -88,7 +86,7 @@ impl Monitors {
     }
 }
 
-const fn cr_number(register: ControlRegister) -> usize {
+pub(super) const fn cr_number(register: ControlRegister) -> usize {
     match register {
         ControlRegister::Cr0 => 0,
         ControlRegister::Cr3 => 3,
@@ -98,7 +96,7 @@ const fn cr_number(register: ControlRegister) -> usize {
 
 /// How an instruction that the driver looks at goes on.
 #[expect(clippy::large_enum_variant, reason = "made and consumed at once, like the event in it")]
-enum Went {
+pub(super) enum Went {
     /// The engine is to do it.
     Native,
     /// It is done.
@@ -109,7 +107,7 @@ enum Went {
 
 /// What the main engine holds of a vCPU's context.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Loaded {
+pub(super) enum Loaded {
     Nothing,
     /// All of it.
     All(usize),
@@ -125,10 +123,10 @@ pub struct Machine {
     pub vcpus: Vec<Vcpu>,
     pub bell: Arc<Bell>,
     pub pauses: u32,
-    main: Engine<CpuHooks>,
+    pub(super) main: Engine<CpuHooks>,
     stepper: Engine<CpuHooks>,
     /// What the main engine holds.
-    loaded: Loaded,
+    pub(super) loaded: Loaded,
     /// Takes in the stepper's whole state where a vCPU's own context must not.
     aside: Context,
     /// For whom each engine's TLB is filled.
@@ -136,7 +134,7 @@ pub struct Machine {
     current: usize,
     slice: u64,
     /// Virtual time: basic blocks run by all vCPUs together.
-    now: u64,
+    pub(super) now: u64,
     /// Frame that stands in for a page whose stores are to be discarded.
     scratch: Gfn,
 }
@@ -195,7 +193,7 @@ impl Machine {
         self.now
     }
 
-    fn no_vcpu(&self, index: usize) -> VmiError {
+    pub(super) fn no_vcpu(&self, index: usize) -> VmiError {
         VmiError::VcpuNotFound { vcpu: VcpuId(index as u16), count: self.vcpus.len() as u16 }
     }
 
@@ -483,7 +481,7 @@ impl Machine {
         Ok(Some(self.raise(index, view, EventReason::Breakpoint { gfn, insn_len: len }, Held::Breakpoint(len))?))
     }
 
-    fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<VmiEvent> {
+    pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<VmiEvent> {
         let error = self.no_vcpu(index);
         let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
         vcpu.held = held;
@@ -691,250 +689,5 @@ impl Machine {
         let next = translate(&self.memory, &mode, vcpu.rip(), Access::Fetch, vcpu.cpl(), || 0).ok();
         let gfn = next.map(|page| Gfn(page.gfn));
         Ok(Some(self.raise(index, step.view, EventReason::SingleStep { gfn }, Held::Stepped)?))
-    }
-
-    /// Instructions the driver carries out itself or announces.
-    fn system(&mut self, index: usize, system: System, len: u8, view: View) -> Result<Went> {
-        let memory = Rc::clone(&self.memory);
-        let now = self.now;
-        let watches_cpuid = self.monitors.cpuid;
-        let vcpu = self.vcpu_mut(index)?;
-        let announced = vcpu.announced;
-        let kernel = vcpu.cpl() == 0;
-        let rip = vcpu.rip();
-        let next = rip.wrapping_add(len.into());
-        match system {
-            System::Syscall => {
-                deliver::syscall(vcpu, &memory, len);
-                Ok(Went::Done)
-            }
-            System::Rdtsc | System::Rdtscp if kernel || vcpu.cr(4) & cr4::TSD == 0 => {
-                set_pair(vcpu, now);
-                vcpu.set_rip(next);
-                if system == System::Rdtscp {
-                    let aux = self.read_msr(index, MSR_TSC_AUX)?;
-                    self.vcpu_mut(index)?.set_gpr(RCX, aux & 0xffff_ffff);
-                }
-                Ok(Went::Done)
-            }
-            System::WriteCr { cr, gpr } if kernel => {
-                let register = match cr {
-                    0 => ControlRegister::Cr0,
-                    3 => ControlRegister::Cr3,
-                    4 => ControlRegister::Cr4,
-                    _ => return Ok(Went::Native),
-                };
-                let (old, new) = (vcpu.cr(cr.into()), vcpu.gpr(gpr));
-                if announced || self.monitors.cr.get(cr_number(register)) != Some(&true) {
-                    return Ok(Went::Native);
-                }
-                let reason = EventReason::WriteControlRegister { register, old, new };
-                Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
-            }
-            System::Cpuid if watches_cpuid && !announced => {
-                let vcpu = self.vcpu(index)?;
-                let (leaf, subleaf) = (vcpu.gpr(RAX) as u32, vcpu.gpr(RCX) as u32);
-                let reason = EventReason::Cpuid { leaf, subleaf, insn_len: len };
-                Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
-            }
-            System::Cpuid => {
-                vcpu.cpuid_leaf = vcpu.gpr(RAX) as u32;
-                Ok(Went::Native)
-            }
-            System::Wrmsr if kernel => self.wrmsr(index, len, view),
-            System::Rdmsr if kernel => self.rdmsr(index, len),
-            _ => Ok(Went::Native),
-        }
-    }
-
-    fn wrmsr(&mut self, index: usize, len: u8, view: View) -> Result<Went> {
-        let memory = Rc::clone(&self.memory);
-        let now = self.now;
-        let vcpu = self.vcpu(index)?;
-        let msr = vcpu.gpr(RCX) as u32;
-        let new = vcpu.gpr(RDX) << 32 | vcpu.gpr(RAX) & 0xffff_ffff;
-        if self.monitors.msrs.contains(&msr) && !vcpu.announced {
-            let old = self.read_msr(index, msr)?;
-            let reason = EventReason::WriteMsr { msr, old, new };
-            return Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?));
-        }
-        let vcpu = self.vcpu_mut(index)?;
-        let next = vcpu.rip().wrapping_add(len.into());
-        match msr {
-            apic::FIRST_MSR..=apic::LAST_MSR => match vcpu.apic.write(msr, new, now) {
-                Written::NoRegister => deliver::fault(vcpu, &memory, Fault::with_code(vector::GP, 0)),
-                Written::Done => vcpu.set_rip(next),
-                Written::Sends(ipi) => {
-                    vcpu.set_rip(next);
-                    self.send(index, ipi);
-                }
-            },
-            // The APIC stays where it is and on, and time goes on as it does.
-            apic::BASE_MSR | MSR_TSC => vcpu.set_rip(next),
-            _ => return Ok(Went::Native),
-        }
-        Ok(Went::Done)
-    }
-
-    fn rdmsr(&mut self, index: usize, len: u8) -> Result<Went> {
-        let memory = Rc::clone(&self.memory);
-        let now = self.now;
-        let vcpu = self.vcpu_mut(index)?;
-        let msr = vcpu.gpr(RCX) as u32;
-        if !matches!(msr, apic::FIRST_MSR..=apic::LAST_MSR | apic::BASE_MSR | MSR_TSC) {
-            return Ok(Went::Native);
-        }
-        match virtual_msr(vcpu, index, msr, now) {
-            None => deliver::fault(vcpu, &memory, Fault::with_code(vector::GP, 0)),
-            Some(value) => {
-                set_pair(vcpu, value);
-                vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
-            }
-        }
-        Ok(Went::Done)
-    }
-
-    /// The value of an MSR of a vCPU; 0 for one that does not exist.
-    fn read_msr(&mut self, index: usize, msr: u32) -> Result<u64> {
-        let now = self.now;
-        let vcpu = self.vcpu(index)?;
-        if let Some(value) = virtual_msr(vcpu, index, msr, now) {
-            return Ok(value);
-        }
-        if self.loaded != Loaded::All(index) {
-            let error = self.no_vcpu(index);
-            let vcpu = self.vcpus.get(index).ok_or(error)?;
-            self.main.restore(&vcpu.context);
-            self.loaded = Loaded::All(index);
-        }
-        self.main.read_msr(msr)
-    }
-
-    fn send(&mut self, from: usize, ipi: Ipi) {
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let is_target = match ipi.to {
-                Target::Vcpu(id) => index as u32 == id,
-                Target::Itself => index == from,
-                Target::All => true,
-                Target::Others => index != from,
-            };
-            if is_target {
-                vcpu.apic.request(ipi.vector);
-            }
-        }
-    }
-
-    /// What the other engine and the guest must know after the stepper did a system instruction.
-    fn after_system(&mut self, index: usize, system: System) -> Result<()> {
-        match system {
-            System::WriteCr { .. } | System::DropsTranslations | System::Wrmsr => self.memory.mark_stale_in(Which::Main),
-            System::Cpuid => {
-                let vcpu = self.vcpu_mut(index)?;
-                match vcpu.cpuid_leaf {
-                    1 => {
-                        // The APIC id and the APICs there are; no XSAVE, AVX, F16C or FMA: the engine does not carry them out.
-                        let id = (index as u64) << 24;
-                        vcpu.set_gpr(RBX, vcpu.gpr(RBX) & 0x00ff_ffff | id);
-                        let hidden = 1 << 12 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29;
-                        vcpu.set_gpr(RCX, vcpu.gpr(RCX) & !hidden | 1 << 21);
-                        vcpu.set_gpr(RDX, vcpu.gpr(RDX) | 1 << 9);
-                    }
-                    // No AVX2 and nothing of AVX-512.
-                    7 => vcpu.set_gpr(RBX, vcpu.gpr(RBX) & !(1 << 5 | 0xfc23 << 16)),
-                    0xb => vcpu.set_gpr(RDX, index as u64),
-                    _ => {}
-                }
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    // --- answers ---
-
-    /// Answers the event that holds a vCPU.
-    pub fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
-        let index = usize::from(vcpu.0);
-        let memory = Rc::clone(&self.memory);
-        let held = self.vcpu(index)?.held;
-        if held == Held::No {
-            return Err(VmiError::NoPendingEvent { vcpu });
-        }
-        let step_view = match response.action {
-            EventAction::FastSingleStep { view } | EventAction::SingleStep { view } => Some(view),
-            _ => None,
-        };
-        for view in [response.view, step_view].into_iter().flatten() {
-            if !memory.has_view(view) {
-                return Err(VmiError::ViewNotFound { view });
-            }
-        }
-        let fits = match response.action {
-            EventAction::Reinject => matches!(held, Held::Breakpoint(_)),
-            EventAction::Emulate => held == Held::Access,
-            EventAction::Deny => matches!(held, Held::Access | Held::Announced(_)),
-            EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,
-        };
-        if !fits {
-            let reason = format!("{:?} does not answer this kind of event", response.action);
-            return Err(VmiError::InvalidArgument { what: "response", reason });
-        }
-        let vcpu = self.vcpu_mut(index)?;
-        let denied_page = vcpu.denied_page;
-        if let Some(gp) = &response.registers {
-            vcpu.set_gp(gp);
-        }
-        if let Some(view) = response.view {
-            vcpu.view = view;
-        }
-        vcpu.held = Held::No;
-        let back = vcpu.view;
-        // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
-        // a read. That is a write, and told as one, unless it is the very store that is answered here.
-        let is_told = held == Held::Access && vcpu.denied_store;
-        let step = |view, report, discard: Option<Gfn>| {
-            let guard = (view != back && !is_told && discard.is_none()).then_some(back);
-            Some(Step { view, back, report, discard, guard })
-        };
-        match response.action {
-            EventAction::Continue => vcpu.announced = matches!(held, Held::Announced(_)),
-            EventAction::Reinject => {
-                let Held::Breakpoint(len) = held else { return Ok(()) };
-                let next = vcpu.rip().wrapping_add(len.into());
-                deliver::software(vcpu, &memory, vector::BP, next);
-            }
-            EventAction::FastSingleStep { view } => vcpu.step = step(view, false, None),
-            EventAction::SingleStep { view } => {
-                vcpu.step = step(view, true, None);
-            }
-            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, None),
-            EventAction::Deny => match held {
-                Held::Announced(len) => {
-                    vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
-                    let pending = vcpu.step.take();
-                    if let Some(pending) = pending {
-                        vcpu.view = pending.back;
-                    }
-                }
-                _ => vcpu.step = step(View::DEFAULT, false, denied_page),
-            },
-        }
-        Ok(())
-    }
-}
-
-fn set_pair(vcpu: &mut Vcpu, value: u64) {
-    vcpu.set_gpr(RAX, value & 0xffff_ffff);
-    vcpu.set_gpr(RDX, value >> 32);
-}
-
-/// The MSRs that the driver keeps itself.
-fn virtual_msr(vcpu: &Vcpu, index: usize, msr: u32, now: u64) -> Option<u64> {
-    match msr {
-        apic::FIRST_MSR..=apic::LAST_MSR => vcpu.apic.read(msr, now),
-        // At its usual place, enabled, in x2APIC mode; bit 8 marks the first processor.
-        apic::BASE_MSR => Some(0xfee0_0c00 | u64::from(index == 0) << 8),
-        MSR_TSC => Some(now),
-        _ => None,
     }
 }

@@ -1,0 +1,84 @@
+//! What becomes of a vCPU once its event is answered.
+
+use std::rc::Rc;
+
+use crate::addr::{Gfn, VcpuId, View};
+use crate::arch::amd64::vector;
+use crate::error::{Result, VmiError};
+use crate::event::{EventAction, VmiEventResponse};
+
+use super::deliver;
+use super::run::Machine;
+use super::vcpu::{Held, Step};
+
+impl Machine {
+    /// Answers the event that holds a vCPU.
+    pub fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
+        let index = usize::from(vcpu.0);
+        let memory = Rc::clone(&self.memory);
+        let held = self.vcpu(index)?.held;
+        if held == Held::No {
+            return Err(VmiError::NoPendingEvent { vcpu });
+        }
+        let step_view = match response.action {
+            EventAction::FastSingleStep { view } | EventAction::SingleStep { view } => Some(view),
+            _ => None,
+        };
+        for view in [response.view, step_view].into_iter().flatten() {
+            if !memory.has_view(view) {
+                return Err(VmiError::ViewNotFound { view });
+            }
+        }
+        let fits = match response.action {
+            EventAction::Reinject => matches!(held, Held::Breakpoint(_)),
+            EventAction::Emulate => held == Held::Access,
+            EventAction::Deny => matches!(held, Held::Access | Held::Announced(_)),
+            EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,
+        };
+        if !fits {
+            let reason = format!("{:?} does not answer this kind of event", response.action);
+            return Err(VmiError::InvalidArgument { what: "response", reason });
+        }
+        let vcpu = self.vcpu_mut(index)?;
+        let denied_page = vcpu.denied_page;
+        if let Some(gp) = &response.registers {
+            vcpu.set_gp(gp);
+        }
+        if let Some(view) = response.view {
+            vcpu.view = view;
+        }
+        vcpu.held = Held::No;
+        let back = vcpu.view;
+        // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
+        // a read. That is a write, and told as one, unless it is the very store that is answered here.
+        let is_told = held == Held::Access && vcpu.denied_store;
+        let step = |view, report, discard: Option<Gfn>| {
+            let guard = (view != back && !is_told && discard.is_none()).then_some(back);
+            Some(Step { view, back, report, discard, guard })
+        };
+        match response.action {
+            EventAction::Continue => vcpu.announced = matches!(held, Held::Announced(_)),
+            EventAction::Reinject => {
+                let Held::Breakpoint(len) = held else { return Ok(()) };
+                let next = vcpu.rip().wrapping_add(len.into());
+                deliver::software(vcpu, &memory, vector::BP, next);
+            }
+            EventAction::FastSingleStep { view } => vcpu.step = step(view, false, None),
+            EventAction::SingleStep { view } => {
+                vcpu.step = step(view, true, None);
+            }
+            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, None),
+            EventAction::Deny => match held {
+                Held::Announced(len) => {
+                    vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
+                    let pending = vcpu.step.take();
+                    if let Some(pending) = pending {
+                        vcpu.view = pending.back;
+                    }
+                }
+                _ => vcpu.step = step(View::DEFAULT, false, denied_page),
+            },
+        }
+        Ok(())
+    }
+}
