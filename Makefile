@@ -19,11 +19,11 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
-.PHONY: help demo test lint format bench wheel clean
+.PHONY: help demo test lint format bench wheel xen-lab clean
 
 help: ## this list
 	@echo "vmitap: tap a running virtual machine without the machine noticing"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 demo: $(VENV)/.built ## boot a small guest, tap it, and see that it noticed nothing
 	@$(BIN)/vmitap demo $(ARGS)
@@ -56,6 +56,12 @@ wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries chec
 	@rm -rf dist
 	@$(BIN)/maturin build --release --out dist
 	@VMITAP_WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest -q tests/python/test_package.py -k wheel
+
+# XEN=4.17|4.20|all, VCPUS=n, FILTER=pytest's -k, ARGS=further options (docs/xen-lab.md).
+xen-lab: $(VENV)/.dev ## the tests on real Xen, in an emulated machine
+	@rm -rf target/xen-lab
+	@$(BIN)/maturin build --release --quiet --out target/xen-lab
+	@PYTHONPATH=tests/xen $(BIN)/python -m lab --wheel target/xen-lab/*.whl --xen '$(or $(XEN),all)' --vcpus '$(or $(VCPUS),2)' --filter '$(FILTER)' $(ARGS)
 
 clean: ## remove everything that make has made
 	rm -rf $(VENV) dist target .pytest_cache .mypy_cache .ruff_cache python/vmitap/*.so

@@ -3,7 +3,8 @@
  *
  * The loader (Xen's "PHYS32_ENTRY", public/elfnote.h and docs/misc/pvh.pandoc) enters pvh_start in 32-bit protected mode without
  * paging, EBX = physical address of struct hvm_start_info. What the contract promises is made here, then `_start` is entered as
- * the embedded driver enters it. The word `vcpus=N` on the command line starts N-1 more processors by INIT and start-up IPI.
+ * the embedded driver enters it. The word `vcpus=N` on the command line starts N-1 more processors by INIT and start-up IPI;
+ * they are numbered as they come.
  *
  * Included by a .S file of an image that is linked at KBASE + physical address.
  */
@@ -142,21 +143,17 @@ pvh_long:
 	mov edi, PVH_TRAMPOLINE
 	mov ecx, offset pvh_ap16_end - pvh_ap16
 	rep movsb
-	mov r13d, 1
-7:	mov ecx, 0x830			/* ICR: destination APIC id in the upper half */
-	mov edx, r13d
-	mov eax, 0x4500			/* INIT, assert */
+	/* To all but self: which APIC ids the others have is the hypervisor's own business. */
+	mov ecx, 0x830			/* ICR */
+	xor edx, edx
+	mov eax, 0xc4500		/* INIT, assert */
 	wrmsr
 	mov r8d, 200000		/* time for the INIT to arrive */
 8:	pause
 	dec r8d
 	jnz 8b
-	mov edx, r13d
-	mov eax, 0x4600 + (PVH_TRAMPOLINE >> 12)
+	mov eax, 0xc4600 + (PVH_TRAMPOLINE >> 12)
 	wrmsr
-	inc r13d
-	cmp r13d, r12d
-	jb 7b
 9:	xor esi, esi
 
 	/* ESI = vCPU index. */
@@ -225,17 +222,20 @@ pvh_ap64:
 	mov gs, eax
 	mov ss, eax
 	lgdt [PHYS(pvh_gdtr)]
-	/* All of them come here at once: no stack before the APIC id is known. */
+	/* All of them come here at once: no stack before each has a number. Those that `vcpus=` does not count stop here. */
 	mov ecx, 0x1b
 	rdmsr
 	or eax, 0x800
 	wrmsr
 	or eax, 0xc00
 	wrmsr
-	mov ecx, 0x802
-	rdmsr
-	mov esi, eax
-	jmp pvh_enter
+	mov esi, 1
+	lock xadd [PHYS(pvh_started)], esi
+	inc esi
+	cmp esi, [PHYS(pvh_info) + 24]
+	jb pvh_enter
+1:	hlt
+	jmp 1b
 
 	.balign 8
 	.global pvh_gdt
@@ -263,6 +263,8 @@ pvh_pdpt_high:
 pvh_pd:
 	.skip 4 * 4096
 pvh_info:
+	.skip 4096
+pvh_started:				/* processors besides the first */
 	.skip 4096
 pvh_stacks:
 	.skip PVH_MAX_VCPUS * 4096

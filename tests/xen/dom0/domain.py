@@ -1,0 +1,72 @@
+"""Guests under xl: started, looked at through what Xen itself says, and destroyed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+JOB = Path("/job")
+VCPUS = int((JOB / "vcpus").read_text())
+
+
+def xl(*words: str, check: bool = True) -> str:
+    done = subprocess.run(["xl", *words], capture_output=True, text=True, timeout=120, check=False)
+    if check and done.returncode:
+        raise AssertionError(f"xl {' '.join(words)}: {done.stderr}{done.stdout}")
+    return done.stdout
+
+
+def wait_for(what: str, condition: Callable[[], bool], limit: float = 20) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {limit} s"
+        time.sleep(0.02)
+
+
+class Domain:
+    """A running guest; its debug console (port 0xe9) goes into Xen's own log."""
+
+    def __init__(
+        self, name: str, kernel: str, cmdline: str, *, memory: int = 64, vcpus: int = VCPUS, more: str = "", paused: bool = False
+    ) -> None:
+        self.name = name
+        self.vcpus = vcpus
+        config = JOB / f"{name}.cfg"
+        lines = {"name": name, "type": "pvh", "kernel": kernel, "cmdline": cmdline, "altp2m": "external"}
+        # A guest that has come to its end is still there to be looked at.
+        lines |= {"on_poweroff": "preserve", "on_crash": "preserve"}
+        text = "".join(f'{key}="{value}"\n' for key, value in lines.items())
+        config.write_text(f"{text}memory={memory}\nmaxmem={memory}\nvcpus={vcpus}\n{more}\n")
+        xl("create", "-q", "-e", *(["-p"] if paused else []), str(config))
+        self.domid = int(xl("domid", name))
+
+    def unpause(self) -> None:
+        xl("unpause", self.name)
+
+    @property
+    def alive(self) -> bool:
+        return subprocess.run(["xl", "domid", self.name], capture_output=True, check=False).returncode == 0
+
+    @property
+    def console(self) -> str:
+        """What it wrote to its debug console, as far as Xen's log still has it."""
+        return "\n".join(re.findall(rf"^\(d{self.domid}\) ?(.*)$", xl("dmesg"), re.MULTILINE))
+
+    @property
+    def state(self) -> str:
+        """Where its vCPUs are, for the report of a failed test."""
+        parts = [xl("list", check=False), xl("vcpu-list", self.name, check=False)]
+        for vcpu in range(self.vcpus):
+            context = subprocess.run(["xenctx", "-a", str(self.domid), str(vcpu)], capture_output=True, text=True, check=False)
+            parts.append(context.stdout + context.stderr)
+        return "\n".join([*parts, self.console])
+
+    def destroy(self) -> None:
+        xl("destroy", self.name, check=False)
+
+
+Start = Callable[..., Domain]
+"""The fixture that starts guests: takes what `Domain` takes."""

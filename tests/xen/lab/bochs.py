@@ -1,0 +1,124 @@
+"""Bochs: a PC with VMX, EPT, execute-only pages and the monitor trap flag, on a machine that needs none of them."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .bootdisk import BootDisk
+
+# 3.0 is the first that Debian ships with the monitor trap flag, without which Xen cannot single-step.
+SUITE = "trixie"
+PACKAGES = Path(__file__).parents[1] / "bochs-packages.txt"
+TAIL_LINES = 40
+
+CONFIG = """\
+plugin_ctrl: biosdev=true, serial=true, unmapped=true, iodebug=false, parallel=false, gameport=false, extfpuirq=false, speaker=false
+config_interface: textconfig
+display_library: term
+cpu: model=corei7_skylake_x, count=1, ips=60000000, reset_on_triple_fault=0, ignore_bad_msrs=1
+memory: guest={memory}, host={memory}
+romimage: file={root}/usr/share/bochs/BIOS-bochs-latest
+vgaromimage: file={root}/usr/share/vgabios/vgabios.bin
+optromimage1: file={boot.rom}, address=0xd0000
+boot: disk
+ata0-master: type=disk, mode=flat, path={boot.image}, cylinders={boot.cylinders}, heads=16, spt=63
+ata0-slave: type=disk, mode=flat, path={job}, cylinders={job_cylinders}, heads=16, spt=63
+com1: enabled=1, mode=file, dev=serial.raw
+log: bochs.log
+panic: action=report
+error: action=ignore
+info: action=ignore
+clock: sync=none, time0=1700000000
+vga: extension=none
+"""
+
+
+class Bochs:
+    """One run, in a folder that then holds `serial.log`: each line of the serial port with its time in seconds."""
+
+    def __init__(self, root: Path, folder: Path, boot: BootDisk, job: Path, job_cylinders: int, memory: int) -> None:
+        self._folder = folder
+        self._raw = folder / "serial.raw"
+        self._read = 0
+        self._line = b""
+        self._screen = b""
+        self.lines: list[str] = []
+        for stale in [*folder.glob("*.lock"), self._raw]:
+            stale.unlink(missing_ok=True)
+        config = CONFIG.format(memory=memory >> 20, root=root, boot=boot, job=job, job_cylinders=job_cylinders)
+        (folder / "bochsrc").write_text(config)
+        libraries = root / "usr/lib/x86_64-linux-gnu"
+        command = [libraries / "ld-linux-x86-64.so.2", "--library-path", libraries, root / "usr/bin/bochs-bin", "-q", "-f", "bochsrc"]
+        env = os.environ | {
+            "LTDL_LIBRARY_PATH": str(libraries / "bochs/plugins"),
+            "BXSHARE": str(root / "usr/share/bochs"),
+            "TERM": "xterm",
+        }
+        self._began = time.monotonic()
+        self._log = (folder / "serial.log").open("w")
+        self._terminal, side = pty.openpty()
+        self._process = subprocess.Popen(
+            [str(word) for word in command], cwd=folder, stdin=side, stdout=side, stderr=side, start_new_session=True, env=env
+        )
+        os.close(side)
+        os.write(self._terminal, b"c\n")  # this build has the debugger, which waits for "continue"
+
+    def output(self, limit: float) -> Iterator[str]:
+        """The lines of the serial port as they come, until the machine is switched off or `limit` seconds are over."""
+        while True:
+            over = self._process.poll() is not None or time.monotonic() - self._began > limit
+            self._drain()
+            yield from self._new_lines()
+            if over:
+                return
+            time.sleep(0.05)
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._began
+
+    def close(self) -> None:
+        """Ends this Bochs, if it is still there."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        os.close(self._terminal)
+        self._log.close()
+
+    def tail(self) -> str:
+        if not self.lines:
+            return f"(none; Bochs itself says:)\n{self._screen.decode('utf-8', errors='replace')}"
+        return "\n".join([*self.lines[-TAIL_LINES:], self._line.decode("utf-8", errors="replace")])
+
+    def _drain(self) -> None:
+        """Bochs draws its screen on the terminal; nobody looks, but a full terminal would stop it."""
+        try:
+            while select.select([self._terminal], [], [], 0)[0]:
+                self._screen = (self._screen + os.read(self._terminal, 65536))[-2000:]
+        except OSError:
+            pass  # the other side is closed
+
+    def _new_lines(self) -> Iterator[str]:
+        if not self._raw.exists():
+            return
+        with self._raw.open("rb") as raw:
+            raw.seek(self._read)
+            new = raw.read()
+        self._read += len(new)
+        self._line += new.replace(b"\0", b"").replace(b"\r", b"")
+        *lines, self._line = self._line.split(b"\n")
+        for line in lines:
+            text = line.decode("utf-8", errors="replace")
+            self._log.write(f"{self.elapsed:7.1f} {text}\n")
+            self.lines.append(text)
+            yield text
+        self._log.flush()
