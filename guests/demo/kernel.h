@@ -193,7 +193,7 @@ TRACEABLE int check_licence(const char *key);
 TRACEABLE long send_packet(u32 destination, const void *buffer, u64 n);
 
 /* check.c */
-void check_init(void);
+void check_init(u64 wanted);
 void check_integrity(void);
 u64 mismatches_seen(void);
 

@@ -8,7 +8,7 @@ struct boot_info {
 };
 
 static char command_line[256];
-static u64 vcpus, tick, checking;
+static u64 vcpus, tick, checking, callers_done;
 
 /* Where the value of `name` (with its "=") begins on the command line; null if it is not there. */
 static const char *option(const char *name)
@@ -98,6 +98,20 @@ static void checker(void)
 	}
 }
 
+/* wait=1: sleeps until the host has written to `go`, so that it can prepare what it likes before anything is counted. */
+static void wait_for_host(void)
+{
+	if (!number("wait=", 0))
+		return;
+	if (this_cpu()->index == 0)
+		print("waiting\n");
+	timer_start(tick);
+	while (!__atomic_load_n(&truth.go, __ATOMIC_ACQUIRE))
+		__asm__ volatile("sti; hlt" ::: "memory");
+	__asm__ volatile("cli" ::: "memory");
+	timer_start(0);
+}
+
 /* mode=calls: nothing but calls of one function, in a loop as tight as it can be. */
 TRACEABLE void call_loop(u64 calls)
 {
@@ -107,13 +121,31 @@ TRACEABLE void call_loop(u64 calls)
 
 static void calls_mode(u64 calls)
 {
-	for (int part = 0; part < 10; part++) {
-		call_loop(calls / 10 + (part == 9 ? calls % 10 : 0));
+	u64 parts = number("parts=", 10);
+	for (u64 part = 1; part <= parts; part++) {
+		call_loop(calls / parts + (part == parts ? calls % parts : 0));
 		if (checking)
 			check_integrity();
 		truth.rounds_done++;
 	}
+	while (number("callers=", 0) && __atomic_load_n(&callers_done, __ATOMIC_ACQUIRE) < vcpus - 1)
+		__asm__ volatile("pause");
 	verdict();
+}
+
+/* mode=calls, every other vCPU: checks all the time, or with callers=1 calls as often as the first one and then checks once. */
+static void other_calls_mode(void)
+{
+	if (number("callers=", 0)) {
+		call_loop(number("calls=", 100000));
+		if (checking)
+			check_integrity();
+		count(&callers_done, 1);
+		halt_forever();
+	}
+	while (checking && !stopping)
+		check_integrity();
+	halt_forever();
 }
 
 static int calling(void)
@@ -140,11 +172,12 @@ void kernel_main(u64 info_pa)
 	checking = number("check=", 1);
 	tick = number("tick=", 20000);
 	truth.rounds_wanted = number("rounds=", 20);
-	check_init();
+	check_init(number("kinds=", (1 << READ_KINDS) - 1));
 
 	others_may_start = 1;
 	while (__atomic_load_n(&truth.vcpus, __ATOMIC_ACQUIRE) < vcpus)
 		__asm__ volatile("pause");
+	wait_for_host();
 	if (calling()) {
 		interrupts_on();
 		calls_mode(number("calls=", 100000));
@@ -173,10 +206,9 @@ void other_main(u64 index)
 		halt_forever();
 	cpu_init(index);
 	if (calling()) {
+		wait_for_host();
 		interrupts_on();
-		while (checking && !stopping)
-			check_integrity();
-		halt_forever();
+		other_calls_mode();
 	}
 	timer_start(tick);
 	idle_loop();

@@ -59,7 +59,8 @@ struct truth {
 	unsigned long licences_accepted; /* 0x080 as ring 3 saw it */
 	unsigned long licences_refused; /* 0x088 */
 	unsigned long bytes_sent; /* 0x090 */
-	unsigned long reserved[13]; /* 0x098 */
+	unsigned long go; /* 0x098 not 0: a guest that was told to wait goes on; written by the host */
+	unsigned long reserved[12]; /* 0x0a0 */
 	unsigned long calls[16]; /* 0x100 by enum counted_function */
 	unsigned long golden[16]; /* 0x180 by enum read_kind: what the hashes must be, computed when the image was built */
 	unsigned long hash[16]; /* 0x200 what the last check found */

@@ -31,7 +31,9 @@ def start(request: pytest.FixtureRequest) -> Iterator[Start]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Says with each failure where the guests' vCPUs were."""
     report = yield
-    if report.failed and call.when == "call":
+    if report.failed:
+        # At once: if the machine does not come to its end, this is what there is.
+        item.config.pluginmanager.getplugin("terminalreporter").write_line(f"\n{report.longreprtext}")
         for domain in getattr(item, "started", []):
             report.sections.append((f"guest {domain.name}", domain.state))
     return report

@@ -97,7 +97,8 @@ class Bochs:
     def tail(self) -> str:
         if not self.lines:
             return f"(none; Bochs itself says:)\n{self._screen.decode('utf-8', errors='replace')}"
-        return "\n".join([*self.lines[-TAIL_LINES:], self._line.decode("utf-8", errors="replace")])
+        lines = [line for line in [*self.lines, self._line.decode("utf-8", errors="replace")] if "(XEN) HVM" not in line]
+        return "\n".join(lines[-TAIL_LINES:])
 
     def _drain(self) -> None:
         """Bochs draws its screen on the terminal; nobody looks, but a full terminal would stop it."""

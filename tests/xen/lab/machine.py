@@ -7,7 +7,7 @@ import shlex
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from . import bootdisk, job
+from . import bootdisk, coverage, job
 from .bochs import Bochs
 from .guests import demo_image, linux_initramfs
 from .initramfs import DOM0, initramfs
@@ -68,6 +68,9 @@ def run(release: Release, packages: Path, linux: Path, emulator: Path, options: 
         if status is None:
             raise LabError(f"no results came back. The serial port's last lines (all are in {folder}/serial.log):\n{pc.tail()}")
     say(f"    results, Xen's own log and those of the guests: {results}")
+    if options.coverage:
+        with step(f"Xen {release.xen}: coverage"):
+            coverage.report(results, options.coverage)
     return _verdict(release, status, results / "junit.xml")
 
 
