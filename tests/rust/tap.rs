@@ -99,7 +99,7 @@ fn a_page_is_execute_only_from_before_its_copy_is_shown_until_after_it_is_gone()
         let mut page = vec![0; 4096];
         page[..4].copy_from_slice(&[1, 2, 0xcc, 4]);
         let built = [
-            Call::AllocateFrame,
+            Call::AllocateFrames { count: 1 },
             Call::Write { pa: frame.pa(0), bytes: page },
             Call::Remap { view, gfn: GFN, frame: Some(frame) },
         ];
@@ -116,7 +116,7 @@ fn a_page_is_execute_only_from_before_its_copy_is_shown_until_after_it_is_gone()
             assert!(controller.unmonitor(&mut vmi, GFN, view).is_err());
         }
         controller.remove_breakpoint(&mut vmi, Pa(0x2002), view).unwrap();
-        let taken = [Call::Remap { view, gfn: GFN, frame: None }, allowed, Call::FreeFrame { frame }];
+        let taken = [Call::Remap { view, gfn: GFN, frame: None }, allowed, Call::FreeFrames { frames: vec![frame] }];
         assert_eq!(vmi.driver_mut().take_calls(), taken);
     }
 }

@@ -234,12 +234,12 @@ impl VmiProtection for EmuDriver {
 }
 
 impl VmiFrames for EmuDriver {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
-        self.machine().memory.allocate_frame()
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>> {
+        self.machine().memory.allocate_frames(count)
     }
 
-    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
-        self.machine().memory.free_frame(frame)
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
+        self.machine().memory.free_frames(frames)
     }
 
     fn frames_in_use(&self) -> usize {

@@ -557,30 +557,43 @@ impl VmiProtection for MockDriver {
 }
 
 impl VmiFrames for MockDriver {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
-        self.enter(Call::AllocateFrame)?;
-        let full = || VmiError::Driver { op: "allocate_frame", errno: ENOMEM, detail: "no frame is free".to_owned() };
-        if self.state.frames.len() >= self.frame_limit {
-            return Err(full());
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>> {
+        self.enter(Call::AllocateFrames { count })?;
+        let held = self.state.frames.len();
+        if held.checked_add(count).is_none_or(|all| all > self.frame_limit) {
+            return Err(VmiError::Driver {
+                op: "allocate_frames",
+                errno: ENOMEM,
+                detail: format!("{count} frames are not free"),
+            });
         }
         let first = self.info.memory_size / PAGE_SIZE;
-        // The lowest gap: keys are sorted, so the first one that is not its own index away from the start.
-        let index = self.state.frames.keys().zip(first..).take_while(|(frame, expected)| frame.0 == *expected).count();
-        let frame = Gfn(first).checked_add(index as u64).ok_or_else(full)?;
-        self.state.frames.insert(frame, vec![FRAME_FILL; PAGE_SIZE as usize]);
-        self.frames_peak = self.frames_peak.max(self.state.frames.len());
-        Ok(frame)
+        let frames = &mut self.state.frames;
+        // As long as the lowest ones are taken without a gap, none below has to be looked for.
+        let dense = frames.last_key_value().map_or(first, |(last, _)| last.0 + 1) == first + held as u64;
+        let from = if dense { first + held as u64 } else { first };
+        let free: Vec<Gfn> = (from..).map(Gfn).filter(|frame| !frames.contains_key(frame)).take(count).collect();
+        frames.extend(free.iter().map(|frame| (*frame, vec![FRAME_FILL; PAGE_SIZE as usize])));
+        self.frames_peak = self.frames_peak.max(frames.len());
+        Ok(free)
     }
 
-    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
-        self.enter(Call::FreeFrame { frame })?;
-        if !self.state.frames.contains_key(&frame) {
-            return Err(VmiError::InvalidArgument { what: "frame", reason: format!("frame {frame} is not allocated") });
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
+        self.enter(Call::FreeFrames { frames: frames.to_vec() })?;
+        let refuse = |reason: String| Err(VmiError::InvalidArgument { what: "frames", reason });
+        let wanted: HashSet<Gfn> = frames.iter().copied().collect();
+        if wanted.len() < frames.len() {
+            return refuse("one of them is there twice".to_owned());
         }
-        if let Some((view, _)) = self.state.views.iter().find(|(_, held)| held.remaps.values().any(|shown| *shown == frame)) {
-            return Err(VmiError::InvalidArgument { what: "frame", reason: format!("view {view} still shows frame {frame}") });
+        if let Some(frame) = frames.iter().find(|frame| !self.state.frames.contains_key(frame)) {
+            return refuse(format!("frame {frame} is not allocated"));
         }
-        self.state.frames.remove(&frame);
+        for (view, held) in &self.state.views {
+            if let Some(frame) = held.remaps.values().find(|shown| wanted.contains(shown)) {
+                return refuse(format!("view {view} still shows frame {frame}"));
+            }
+        }
+        self.state.frames.retain(|frame, _| !wanted.contains(frame));
         Ok(())
     }
 
