@@ -305,7 +305,9 @@ impl Memory {
         frames.extend(next as u32..(next + fresh) as u32);
         self.next_frame.set(next + fresh);
         self.taken.set(self.taken.get() + count);
-        frames.iter().for_each(|frame| self.set_flag(*frame, flag::TAKEN, true));
+        for frame in &frames {
+            self.set_flag(*frame, flag::TAKEN, true);
+        }
         Ok(frames.into_iter().map(|frame| Gfn(frame.into())).collect())
     }
 
@@ -342,6 +344,19 @@ impl Memory {
         }
         self.taken.set(self.taken.get() - frames.len());
         Ok(())
+    }
+
+    /// Frames of the pool that are taken, the driver's own among them.
+    pub fn taken_frames(&self) -> impl Iterator<Item = Gfn> {
+        let pool = self.guest_frames..self.next_frame.get();
+        pool.filter(|frame| self.flag(*frame as u32) & flag::TAKEN != 0).map(Gfn)
+    }
+
+    /// The views there are, but the default one.
+    pub fn views(&self) -> Vec<View> {
+        let views = self.views.borrow();
+        let there = views.iter().enumerate().skip(1).filter(|(_, map)| map.is_some());
+        there.map(|(index, _)| View(index as u16)).collect()
     }
 
     /// Frames taken.
