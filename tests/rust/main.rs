@@ -7,6 +7,7 @@
     reason = "a test that cannot go on panics, also in its helper functions"
 )]
 
+mod atomic;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
@@ -14,6 +15,7 @@ mod emu;
 mod emu_guests;
 #[cfg(feature = "emu")]
 mod guest;
+mod harness;
 mod image;
 mod layering;
 mod mock;
