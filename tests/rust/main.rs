@@ -12,6 +12,8 @@ mod core;
 #[cfg(feature = "emu")]
 mod emu;
 #[cfg(feature = "emu")]
+mod emu_direct;
+#[cfg(feature = "emu")]
 mod emu_guests;
 #[cfg(feature = "emu")]
 mod guest;
