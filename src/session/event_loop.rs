@@ -22,8 +22,8 @@ const EVENTS: u32 = 64;
 enum Sorted {
     /// It is to be answered at once.
     Answer(Course),
-    /// Somebody wants it.
-    Wanted(Box<Pending>),
+    /// Somebody wants it: it is in `Session::pending`.
+    Wanted,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -41,44 +41,48 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         if self.pending.is_some() {
             if let Some(hit) = self.next_hit() {
-                return Ok(Poll::Hit(Box::new(hit)));
+                return Ok(Poll::Hit(hit));
             }
             self.finish()?;
         }
         self.answer_raw()?;
-        let patience = Instant::now() + PATIENCE;
+        let now = self.answered_at.take().unwrap_or_else(Instant::now);
+        let patience = now + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
+        let mut timeout = deadline.saturating_duration_since(now);
         let mut left = EVENTS;
         loop {
             if stop_at.is_some_and(|stop_at| self.stats.hits >= stop_at) {
                 return Ok(Poll::MaxHits);
             }
-            // Right after a look at the clock, and the driver looks at it too.
-            let timeout = if left == EVENTS { deadline.saturating_duration_since(Instant::now()) } else { PATIENCE };
-            let event = match self.vmi.driver_mut().wait(timeout)? {
-                Wait::Timeout => return Ok(Poll::Timeout),
-                Wait::Idle => return Ok(Poll::Idle),
-                Wait::Event(event) => event,
+            // From the last look at the clock here; the driver looks at it too.
+            let wait = self.vmi.driver_mut().wait(timeout);
+            // By reference: an event is large, and this is done once for each.
+            let event = match &wait {
+                Ok(Wait::Event(event)) => event,
+                Ok(Wait::Timeout) => return Ok(Poll::Timeout),
+                Ok(Wait::Idle) => return Ok(Poll::Idle),
+                Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
-            match self.take(&event) {
-                Ok(None) => {}
-                Ok(Some(pending)) => {
-                    self.pending = Some(*pending);
+            match self.take(event) {
+                Ok(false) => {}
+                Ok(true) => {
                     if let Some(hit) = self.next_hit() {
-                        return Ok(Poll::Hit(Box::new(hit)));
+                        return Ok(Poll::Hit(hit));
                     }
                     self.finish()?;
                 }
                 Err(error) => {
-                    self.rescue(&event);
+                    self.rescue(event);
                     return Err(error);
                 }
             }
             left -= 1;
             if left == 0 {
                 left = EVENTS;
-                if Instant::now() >= deadline {
+                timeout = deadline.saturating_duration_since(Instant::now());
+                if timeout.is_zero() {
                     return Ok(Poll::Timeout);
                 }
             }
@@ -107,18 +111,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         home.filter(|_| view == View::DEFAULT).unwrap_or(view)
     }
 
-    /// Looks at a new event and answers it, unless somebody wants it.
-    fn take(&mut self, event: &VmiEvent) -> Result<Option<Box<Pending>>> {
+    /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
+    fn take(&mut self, event: &VmiEvent) -> Result<bool> {
         let index = usize::from(event.vcpu.0);
         let home = self.home_of(event);
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
             self.finish_write(event.vcpu, &event.registers)?;
         }
         match self.sort(event, home)? {
-            Sorted::Wanted(pending) => Ok(Some(pending)),
+            Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
                 self.go_on(event, home, course, None)?;
-                Ok(None)
+                Ok(false)
             }
         }
     }
@@ -196,9 +200,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         let taps = &self.taps;
-        let wants = |tap: &TapId| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted);
-        let wanted = self.owners.iter().copied().filter(wants).collect();
-        Sorted::Wanted(Box::new(Self::pending(event, home, course, (va, pa), access, wanted)))
+        self.owners.retain(|tap| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        // Given back by `finish`.
+        let wanted = std::mem::take(&mut self.owners);
+        self.pending = Some(Self::pending(event, home, course, (va, pa), access, wanted));
+        Sorted::Wanted
     }
 
     fn pending(
@@ -208,8 +214,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         (va, pa): (Va, Pa),
         access: MemoryAccess,
         wanted: Vec<TapId>,
-    ) -> Pending {
-        Pending {
+    ) -> Box<Pending> {
+        Box::new(Pending {
             event: *event,
             home,
             course,
@@ -225,7 +231,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             step: 0,
             received: Instant::now(),
             is_out: false,
-        }
+        })
     }
 
     /// A write to a hidden page that no watch is for.
@@ -236,7 +242,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let at = (va.unwrap_or_default(), pa);
                 let mut pending = Self::pending(event, home, Course::Write, at, access, Vec::new());
                 pending.asking = Some(tap);
-                Ok(Sorted::Wanted(Box::new(pending)))
+                self.pending = Some(pending);
+                Ok(Sorted::Wanted)
             }
             (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
             _ => {
@@ -267,11 +274,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
         let mut pending = Self::pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
         pending.step = done;
-        Sorted::Wanted(Box::new(pending))
+        self.pending = Some(pending);
+        Sorted::Wanted
     }
 
     /// The next tap to be told of the event in hand.
-    fn next_hit(&mut self) -> Option<Hit> {
+    fn next_hit(&mut self) -> Option<Box<Hit>> {
         let pending = self.pending.as_mut()?;
         loop {
             let (tap, ask) = match pending.wanted.get(pending.told) {
@@ -285,7 +293,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 continue;
             }
             pending.is_out = true;
-            return Some(Hit {
+            return Some(Box::new(Hit {
                 tap,
                 vcpu: pending.event.vcpu,
                 view: pending.home,
@@ -296,7 +304,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 step: pending.step,
                 ask,
                 at: pending.received,
-            });
+            }));
         }
     }
 
@@ -316,7 +324,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return self.answer_question(OnWrite::Reapply);
         }
         let tap = pending.wanted.get(pending.told - 1).copied();
-        if let (Some(tap), None) = (tap, pending.verdict)
+        if let (Some(tap), None) = (tap, &pending.verdict)
             && verdict != Verdict::Continue
         {
             pending.verdict = Some((tap, verdict));
@@ -354,7 +362,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// # Errors
     /// [`VmiError::NoPendingEvent`] if there is no such hit; [`VmiError::InvalidArgument`] for [`OnWrite::Ask`].
     pub fn answer_write(&mut self, policy: OnWrite) -> Result<()> {
-        let is_asked = |pending: &&mut Pending| pending.is_out && pending.told > pending.wanted.len();
+        let is_asked = |pending: &&mut Box<Pending>| pending.is_out && pending.told > pending.wanted.len();
         let Some(pending) = self.pending.as_mut().filter(is_asked) else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };
@@ -389,11 +397,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if done.is_err() {
             self.rescue(&pending.event);
         }
+        self.owners = pending.wanted;
         done
     }
 
     fn note_hold(&mut self, pending: &Pending) {
-        let held = pending.received.elapsed();
+        let now = Instant::now();
+        let held = now.saturating_duration_since(pending.received);
+        self.answered_at = Some(now);
+        self.last_hold = Some((now, held));
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
@@ -418,13 +430,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if pending.touched {
             gp = Some(self.vmi.driver().registers(event.vcpu)?.gp);
         }
-        if let (Some((tap, verdict)), Some(vcpu)) = (pending.verdict, self.vcpus.get_mut(index)) {
-            if pending.step > 0 && verdict != Verdict::Pause {
+        if let (Some((tap, verdict)), Some(vcpu)) = (&pending.verdict, self.vcpus.get_mut(index)) {
+            if pending.step > 0 && *verdict != Verdict::Pause {
                 vcpu.walk = None;
             }
             match verdict {
                 Verdict::Continue | Verdict::Pause => {}
-                Verdict::Step(left) => vcpu.walk = Some(Walk { tap, done: 0, left }),
+                Verdict::Step(left) => vcpu.walk = Some(Walk { tap: *tap, done: 0, left: *left }),
                 Verdict::SetRegisters(changes) => changes.apply(gp.get_or_insert(event.registers.gp)),
                 Verdict::Return(value) => {
                     let gp = gp.get_or_insert(event.registers.gp);
@@ -433,7 +445,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                         Ok(to) => {
                             gp.rip = to;
                             gp.rsp = gp.rsp.wrapping_add(8);
-                            gp.rax = value;
+                            gp.rax = *value;
                         }
                         Err(error) => failed = Err(error),
                     }

@@ -48,6 +48,8 @@ pub struct Layout {
 pub struct Copied {
     pub all: u64,
     pub integer: u64,
+    /// Offset in a [`Context`] of what is no integer state.
+    pub rest: usize,
 }
 
 /// Bytes of one segment register: selector u32, padding, base u64, limit u32, flags u32.
@@ -238,8 +240,7 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
     let mut part = engine.context()?;
     part.set_u64(gp, 1);
     part.set_u64(star, 2);
-    part.set_copied(integer);
-    engine.save(&mut part);
+    engine.save_part(&mut part, integer);
     find.expect("a copy of part of its state", part.u64(gp) == faulted.u64(gp) && part.u64(star) == 2)?;
 
     let eflags = rip + 8;
@@ -266,6 +267,6 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         dr6,
         old_exception,
         context_size: state.size(),
-        copied: Copied { all, integer },
+        copied: Copied { all, integer, rest: last as usize },
     })
 }
