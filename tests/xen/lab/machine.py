@@ -71,7 +71,7 @@ def run(release: Release, packages: Path, linux: Path, emulator: Path, options: 
     if options.coverage:
         with step(f"Xen {release.xen}: coverage"):
             coverage.report(results, options.coverage)
-    return _verdict(release, status, results / "junit.xml")
+    return verdict(release, status, results / "junit.xml")
 
 
 def _job_files(options: argparse.Namespace) -> dict[str, bytes]:
@@ -84,7 +84,7 @@ def _job_files(options: argparse.Namespace) -> dict[str, bytes]:
     return files
 
 
-def _verdict(release: Release, status: int, junit: Path) -> int:
+def verdict(release: Release, status: int, junit: Path) -> int:
     """A test that was skipped is a failure, and so is a run without tests."""
     if not junit.exists():
         say(f"xen-lab: Xen {release.xen}: pytest left no results, its status was {status}")
