@@ -25,6 +25,7 @@ def address(name: str) -> int:
 
 def start_linux(start: Start) -> Domain:
     """A Linux guest that has come up and waits to be told how many rounds to work."""
+    CONSOLE.unlink(missing_ok=True)  # of an earlier guest of the same name
     code = address(TAPPED) - KERNEL_WINDOW
     # lpj: no calibration; mem: the kernel leaves the truth page alone.
     words = f"console=hvc0 quiet mitigations=off lpj=600000 mem={MEMORY - 1}M -- truth={TRUTH:#x} code={code:#x}"
