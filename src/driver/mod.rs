@@ -203,9 +203,45 @@ pub trait VmiControl {
     fn resume(&mut self) -> Result<()>;
 }
 
+/// What a guest has that it was not made with, whoever added it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Additions {
+    /// The views beside the default one, ascending.
+    pub views: Vec<View>,
+    /// The frames above guest memory, ascending.
+    pub frames: Vec<Gfn>,
+    /// Whether the guest is held as a whole.
+    pub is_paused: bool,
+}
+
+/// Cleaning up after a session that ended without a word. Not for a session that is alive.
+pub trait VmiRepair {
+    /// What the guest has now. Changes nothing.
+    fn additions(&self) -> Result<Additions>;
+
+    /// Makes the views and frames of `left` this driver's own, so that they can be removed in the ordinary way, as if it had made
+    /// them; what it has already is no error. `pauses` counts what [`VmiControl::resume`] may take back.
+    fn adopt(&mut self, left: &Additions, pauses: u32) -> Result<()>;
+
+    /// Lets every vCPU go on that stands still for an event or steps: in the default view, at the instruction it is at, with no
+    /// step pending. Returns how many were held.
+    fn release_held(&mut self) -> Result<usize>;
+}
+
 /// Everything together: what the tap works on. Implemented by itself for whatever has all the parts.
 pub trait VmiDriver:
-    VmiInfo + VmiRead + VmiWrite + VmiRegisters + VmiViews + VmiProtection + VmiFrames + VmiEvents + VmiInject + VmiControl + Send
+    VmiInfo
+    + VmiRead
+    + VmiWrite
+    + VmiRegisters
+    + VmiViews
+    + VmiProtection
+    + VmiFrames
+    + VmiEvents
+    + VmiInject
+    + VmiControl
+    + VmiRepair
+    + Send
 {
 }
 
@@ -220,6 +256,7 @@ impl<T> VmiDriver for T where
         + VmiEvents
         + VmiInject
         + VmiControl
+        + VmiRepair
         + Send
 {
 }

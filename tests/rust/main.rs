@@ -18,6 +18,7 @@ mod image;
 mod layering;
 mod mock;
 mod paging;
+mod repair;
 mod session;
 mod tap;
 mod tap_manager;

@@ -81,4 +81,16 @@ impl Machine {
         }
         Ok(())
     }
+
+    /// Lets every vCPU that is held or steps go on in the default view, as if it had never been looked at.
+    pub fn release_held(&mut self) -> Result<usize> {
+        let mut held = 0;
+        for index in 0..self.vcpus.len() {
+            let vcpu = self.vcpu_mut(index)?;
+            held += usize::from(std::mem::replace(&mut vcpu.held, Held::No) != Held::No);
+            vcpu.step = None;
+            vcpu.view = View::DEFAULT;
+        }
+        Ok(held)
+    }
 }

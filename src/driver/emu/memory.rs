@@ -336,6 +336,19 @@ impl Memory {
         Ok(())
     }
 
+    /// Frames of the pool that are taken, the driver's own among them.
+    pub fn taken_frames(&self) -> impl Iterator<Item = Gfn> {
+        let pool = self.guest_frames..self.next_frame.get();
+        pool.filter(|frame| self.flag(*frame as u32) & flag::TAKEN != 0).map(Gfn)
+    }
+
+    /// The views there are, but the default one.
+    pub fn views(&self) -> Vec<View> {
+        let views = self.views.borrow();
+        let there = views.iter().enumerate().skip(1).filter(|(_, map)| map.is_some());
+        there.map(|(index, _)| View(index as u16)).collect()
+    }
+
     /// Frames taken.
     pub const fn frames_in_use(&self) -> usize {
         self.taken.get()

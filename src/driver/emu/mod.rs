@@ -27,8 +27,8 @@ use std::time::Duration;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters, VmiViews,
-    VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
+    VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -292,6 +292,23 @@ impl VmiControl for EmuDriver {
             detail: "it is not paused".to_owned(),
         })?;
         Ok(())
+    }
+}
+
+impl VmiRepair for EmuDriver {
+    fn additions(&self) -> Result<Additions> {
+        let machine = self.machine();
+        let frames = machine.memory.taken_frames().filter(|frame| *frame != machine.scratch).collect();
+        Ok(Additions { views: machine.memory.views(), frames, is_paused: machine.pauses > 0 })
+    }
+
+    /// The guest lives in this driver: everything is its own already.
+    fn adopt(&mut self, _: &Additions, _: u32) -> Result<()> {
+        Ok(())
+    }
+
+    fn release_held(&mut self) -> Result<usize> {
+        self.machine.0.release_held()
     }
 }
 

@@ -136,7 +136,7 @@ pub struct Machine {
     /// Virtual time: basic blocks run by all vCPUs together.
     pub(super) now: u64,
     /// Frame that stands in for a page whose stores are to be discarded.
-    scratch: Gfn,
+    pub(super) scratch: Gfn,
 }
 
 impl Machine {

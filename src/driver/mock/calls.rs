@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
-use crate::driver::Monitor;
+use crate::driver::{Additions, Monitor};
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
 
@@ -87,6 +87,12 @@ calls! {
     Pause = "pause",
     /// `VmiControl::resume`.
     Resume = "resume",
+    /// `VmiRepair::additions`.
+    Additions = "additions",
+    /// `VmiRepair::adopt`.
+    Adopt { left: Additions, pauses: u32 } = "adopt",
+    /// `VmiRepair::release_held`.
+    ReleaseHeld = "release_held",
 }
 
 /// A call that is to fail.

@@ -15,8 +15,8 @@ use self::calls::Recorder;
 pub use self::calls::{Call, CallKind};
 pub use self::tables::PageSize;
 use super::{
-    Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters, VmiViews,
-    VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
+    VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
@@ -678,5 +678,28 @@ impl VmiControl for MockDriver {
         let none = || VmiError::InvalidArgument { what: "resume", reason: "the guest is not paused".to_owned() };
         self.state.pauses = self.state.pauses.checked_sub(1).ok_or_else(none)?;
         Ok(())
+    }
+}
+
+impl VmiRepair for MockDriver {
+    fn additions(&self) -> Result<Additions> {
+        self.enter(Call::Additions)?;
+        let GuestState { views, frames, pauses, .. } = &self.state;
+        let views = views.keys().copied().filter(|view| *view != View::DEFAULT).collect();
+        Ok(Additions { views, frames: frames.keys().copied().collect(), is_paused: *pauses > 0 })
+    }
+
+    fn adopt(&mut self, left: &Additions, pauses: u32) -> Result<()> {
+        self.enter(Call::Adopt { left: left.clone(), pauses })
+    }
+
+    fn release_held(&mut self) -> Result<usize> {
+        self.enter(Call::ReleaseHeld)?;
+        let mut held = 0;
+        for vcpu in &mut self.state.vcpus {
+            held += usize::from(vcpu.pending.take().is_some());
+            vcpu.view = View::DEFAULT;
+        }
+        Ok(held)
     }
 }
