@@ -17,6 +17,8 @@ pub mod emu;
 pub mod mock;
 #[cfg(feature = "emu")]
 pub mod open;
+#[cfg(feature = "xen")]
+pub mod xen;
 
 /// What a driver can do with the guest it is attached to. Found by probing, never by a version number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -46,6 +46,7 @@ fn open(
         vcpus: vcpus.map(|vcpus| small("vcpus", vcpus, u16::MAX.into())).transpose()?,
         command_line: cmdline.to_owned(),
         libunicorn,
+        take_over: false,
     };
     let on_write = on_write.map(|policy| policy.0).unwrap_or_default();
     let opened: Result<_> = gil::detached(py, || {
