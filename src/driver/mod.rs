@@ -1,14 +1,14 @@
 //! What a driver offers: one trait a capability. Nothing here is shaped by one hypervisor.
 //!
 //! A driver is `Send` and used by one thread at a time. Physical addresses below [`VmInfo::memory_size`] are the guest's;
-//! frames that [`VmiFrames::allocate_frame`] gives lie above and are read and written like the guest's own.
+//! frames that [`VmiFrames::allocate_frames`] gives lie above and are read and written like the guest's own.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
-use crate::error::Result;
+use crate::error::{Result, VmiError};
 use crate::event::{VmiEvent, VmiEventResponse};
 
 #[cfg(feature = "emu")]
@@ -163,11 +163,24 @@ pub trait VmiProtection {
 
 /// Frames for shadow pages: memory that no guest-physical address of the default view shows.
 pub trait VmiFrames {
-    /// Takes a frame. Its content is undefined. Frames lie above guest memory, as close together as possible.
-    fn allocate_frame(&mut self) -> Result<Gfn>;
+    /// Takes `count` frames: all or none. Their content is undefined. They lie above guest memory, the lowest that are free, ascending.
+    ///
+    /// One call of the hypervisor where it has one for many frames.
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>>;
 
-    /// Gives a frame back. An error if it was not allocated, or if a view still shows it.
-    fn free_frame(&mut self, frame: Gfn) -> Result<()>;
+    /// Gives frames back: all or none. An error if one was not allocated or is there twice, or if a view still shows it.
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()>;
+
+    /// Takes one frame.
+    fn allocate_frame(&mut self) -> Result<Gfn> {
+        let none = VmiError::Driver { op: "allocating a frame", errno: 0, detail: "the driver gave none".to_owned() };
+        self.allocate_frames(1)?.pop().ok_or(none)
+    }
+
+    /// Gives one frame back.
+    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
+        self.free_frames(&[frame])
+    }
 
     /// How many frames are taken.
     fn frames_in_use(&self) -> usize;

@@ -39,7 +39,7 @@ impl Machine {
             let reason = format!("{:?} does not answer this kind of event", response.action);
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
-        let vcpu = self.vcpu_mut(index)?;
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         let denied_page = vcpu.denied_page;
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);

@@ -71,10 +71,10 @@ calls! {
     SetMemoryAccess { view: View, gfn: Gfn, access: MemoryAccess } = "set_memory_access",
     /// `VmiProtection::set_memory_access_multi`.
     SetMemoryAccessMulti { view: View, pages: Vec<(Gfn, MemoryAccess)> } = "set_memory_access_multi",
-    /// `VmiFrames::allocate_frame`.
-    AllocateFrame = "allocate_frame",
-    /// `VmiFrames::free_frame`.
-    FreeFrame { frame: Gfn } = "free_frame",
+    /// `VmiFrames::allocate_frames`.
+    AllocateFrames { count: usize } = "allocate_frames",
+    /// `VmiFrames::free_frames`.
+    FreeFrames { frames: Vec<Gfn> } = "free_frames",
     /// `VmiEvents::monitor`.
     Monitor { monitor: Monitor, on: bool } = "monitor",
     /// `VmiEvents::wait`.

@@ -115,11 +115,11 @@ impl VmiProtection for Nothing {
 }
 
 impl VmiFrames for Nothing {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
+    fn allocate_frames(&mut self, _: usize) -> Result<Vec<Gfn>> {
         self.refuse()
     }
 
-    fn free_frame(&mut self, _: Gfn) -> Result<()> {
+    fn free_frames(&mut self, _: &[Gfn]) -> Result<()> {
         self.refuse()
     }
 
