@@ -112,7 +112,9 @@ fn attach_xen(which: &str, options: &OpenOptions) -> Result<Opened> {
         let reason = "a Xen domain has what its own configuration says".to_owned();
         return Err(VmiError::InvalidArgument { what, reason });
     }
-    let driver = super::xen::XenDriver::attach(which, options.take_over)?;
+    let xen = super::xen::XenOptions::from_environment()?;
+    let xen = super::xen::XenOptions { take_over: options.take_over, ..xen };
+    let driver = super::xen::XenDriver::attach(which, &xen)?;
     Ok(Opened { driver: Box::new(driver), symbols: SymbolTable::default() })
 }
 

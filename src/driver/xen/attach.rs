@@ -1,5 +1,7 @@
 //! Finding a domain, and finding out whether and how it can be tapped.
 
+use std::path::Path;
+
 use xen_sys::types::{ALTP2M_EXTERNAL, DomainInfo, HVM_PARAM_ALTP2M, dominf, monitor_event};
 use xen_sys::{Control, Level, LoadError, Xen, errno};
 
@@ -53,9 +55,10 @@ pub fn sink(level: Level, text: &str) {
     }
 }
 
-/// Opens Xen's libraries.
-pub fn open_xen() -> Result<Xen, Obstacle> {
-    Xen::open(sink).map_err(|error| {
+/// Opens Xen's libraries: the host's own, or libxenctrl at a path.
+pub fn open_xen(library: Option<&Path>) -> Result<Xen, Obstacle> {
+    let opened = library.map_or_else(|| Xen::open(sink), |path| Xen::open_named(path, sink));
+    opened.map_err(|error| {
         let hint = match &error {
             LoadError::NotControlDomain => "run vmitap as root in the control domain (dom0) of a machine that runs Xen".to_owned(),
             LoadError::Missing { library, .. } => {
@@ -264,8 +267,8 @@ pub fn cannot_listen(error: &xen_sys::Error, id: u32) -> Obstacle {
 ///
 /// # Errors
 /// [`VmiError::Attach`] if Xen cannot be used here, with what is missing.
-pub fn domains() -> Result<(String, Vec<DomainSummary>)> {
-    let xen = open_xen().map_err(|obstacle| obstacle.error("xen"))?;
+pub fn domains(library: Option<&Path>) -> Result<(String, Vec<DomainSummary>)> {
+    let xen = open_xen(library).map_err(|obstacle| obstacle.error("xen"))?;
     let control = xen.control();
     let abi = find_abi(control).map_err(|obstacle| obstacle.error("xen"))?;
     let store = xen.store();

@@ -12,8 +12,12 @@ use super::pages::Pages;
 use crate::addr::Gfn;
 use crate::error::{Result, VmiError};
 
-/// Frames taken at once at first, and at most.
-const BATCH: std::ops::RangeInclusive<u64> = 8..=256;
+/// Frames taken at once at first where fewer are asked for.
+const FEWEST: u64 = 8;
+/// Frames taken at once later where fewer are asked for.
+const MOST: u64 = 256;
+/// Frames taken in one call.
+const LARGEST: u64 = 4096;
 /// All rights.
 const ALL: u8 = 7;
 /// Stands for rights that are not known.
@@ -43,7 +47,7 @@ impl Frames {
             domain,
             first,
             next: first,
-            batch: *BATCH.start(),
+            batch: FEWEST,
             free: BTreeSet::new(),
             used: FxHashSet::default(),
             adopted: BTreeSet::new(),
@@ -74,22 +78,23 @@ impl Frames {
         self.used.len()
     }
 
-    pub fn allocate(&mut self, control: &Control, pages: &Pages) -> Result<Gfn> {
-        if self.free.is_empty() {
-            self.grow(control, pages)?;
+    /// Takes the lowest free frames, or none.
+    pub fn allocate(&mut self, control: &Control, pages: &Pages, count: usize) -> Result<Vec<Gfn>> {
+        while self.free.len() < count {
+            let missing = (count - self.free.len()) as u64;
+            self.grow(control, pages, missing.clamp(self.batch, LARGEST))?;
         }
-        let frame = self.free.pop_first().ok_or_else(|| VmiError::Driver {
-            op: "allocating a frame",
-            errno: xen_sys::errno::ENOMEM,
-            detail: "the pool is empty".to_owned(),
-        })?;
-        self.used.insert(frame);
-        Ok(Gfn(frame))
+        let taken: Vec<u64> = self.free.iter().copied().take(count).collect();
+        for frame in &taken {
+            self.free.remove(frame);
+            self.used.insert(*frame);
+        }
+        Ok(taken.into_iter().map(Gfn).collect())
     }
 
     /// Takes more memory for the domain: three calls for a whole batch.
-    fn grow(&mut self, control: &Control, pages: &Pages) -> Result<()> {
-        let (granted, mut count) = (self.next - self.first, self.batch);
+    fn grow(&mut self, control: &Control, pages: &Pages, count: u64) -> Result<()> {
+        let (granted, mut count) = (self.next - self.first, count);
         loop {
             let frames: Vec<u64> = (self.next..self.next + count).collect();
             let populated = control
@@ -106,7 +111,7 @@ impl Frames {
                     }
                     self.next += count;
                     self.free.extend(frames);
-                    self.batch = (count * 2).min(*BATCH.end());
+                    self.batch = (count * 2).min(MOST);
                     return Ok(());
                 }
                 // Less may be there.
@@ -116,24 +121,34 @@ impl Frames {
         }
     }
 
-    /// Gives a frame back to the pool.
-    pub fn free(&mut self, frame: Gfn) -> Result<()> {
-        if !self.used.remove(&frame.0) {
-            return Err(VmiError::InvalidArgument { what: "frame", reason: format!("frame {frame} is not allocated") });
+    /// Gives frames back to the pool: all or none.
+    pub fn free(&mut self, frames: &[Gfn]) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        for frame in frames {
+            if !self.used.contains(&frame.0) || !seen.insert(frame.0) {
+                let reason = format!("frame {frame} is not allocated, or there twice");
+                return Err(VmiError::InvalidArgument { what: "frame", reason });
+            }
         }
-        self.free.insert(frame.0);
+        for frame in seen {
+            self.used.remove(&frame);
+            // One that another program has added is not part of the pool: it goes with the others, at the end.
+            if frame >= self.first {
+                self.free.insert(frame);
+            }
+        }
         Ok(())
     }
 
     /// Gives a frame the rights in a view that the page is to have that will show it, before it does: `change_gfn` takes the rights over
-    /// from the frame, so there is no moment at which the page could be read. Free frames get them in the same call, for later.
-    pub fn arm(&mut self, control: &Control, view: u16, frame: Gfn, rights: u8) -> Result<()> {
-        let has = |frame: u64| self.rights.get(&(view, frame)).copied().unwrap_or(ALL);
-        if has(frame.0) == rights {
+    /// from the frame, so there is no moment at which the page could be read. Frames that no view has met get them in the same call.
+    pub fn arm(&mut self, control: &Control, view: u16, frame: Gfn, rights: u8, is_shown: impl Fn(Gfn) -> bool) -> Result<()> {
+        if self.rights.get(&(view, frame.0)).copied().unwrap_or(ALL) == rights {
             return Ok(());
         }
+        let is_new = |other: &u64| *other != frame.0 && !self.rights.contains_key(&(view, *other)) && !is_shown(Gfn(*other));
         let mut batch = vec![(frame.0, rights)];
-        batch.extend(self.free.iter().filter(|free| has(**free) != rights).map(|free| (*free, rights)));
+        batch.extend((self.first..self.next).filter(is_new).take(LARGEST as usize).map(|other| (other, rights)));
         let set = control.altp2m_set_mem_access_multi(self.domain, view, &batch).map_err(|error| super::failed(&error));
         for (frame, rights) in batch {
             // After an error nobody knows which ones were set.

@@ -18,6 +18,7 @@ mod views;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -41,12 +42,37 @@ use frames::Frames;
 use pages::Pages;
 use ring::Ring;
 use run::Vcpu;
-use step::Stepping;
+pub use step::Stepping;
 use views::ViewBook;
 
 /// Names the ways of stepping that are used: `auto` (the cheapest right one, and the default), `fast` (not Xen's emulator), `toggle` (nor fast
 /// steps). For tests, and for whoever suspects one of them.
 pub const STEPPING_VARIABLE: &str = "VMITAP_XEN_STEPPING";
+
+/// How a domain is attached to.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct XenOptions {
+    /// The libxenctrl to use, by its path; the environment's [`xen_sys::LIBRARY_VARIABLE`], or the host's own, if not given.
+    pub library: Option<PathBuf>,
+    /// A domain has one listener at a time. With this the one there is loses its place: right only if it has died.
+    pub take_over: bool,
+    /// Which ways of stepping are used.
+    pub stepping: Stepping,
+}
+
+impl XenOptions {
+    /// What the environment says.
+    ///
+    /// # Errors
+    /// [`VmiError::InvalidArgument`] if [`STEPPING_VARIABLE`] is none of its values.
+    pub fn from_environment() -> Result<Self> {
+        let name = std::env::var(STEPPING_VARIABLE).unwrap_or_default();
+        let reason = || format!("{name:?} is none of auto, fast, toggle");
+        let stepping =
+            Stepping::parse(&name).ok_or_else(|| VmiError::InvalidArgument { what: STEPPING_VARIABLE, reason: reason() })?;
+        Ok(Self { stepping, ..Self::default() })
+    }
+}
 
 /// What a failed call of Xen's libraries is to the caller.
 fn failed(error: &xen_sys::Error) -> VmiError {
@@ -124,20 +150,13 @@ impl std::fmt::Debug for XenDriver {
 impl XenDriver {
     /// Attaches to a domain, by its number or its name, and begins to listen. Its vCPUs go on running, in the default view.
     ///
-    /// A domain has one listener at a time. With `take_over` the one there is loses its place: right only if it has died.
-    ///
     /// # Errors
     /// [`VmiError::Attach`] with what is in the way and what to do about it; everything is as it was then.
-    pub fn attach(which: &str, take_over: bool) -> Result<Self> {
+    pub fn attach(which: &str, options: &XenOptions) -> Result<Self> {
         let target = format!("xen:{which}");
         let refuse = |obstacle: Obstacle| obstacle.error(&target);
         let call = |error: xen_sys::Error| attach::explain(&error).error(&target);
-        let stepping = std::env::var(STEPPING_VARIABLE).unwrap_or_default();
-        let stepping = Stepping::parse(&stepping).ok_or_else(|| VmiError::InvalidArgument {
-            what: STEPPING_VARIABLE,
-            reason: format!("{stepping:?} is none of auto, fast, toggle"),
-        })?;
-        let xen = attach::open_xen().map_err(refuse)?;
+        let xen = attach::open_xen(options.library.as_deref()).map_err(refuse)?;
         let abi = attach::find_abi(xen.control()).map_err(refuse)?;
         let (found, name) = attach::find_domain(&xen, which).map_err(refuse)?;
         let bits = attach::check(xen.control(), &abi, &found).map_err(refuse)?;
@@ -172,11 +191,13 @@ impl XenDriver {
             monitors: FxHashSet::default(),
             pauses: 0,
             bell: Arc::new(Bell { rung: AtomicBool::new(false), fd }),
-            stepping,
+            stepping: options.stepping,
             looked_at: Instant::now(),
             gone: None,
         };
-        if take_over && let Err(error) = driver.xen.control().monitor_disable(domain) {
+        if options.take_over
+            && let Err(error) = driver.xen.control().monitor_disable(domain)
+        {
             log::debug!("nobody listened: {error}");
         }
         // Whatever fails from here on, dropping the driver takes back what was done.
@@ -426,16 +447,21 @@ impl XenDriver {
 }
 
 impl VmiFrames for XenDriver {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>> {
         self.check_alive()?;
-        self.frames.allocate(self.xen.control(), &self.pages)
+        self.frames.allocate(self.xen.control(), &self.pages, count)
     }
 
-    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
-        if let Some(view) = self.views.iter().find_map(|(view, book)| book.shows(frame).then_some(*view)) {
-            return Err(VmiError::InvalidArgument { what: "frame", reason: format!("view {view} still shows frame {frame}") });
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
+        for frame in frames {
+            if let Some(view) = self.views.iter().find_map(|(view, book)| book.shows(*frame).then_some(*view)) {
+                return Err(VmiError::InvalidArgument {
+                    what: "frame",
+                    reason: format!("view {view} still shows frame {frame}"),
+                });
+            }
         }
-        self.frames.free(frame)
+        self.frames.free(frames)
     }
 
     fn frames_in_use(&self) -> usize {

@@ -255,7 +255,9 @@ impl VmiViews for XenDriver {
                 let rights = page.rights.bits();
                 if self.frames.is_used(frame) {
                     // `change_gfn` gives the page the frame's rights in the view: they are right before the page is shown.
-                    self.frames.arm(control, view.0, frame, rights)?;
+                    let views = &self.views;
+                    let is_shown = |other: Gfn| views.values().any(|book| book.shows(other));
+                    self.frames.arm(control, view.0, frame, rights, is_shown)?;
                     control.altp2m_change_gfn(domain, view.0, gfn.0, frame.0).map_err(|error| failed(&error))?;
                 } else {
                     // A page of the guest's own may be in use with rights of its own; nobody runs in between.
