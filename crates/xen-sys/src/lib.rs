@@ -5,6 +5,8 @@
 
 mod control;
 mod error;
+#[cfg(feature = "fake")]
+pub mod fake;
 mod layout;
 mod load;
 mod logger;

@@ -204,7 +204,10 @@ fn open_first(library: &'static str, names: Vec<String>) -> Result<Opened, LoadE
 
 fn open_named(name: &str) -> Result<Opened, String> {
     // SAFETY: the initialisers of Xen's libraries set up nothing but their own tables; the name is one of theirs, or the caller's word.
-    let handle = unsafe { libloading::Library::new(name) }.map_err(|error| error.to_string())?;
+    let handle = unsafe { libloading::Library::new(name) }.map_err(|error| {
+        // What the system's loader said is the source of the error.
+        std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)
+    })?;
     Ok(Opened { name: name.to_owned(), handle })
 }
 

@@ -53,6 +53,11 @@ impl Ring {
         size_of::<RingHead>() + (index & (self.layout.slots() - 1)) as usize * self.layout.size
     }
 
+    /// The page.
+    pub const fn page(&self) -> &Mapping {
+        &self.page
+    }
+
     /// The layout of what is in it.
     pub const fn layout(&self) -> Layout {
         self.layout
