@@ -18,6 +18,7 @@ mod symbols;
 mod verdict;
 mod views;
 mod vm;
+mod xen;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -84,6 +85,8 @@ mod _native {
     use super::views::{Caps, View, Views, VmInfo};
     #[pymodule_export]
     use super::vm::Vm;
+    #[pymodule_export]
+    use super::xen::{XenDomain, XenHost, xen_host};
 
     use pyo3::prelude::*;
 

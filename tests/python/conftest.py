@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,10 @@ import vmitap
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and programs started by a test inherit that: the tests of it would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

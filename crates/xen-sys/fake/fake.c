@@ -411,7 +411,7 @@ int xc_altp2m_change_gfn(void *x, uint32_t dom, uint16_t k, unsigned long old, u
     if (copy.access & R && copy.mfn != d.host[old] && !d.pauses) d.exposures++;
     return 0;
 }
-int xc_altp2m_get_vcpu_p2m_idx(void *x, uint32_t dom, uint32_t v, uint16_t *out) { (void)x; (void)dom; ENTER(); if (altp2m_off()) return -1; if (v >= (uint32_t)VCPUS) return ERR(EINVAL); *out = d.vcpu[v].view; return 0; }
+int xc_altp2m_get_vcpu_p2m_idx(void *x, uint32_t dom, uint32_t v, uint16_t *out) { (void)x; (void)dom; ENTER(); if (d.automatic) fake_run(v, 1); if (altp2m_off()) return -1; if (v >= (uint32_t)VCPUS) return ERR(EINVAL); *out = d.vcpu[v].view; return 0; }
 void *xc_monitor_enable(void *x, uint32_t dom, uint32_t *port)
 {
     (void)x; (void)dom; if (enter(__func__)) return 0;

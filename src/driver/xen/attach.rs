@@ -201,21 +201,31 @@ pub fn check(control: &Control, abi: &Abi, info: &DomainInfo) -> Result<u32, Obs
     }
 }
 
-/// Views are off in the whole machine: by the command line, or because the processor has none.
-fn no_altp2m(control: &Control) -> Obstacle {
+/// Whether Xen's command line has altp2m (docs/misc/xen-command-line.pandoc).
+fn is_altp2m_asked_for(control: &Control) -> bool {
     let line = control.command_line().unwrap_or_default();
-    let asked = line
-        .split_whitespace()
-        .any(|word| word.starts_with("altp2m") && !matches!(word, "altp2m=0" | "altp2m=no" | "altp2m=off" | "altp2m=false"));
-    if asked {
-        return Obstacle::new(
-            "the processor has no second-level page tables that Xen can make views of, although altp2m is on Xen's command line",
-            "vmitap needs an Intel processor with VT-x and EPT",
-        );
-    }
+    let is_on = |word: &str| match word.split_once('=') {
+        Some(("altp2m", value)) => !matches!(value, "0" | "no" | "off" | "false" | "disable"),
+        _ => word == "altp2m",
+    };
+    line.split_whitespace().rfind(|word| word.split('=').next() == Some("altp2m")).is_some_and(is_on)
+}
+
+fn altp2m_is_off() -> Obstacle {
     Obstacle::new(
         "altp2m is off on Xen's command line",
         "add altp2m=1 to Xen's command line (not to dom0's kernel's) and restart the machine",
+    )
+}
+
+/// Views are off in the whole machine: by the command line, or because the processor has none.
+fn no_altp2m(control: &Control) -> Obstacle {
+    if !is_altp2m_asked_for(control) {
+        return altp2m_is_off();
+    }
+    Obstacle::new(
+        "the processor has no second-level page tables that Xen can make views of, although altp2m is on Xen's command line",
+        "vmitap needs an Intel processor with VT-x and EPT",
     )
 }
 
@@ -263,16 +273,30 @@ pub fn cannot_listen(error: &xen_sys::Error, id: u32) -> Obstacle {
     }
 }
 
-/// The running hypervisor, and every domain with what can be done with it.
+/// A Xen machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HostSummary {
+    /// Xen's version and the ring's.
+    pub version: String,
+    /// The files of Xen's libraries, libxenctrl first.
+    pub libraries: Vec<String>,
+    /// Why no domain of it can be tapped; `None` if nothing is known to be in the way.
+    pub obstacle: Option<Obstacle>,
+    /// Its domains, ascending by number.
+    pub domains: Vec<DomainSummary>,
+}
+
+/// The machine and its domains, with what can be done with them. Changes nothing.
 ///
 /// # Errors
 /// [`VmiError::Attach`] if Xen cannot be used here, with what is missing.
-pub fn domains(library: Option<&Path>) -> Result<(String, Vec<DomainSummary>)> {
-    let xen = open_xen(library).map_err(|obstacle| obstacle.error("xen"))?;
+pub fn host(library: Option<&Path>) -> Result<HostSummary> {
+    let refuse = |obstacle: Obstacle| obstacle.error("xen");
+    let xen = open_xen(library).map_err(refuse)?;
     let control = xen.control();
-    let abi = find_abi(control).map_err(|obstacle| obstacle.error("xen"))?;
+    let abi = find_abi(control).map_err(refuse)?;
     let store = xen.store();
-    let summaries = all_domains(control).map_err(|obstacle| obstacle.error("xen"))?.into_iter().map(|info| DomainSummary {
+    let domains = all_domains(control).map_err(refuse)?.into_iter().map(|info| DomainSummary {
         id: info.domain.into(),
         name: store.as_ref().and_then(|store| store.domain_name(info.domain.into())).unwrap_or_default(),
         is_hvm: info.flags & dominf::HVM_GUEST != 0,
@@ -280,7 +304,12 @@ pub fn domains(library: Option<&Path>) -> Result<(String, Vec<DomainSummary>)> {
         memory_size: info.tot_pages.saturating_mul(crate::addr::PAGE_SIZE),
         obstacle: check(control, &abi, &info).err(),
     });
-    Ok((version(&abi), summaries.collect()))
+    Ok(HostSummary {
+        version: version(&abi),
+        libraries: xen.libraries().map(str::to_owned).collect(),
+        obstacle: (!is_altp2m_asked_for(control)).then(altp2m_is_off),
+        domains: domains.collect(),
+    })
 }
 
 /// Xen's version, as a user would name it.

@@ -21,9 +21,9 @@ const ROUNDS: u32 = 200;
 const QUIET: u32 = 2;
 
 impl XenDriver {
-    /// Takes everything back, in the order that was seen to leave guests well: first let steps end, then pause. Everything is tried; what fails is
-    /// logged with what it leaves behind.
-    pub(super) fn end(&mut self) {
+    /// Takes everything back, in the order that was seen to leave guests well: first let steps end, then pause. Everything is tried; what is left
+    /// behind is returned.
+    pub(super) fn end(&mut self) -> Vec<String> {
         let mut left: Vec<String> = Vec::new();
         // Without a ring it is somebody else who listens, or nobody.
         let has_domain = self.gone.is_none() && self.ring.is_some();
@@ -44,9 +44,8 @@ impl XenDriver {
         if has_domain {
             note(&mut left, "the domain paused", self.xen.control().unpause(self.domain));
         }
-        if !left.is_empty() {
-            log::error!("domain {} ({}) was left with {}", self.domain, self.info.name, left.join(", "));
-        }
+        self.gone.get_or_insert_with(|| "the session has ended".to_owned());
+        left
     }
 
     /// Answers everything and moves every vCPU to the default view, until nothing comes any more. Ends with the domain paused.
@@ -162,6 +161,8 @@ impl XenDriver {
         if self.switched_on {
             note(left, "views switched on", control.altp2m_set_state(domain, false));
         }
+        // A mapping would keep a frame that is given back.
+        self.pages.clear();
         for error in self.frames.release(self.xen.control()) {
             left.push(format!("memory of shadow pages ({error})"));
         }

@@ -37,7 +37,7 @@ use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
 
 pub use abi::{Abi, Layout, MAX_EVENT};
-pub use attach::{DomainSummary, Obstacle, domains};
+pub use attach::{DomainSummary, HostSummary, Obstacle, host};
 use frames::Frames;
 use pages::Pages;
 use ring::Ring;
@@ -126,6 +126,8 @@ pub struct XenDriver {
     port: Option<u32>,
     /// We switched views on.
     switched_on: bool,
+    /// Register writes wait for their answer.
+    decides_writes: bool,
     vcpus: Vec<Vcpu>,
     /// vCPUs with an event that was not handed out yet.
     ready: VecDeque<VcpuId>,
@@ -184,6 +186,7 @@ impl XenDriver {
             ring: None,
             port: None,
             switched_on: false,
+            decides_writes: false,
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             ready: VecDeque::new(),
             views: BTreeMap::new(),
@@ -215,6 +218,7 @@ impl XenDriver {
         let switched_on = self.switched_on;
         self.listen().map_err(|obstacle| obstacle.error(&self.info.name))?;
         self.switched_on |= switched_on;
+        self.decides_writes = false;
         for monitor in std::mem::take(&mut self.monitors) {
             VmiEvents::monitor(self, monitor, true)?;
         }
@@ -476,6 +480,12 @@ impl VmiEvents for XenDriver {
             return Ok(());
         }
         let (control, domain) = (self.xen.control(), self.domain);
+        if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
+            // Else the register is written before the answer is there, and denying it comes too late.
+            control.monitor_control_registers(domain).map_err(|error| failed(&error))?;
+            self.decides_writes = true;
+        }
+        let control = self.xen.control();
         let need = |bit: u32, capability: &'static str| {
             if self.knows(bit) { Ok(()) } else { Err(VmiError::NotSupported { driver: "xen", capability }) }
         };
@@ -563,11 +573,22 @@ impl VmiControl for XenDriver {
         self.pauses = left;
         Ok(())
     }
+
+    fn let_go(&mut self) -> Result<()> {
+        let left = self.end();
+        if left.is_empty() {
+            return Ok(());
+        }
+        Err(VmiError::Driver { op: "letting go of the domain", errno: 0, detail: left.join(", ") })
+    }
 }
 
 impl Drop for XenDriver {
     fn drop(&mut self) {
-        self.end();
+        let left = self.end();
+        if !left.is_empty() {
+            log::error!("domain {} ({}) was left with {}", self.domain, self.info.name, left.join(", "));
+        }
     }
 }
 

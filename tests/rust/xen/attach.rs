@@ -1,7 +1,7 @@
 //! Finding the libraries and the domain, and the errors a person can act on.
 
 use vmitap::VmiError;
-use vmitap::driver::xen::{XenDriver, XenOptions, domains};
+use vmitap::driver::xen::{XenDriver, XenOptions, host};
 use vmitap::driver::{VmiInfo, VmiRepair};
 use xen_sys::fake::{Fake, Kind};
 
@@ -146,15 +146,20 @@ fn whatever_call_fails_during_attaching_everything_is_taken_back() {
 #[test]
 fn domains_are_listed_with_what_is_in_the_way() {
     let fake = guest(XEN_4_17);
-    let (version, list) = domains(Some(fake.path())).unwrap();
-    assert_eq!(version, "xen 4.17.5 (vm_event 7)");
+    let found = host(Some(fake.path())).unwrap();
+    assert_eq!((found.version.as_str(), found.obstacle), ("xen 4.17.5 (vm_event 7)", None));
+    assert_eq!(found.libraries, [fake.path().to_string_lossy()]);
+    let list = found.domains;
     let names: Vec<_> = list.iter().map(|domain| (domain.id, domain.name.as_str(), domain.is_hvm)).collect();
     assert_eq!(names, [(0, "Domain-0", false), (7, "guest", true)]);
     assert!(list[0].obstacle.is_some());
     assert_eq!((list[1].vcpus, list[1].memory_size, &list[1].obstacle), (1, 64 << 12, &None));
     fake.set("hvm", 0);
     fake.set("named", 0);
-    let (_, list) = domains(Some(fake.path())).unwrap();
+    fake.set("altp2m_line", 0);
+    let found = host(Some(fake.path())).unwrap();
+    assert!(found.obstacle.unwrap().hint.contains("altp2m=1"));
+    let list = found.domains;
     assert_eq!(list[1].name, "");
     assert!(list[1].obstacle.as_ref().unwrap().reason.contains("PV"));
     is_untouched(&fake);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vmitap::arch::amd64::GpRegisters;
+use vmitap::arch::amd64::{ControlRegister, GpRegisters};
 use vmitap::driver::xen::Stepping;
 use vmitap::driver::{Monitor, VmiEvents, VmiInject, VmiRegisters, VmiViews, VmiWrite, Wait};
 use vmitap::event::{EventAction, EventReason, VmiEventResponse};
@@ -10,7 +10,8 @@ use vmitap::{Gfn, MemoryAccess, Pa, Va, VcpuId, View, VmiError};
 use xen_sys::fake::{Fake, Kind, Reg};
 
 use super::{
-    ALTP2M, CODE, EMULATE, FAST, INSN_DATA, NOWRITE, PAUSED, SET_REGS, STACK, TOGGLE, Tapped, is_untouched, tapped, tapped_with,
+    ALTP2M, CODE, DENY, EMULATE, FAST, INSN_DATA, NOWRITE, PAUSED, SET_REGS, STACK, TOGGLE, Tapped, is_untouched, tapped,
+    tapped_with,
 };
 
 const XEN: Kind = Kind::new(7, 17);
@@ -334,6 +335,37 @@ fn an_int3_of_the_guests_own_under_a_tap_is_stepped_into_and_then_delivered() {
 }
 
 #[test]
+fn a_vcpu_that_is_moved_in_the_middle_of_a_step_ends_up_where_it_was_moved() {
+    let mut lab = tapped(XEN, &[0xcc, 0x90]);
+    let other = lab.vmi.driver_mut().create_view(MemoryAccess::RWX).unwrap();
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.step();
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.vmi.driver_mut().switch_to_view(other).unwrap();
+    lab.vmi.driver_mut().respond(VcpuId(0), &VmiEventResponse::action(EventAction::Reinject)).unwrap();
+    lab.fake.run(0, 2);
+    assert_eq!((lab.view_of_vcpu(), lab.fake.state("int3s", 0)), (i64::from(other.0), 1));
+}
+
+#[test]
+fn a_step_that_is_under_way_does_not_bring_a_vcpu_back_into_a_view_it_was_moved_out_of() {
+    let mut lab = tapped(XEN, &[0xfa, 0x90]);
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.step();
+    // From now on the guest runs while the driver looks at it.
+    lab.fake.automatic(1);
+    lab.vmi.driver_mut().switch_to_view(CLEAN).unwrap();
+    lab.fake.automatic(0);
+    lab.fake.run(0, 4);
+    assert_eq!(lab.view_of_vcpu(), 0);
+    lab.controller.clear(&mut lab.vmi).unwrap();
+    lab.vmi.driver_mut().destroy_view(lab.view).unwrap();
+}
+
+#[test]
 fn cpuid_is_told_from_before_and_carried_out_or_not() {
     for deny in [false, true] {
         let mut lab = tapped(XEN, &[0x90, 0x0f, 0xa2, 0x90]);
@@ -349,6 +381,21 @@ fn cpuid_is_told_from_before_and_carried_out_or_not() {
         let rax = if deny { 0 } else { 0x16 };
         assert_eq!((lab.fake.reg(0, Reg::Rax), lab.fake.reg(0, Reg::Rip)), (rax, CODE + 3));
     }
+}
+
+#[test]
+fn a_register_write_waits_for_its_answer_and_can_be_denied() {
+    let mut lab = tapped(XEN, PUSH);
+    for register in [ControlRegister::Cr0, ControlRegister::Cr3] {
+        lab.vmi.driver_mut().monitor(Monitor::ControlRegister(register), true).unwrap();
+    }
+    assert_eq!((lab.fake.calls("xc_domctl"), lab.fake.calls("xc_monitor_write_ctrlreg")), (1, 2));
+    // WRITE_CTRLREG, of register 0.
+    lab.fake.push(0, 4, 1);
+    let event = lab.event();
+    assert_eq!(event.reason, EventReason::WriteControlRegister { register: ControlRegister::Cr0, old: 0, new: 0 });
+    lab.answer(EventAction::Deny);
+    assert_eq!(lab.last_answer().flags, PAUSED | ALTP2M | DENY);
 }
 
 #[test]

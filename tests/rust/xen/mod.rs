@@ -20,6 +20,7 @@ use xen_sys::fake::{Answer, Fake, Kind, Reg};
 pub const EMULATE: u32 = 1 << 2;
 pub const NOWRITE: u32 = 1 << 3;
 pub const TOGGLE: u32 = 1 << 4;
+pub const DENY: u32 = 1 << 6;
 pub const ALTP2M: u32 = 1 << 7;
 pub const SET_REGS: u32 = 1 << 8;
 pub const INSN_DATA: u32 = 1 << 9;

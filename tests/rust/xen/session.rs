@@ -74,6 +74,8 @@ fn hits_are_calls_and_the_guest_reads_its_own_bytes() {
             }
             assert!(session.stats().hidden_reads >= 90, "{:?}", session.stats());
             session.detach().unwrap();
+            // Not only when the session is dropped.
+            is_untouched(&fake);
             drop(session);
             fake.automatic(0);
             is_untouched(&fake);
