@@ -142,7 +142,7 @@ class XenDomain:
         """Its name; empty while it has none."""
     @property
     def kind(self) -> str:
-        """"hvm" for HVM and PVH domains, "pv" for others."""
+        """Its kind: "hvm" for HVM and PVH domains, "pv" for others."""
     @property
     def vcpus(self) -> int: ...
     @property
@@ -150,8 +150,10 @@ class XenDomain:
         """Bytes of memory it has now."""
     @property
     def obstacle(self) -> str | None:
-        """Why it cannot be tapped; None if nothing is known to be in the way. Whether another program listens to it is found out only by
-        attaching."""
+        """Why it cannot be tapped; None if nothing is known to be in the way.
+
+        Whether another program listens to it is found out only by attaching.
+        """
     @property
     def hint(self) -> str:
         """What to do about `obstacle`; empty without one."""

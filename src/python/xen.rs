@@ -11,13 +11,14 @@ pub struct XenDomain {
     id: u32,
     /// Its name; empty while it has none.
     name: String,
-    /// "hvm" for HVM and PVH domains, "pv" for others.
+    /// Its kind: "hvm" for HVM and PVH domains, "pv" for others.
     kind: &'static str,
     vcpus: u16,
     /// Bytes of memory it has now.
     memory_size: u64,
-    /// Why it cannot be tapped; None if nothing is known to be in the way. Whether another program listens to it is found out only by
-    /// attaching.
+    /// Why it cannot be tapped; None if nothing is known to be in the way.
+    ///
+    /// Whether another program listens to it is found out only by attaching.
     obstacle: Option<String>,
     /// What to do about `obstacle`; empty without one.
     hint: String,

@@ -12,7 +12,8 @@ import vmitap
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# A shell that starts the tests in the background has Ctrl-C ignored, and programs started by a test inherit that: the tests of it would wait for ever.
+# A shell that starts the tests in the background has Ctrl-C ignored, and programs that a test starts inherit that: the tests of
+# Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
