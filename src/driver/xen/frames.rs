@@ -20,6 +20,8 @@ const MOST: u64 = 256;
 const LARGEST: u64 = 4096;
 /// All rights.
 const ALL: u8 = 7;
+/// Execute only.
+const EXECUTE: u8 = 4;
 /// Stands for rights that are not known.
 const UNKNOWN: u8 = u8::MAX;
 /// KiB of a page.
@@ -155,6 +157,16 @@ impl Frames {
             self.rights.insert((view, frame), if set.is_ok() { rights } else { UNKNOWN });
         }
         set
+    }
+
+    /// Has frames ready for a new view: with the rights a page with breakpoints has, so that the first one costs no more than others.
+    pub fn prepare(&mut self, control: &Control, pages: &Pages, view: u16) -> Result<()> {
+        if self.free.is_empty() {
+            self.grow(control, pages, self.batch)?;
+        }
+        let Some(first) = self.free.first().copied() else { return Ok(()) };
+        let used = self.used.clone();
+        self.arm(control, view, Gfn(first), EXECUTE, |frame| used.contains(&frame.0))
     }
 
     /// The view is gone.

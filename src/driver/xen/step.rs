@@ -5,7 +5,10 @@
 //! | step over INT3 | known to the emulator | EMULATE with the original bytes (SET_EMUL_INSN_DATA) | 1 | 1 |
 //! | step over INT3, over an access | any other | FAST_SINGLESTEP in the default view | 2 | 1 |
 //! | serve a read, step over an access | known to the emulator | EMULATE: Xen's emulator reads the default view | 1 | 1 |
-//! | step and report; step a repeated instruction | any | TOGGLE_SINGLESTEP | 2 a round | 2 a round |
+//! | step and report; step a repeated instruction | any | TOGGLE_SINGLESTEP | 3 | 2 |
+//!
+//! A toggled step costs a third exit: Xen sets the trap flag once more before it notices that the vCPU is held (`vmx_intr_assist`). Of a repeated
+//! instruction each round costs so much.
 //!
 //! Sources: arch/x86/vm_event.c, arch/x86/hvm/vm_event.c and `hvm_emulate_one_vm_event` in arch/x86/hvm/emulate.c. An instruction that the emulator
 //! turns out not to know comes back as EMUL_UNIMPLEMENTED and is stepped (`run.rs`).

@@ -202,6 +202,10 @@ impl VmiViews for XenDriver {
             return Err(error);
         }
         self.views.insert(view.0, ViewBook { rights: access, ..ViewBook::default() });
+        if let Err(error) = self.frames.prepare(self.xen.control(), &self.pages, view.0) {
+            // Whoever needs a frame will be told.
+            log::debug!("no frames are ready for view {view}: {error}");
+        }
         Ok(view)
     }
 

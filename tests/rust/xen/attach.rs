@@ -1,11 +1,14 @@
 //! Finding the libraries and the domain, and the errors a person can act on.
 
-use vmitap::VmiError;
-use vmitap::driver::xen::{XenDriver, XenOptions, host};
-use vmitap::driver::{VmiInfo, VmiRepair};
-use xen_sys::fake::{Fake, Kind};
+use std::time::Duration;
 
-use super::{attach, guest, is_untouched, options};
+use vmitap::driver::xen::{Stepping, XenDriver, XenOptions, host};
+use vmitap::driver::{Additions, VmiEvents, VmiFrames, VmiInfo, VmiRepair, VmiViews, Wait};
+use vmitap::event::VmiEventResponse;
+use vmitap::{Gfn, VcpuId, VmiError};
+use xen_sys::fake::{Fake, Kind, Reg};
+
+use super::{CODE, Tapped, attach, guest, is_untouched, options, tapped_with};
 
 const XEN_4_17: Kind = Kind::new(7, 17);
 
@@ -174,4 +177,36 @@ fn a_listener_that_died_loses_its_place_only_if_asked() {
     assert_eq!(driver.additions().unwrap().views, []);
     drop(driver);
     is_untouched(&fake);
+}
+
+#[test]
+fn what_a_listener_that_died_has_left_behind_is_found_and_taken_back() {
+    let mut lab = tapped_with(XEN_4_17, &[0x55, 0x90], Stepping::Fast, |fake| fake.set("vcpus", 2));
+    lab.fake.set_reg(1, Reg::Rip, CODE);
+    lab.fake.run(0, 1);
+    lab.fake.run(1, 1);
+    // One event was handed out and one was not; then the program is killed.
+    lab.event();
+    let Tapped { fake, vmi, view, .. } = lab;
+    std::mem::forget(vmi);
+    let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
+    assert_eq!(driver.info().memory_size, 72 << 12, "frames of the pool look like the guest's own");
+    assert_eq!(driver.additions().unwrap().views, [view]);
+    driver.release_held().unwrap();
+    for vcpu in [0, 1] {
+        assert_eq!((fake.state("held", vcpu), fake.state("view", vcpu), fake.state("single_step", vcpu)), (0, 0, 0));
+    }
+    // Events are told as before.
+    fake.push(0, 6, 1);
+    assert!(matches!(driver.wait(Duration::ZERO).unwrap(), Wait::Event(_)));
+    driver.respond(VcpuId(0), &VmiEventResponse::CONTINUE).unwrap();
+    let frames: Vec<Gfn> = (64..72).map(Gfn).collect();
+    driver.adopt(&Additions { views: vec![view], frames, is_paused: false }, 0).unwrap();
+    assert_eq!((driver.info().memory_size, driver.frames_in_use()), (64 << 12, 8));
+    driver.destroy_view(view).unwrap();
+    drop(driver);
+    for (what, expected) in [("views", 0), ("populated", 64), ("listening", 0), ("pauses", 0), ("monitors", 0), ("wiped", 0)] {
+        assert_eq!(fake.state(what, 0), expected, "{what}");
+    }
+    assert_eq!(fake.run(0, 2), 2);
 }
