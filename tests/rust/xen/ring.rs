@@ -11,7 +11,7 @@ use vmitap::{VcpuId, VmiError};
 use xen_sys::Mapping;
 use xen_sys::fake::{Kind, Reg};
 
-use super::{PAUSED, attach, guest, tapped};
+use super::{PAUSED, attach, guest, is_untouched, tapped};
 
 #[test]
 fn every_kind_of_request_gets_exactly_one_answer_that_echoes_it() {
@@ -108,6 +108,8 @@ fn a_producer_that_cannot_be_is_an_error_and_nothing_is_read() {
     assert!(matches!(driver.wait(Duration::ZERO), Err(VmiError::Driver { .. })));
     assert!(matches!(driver.wait(Duration::ZERO), Err(VmiError::DomainGone { .. })));
     assert_eq!(fake.answers(), []);
+    drop(driver);
+    is_untouched(&fake);
 }
 
 fn layouts() -> impl Strategy<Value = Layout> {
