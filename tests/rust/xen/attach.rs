@@ -157,6 +157,10 @@ fn domains_are_listed_with_what_is_in_the_way() {
     assert_eq!(names, [(0, "Domain-0", false), (7, "guest", true)]);
     assert!(list[0].obstacle.is_some());
     assert_eq!((list[1].vcpus, list[1].memory_size, &list[1].obstacle), (1, 64 << 12, &None));
+    let driver = attach(&fake);
+    let found = host(Some(fake.path())).unwrap();
+    assert!(found.domains[1].obstacle.as_ref().unwrap().reason.contains("another program listens"));
+    drop(driver);
     fake.set("hvm", 0);
     fake.set("named", 0);
     fake.set("altp2m_line", 0);
