@@ -63,17 +63,15 @@ impl Frames {
         self.used.contains(&gfn.0)
     }
 
-    /// The frames that are taken, in no order.
-    pub fn used(&self) -> impl Iterator<Item = Gfn> {
-        self.used.iter().copied().map(Gfn)
+    /// Whether the frame is ours, and not taken.
+    pub fn is_free(&self, gfn: Gfn) -> bool {
+        self.free.contains(&gfn.0)
     }
 
-    /// Takes frames over that another program has added. The lowest one.
-    pub fn adopt(&mut self, frames: &[Gfn]) -> Option<Gfn> {
-        let lowest = frames.iter().min().copied()?;
-        self.used.extend(frames.iter().map(|frame| frame.0));
-        self.adopted.extend(frames.iter().map(|frame| frame.0).filter(|frame| *frame < self.first));
-        Some(lowest)
+    /// Takes a pool over that another program has made, in which some frames are taken.
+    pub fn adopt(&mut self, taken: &[Gfn], pool: &[Gfn]) {
+        self.used.extend(taken.iter().map(|frame| frame.0));
+        self.adopted.extend(pool.iter().chain(taken).map(|frame| frame.0).filter(|frame| *frame < self.first));
     }
 
     pub fn in_use(&self) -> usize {
