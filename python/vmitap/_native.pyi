@@ -44,8 +44,11 @@ __all__ = [
     "VmiCore",
     "VmiEvent",
     "VmiEventResponse",
+    "XenDomain",
+    "XenHost",
     "__version__",
     "open",
+    "xen_host",
 ]
 
 __version__: str
