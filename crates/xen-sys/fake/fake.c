@@ -63,7 +63,8 @@ struct vcpu {
     int view, held, single_step, fast, fast_back, down;
     uint32_t emulate;
     uint8_t insn[16];
-    long int3s, uds, injected;
+    uint64_t event_rip;
+    long int3s, uds, injected, misplaced;
 };
 struct entry { int valid, access; long mfn; };
 
@@ -131,6 +132,7 @@ long fake_state(const char *what, long i)
     if (!strcmp(what, "int3s")) return v->int3s;
     if (!strcmp(what, "uds")) return v->uds;
     if (!strcmp(what, "injected")) return v->injected;
+    if (!strcmp(what, "misplaced")) return v->misplaced;
     if (!strcmp(what, "down")) return v->down;
     if (!strcmp(what, "pauses")) return d.pauses;
     if (!strcmp(what, "maps")) return d.maps;
@@ -168,7 +170,7 @@ static void push(int v, struct event *e, int paused)
 {
     e->version = knob("version"); e->vcpu = v; e->data.regs = d.vcpu[v].regs;
     if (d.altp2m_on) { e->flags |= ALTP2M; e->view = d.vcpu[v].view; }
-    if (paused) { e->flags |= PAUSED; d.vcpu[v].held = 1; }
+    if (paused) { e->flags |= PAUSED; d.vcpu[v].held = 1; d.vcpu[v].event_rip = d.vcpu[v].regs.rip; }
     if (!d.ring || d.req_prod - d.rsp_cons >= 8) { d.ring_full++; return; }
     d.ring->slot[d.req_prod & 7] = *e;
     __atomic_store_n(&d.ring->req_prod, ++d.req_prod, __ATOMIC_RELEASE);
@@ -261,7 +263,7 @@ int fake_run(int v, int n)
     struct vcpu *c = &d.vcpu[v]; int done = 0;
     boot();
     while (done < n && !c->held && !d.pauses && !c->down) {
-        if (c->emulate) { uint32_t f = c->emulate; c->emulate = 0; execute(v, f & INSN_DATA && !(f & NOWRITE) ? c->insn : 0, 1, !!(f & NOWRITE)); done++; continue; }
+        if (c->emulate) { uint32_t f = c->emulate; c->emulate = 0; c->misplaced += c->regs.rip != c->event_rip; execute(v, f & INSN_DATA && !(f & NOWRITE) ? c->insn : 0, 1, !!(f & NOWRITE)); done++; continue; }
         if (!execute(v, 0, 0, 0)) break;
         done++;
         if (c->single_step && knob("single_step")) {

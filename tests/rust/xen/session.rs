@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use proptest::prelude::*;
 use vmitap::arch::amd64::AddressContext;
 use vmitap::driver::xen::{Stepping, XenDriver, XenOptions};
 use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, Verdict};
@@ -149,4 +150,82 @@ fn a_panic_in_the_callers_code_leaves_nobody_standing() {
     fake.automatic(0);
     is_untouched(&fake);
     assert_eq!(fake.run(0, 100), 100);
+}
+
+/// What a tool does, in any order.
+#[derive(Clone, Debug)]
+enum Deed {
+    Run(i32, i32),
+    Poll,
+    Plant,
+    Remove,
+    Pause,
+    Resume,
+    Switch(bool),
+}
+
+fn deeds() -> impl Strategy<Value = Vec<Deed>> {
+    let deed = prop_oneof![
+        6 => (0..2, 1..40).prop_map(|(vcpu, count)| Deed::Run(vcpu, count)),
+        6 => Just(Deed::Poll),
+        2 => Just(Deed::Plant),
+        2 => Just(Deed::Remove),
+        1 => Just(Deed::Pause),
+        1 => Just(Deed::Resume),
+        1 => any::<bool>().prop_map(Deed::Switch),
+    ];
+    proptest::collection::vec(deed, 1..60)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// vCPUs run, hit and read while taps come and go: nothing is executed where it does not belong, and in the end all is as it was.
+    #[test]
+    fn whatever_is_done_in_whatever_order_the_guest_notices_nothing(deeds in deeds(), fast in any::<bool>()) {
+        let fake = looping(Kind::ALL[1], 2);
+        let mut session = session(&fake, if fast { Stepping::Fast } else { Stepping::Auto });
+        let view = session.tap_view();
+        let (mut tap, mut pauses) = (None, 0);
+        for deed in deeds {
+            match deed {
+                Deed::Run(vcpu, count) => {
+                    fake.run(vcpu, count);
+                }
+                Deed::Poll => {
+                    let limits = Limits { deadline: Some(Instant::now()), ..Limits::default() };
+                    if matches!(session.poll(&limits).unwrap(), Poll::Hit(_)) {
+                        session.answer(Verdict::Continue).unwrap();
+                    }
+                }
+                Deed::Plant if tap.is_none() => tap = Some(session.add(&spec(view, true)).unwrap()),
+                Deed::Remove => {
+                    if let Some(tap) = tap.take() {
+                        session.remove(tap).unwrap();
+                    }
+                }
+                Deed::Pause => {
+                    session.pause().unwrap();
+                    pauses += 1;
+                }
+                Deed::Resume if pauses > 0 => {
+                    session.resume().unwrap();
+                    pauses -= 1;
+                }
+                Deed::Switch(back) => session.switch_to_view(if back { view } else { vmitap::View::DEFAULT }).unwrap(),
+                Deed::Plant | Deed::Resume => {}
+            }
+            for vcpu in [0, 1] {
+                prop_assert_eq!(fake.state("misplaced", vcpu), 0);
+                let seen = fake.reg(vcpu as i32, Reg::Rax) & 0xff;
+                prop_assert!(seen == 0 || seen == 0x55, "{:#x}", seen);
+            }
+        }
+        fake.automatic(5);
+        session.detach().unwrap();
+        fake.automatic(0);
+        is_untouched(&fake);
+        prop_assert_eq!((fake.run(0, 200), fake.run(1, 200)), (200, 200));
+        prop_assert_eq!([0, 1].map(|vcpu| fake.state("int3s", vcpu) + fake.state("misplaced", vcpu)), [0, 0]);
+    }
 }
