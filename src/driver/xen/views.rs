@@ -65,6 +65,12 @@ impl ViewBook {
         self.shown.get(&frame).is_some_and(|count| *count > 0)
     }
 
+    /// Whether the page shows its own frame, and can be executed.
+    pub fn shows_own_code(&self, gfn: Gfn) -> bool {
+        let page = self.page(gfn);
+        page.frame.is_none() && page.rights.contains(MemoryAccess::X)
+    }
+
     /// Whether a store to some page would be denied.
     pub const fn denies_writes(&self) -> bool {
         self.unwritable > 0 || !self.rights.contains(MemoryAccess::W)

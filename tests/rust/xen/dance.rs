@@ -335,6 +335,25 @@ fn an_int3_of_the_guests_own_under_a_tap_is_stepped_into_and_then_delivered() {
 }
 
 #[test]
+fn a_breakpoint_that_was_taken_out_while_its_event_was_on_the_way_is_not_stepped_over() {
+    let mut lab = tapped(XEN, PUSH);
+    lab.fake.run(0, 1);
+    lab.controller.clear(&mut lab.vmi).unwrap();
+    lab.event();
+    lab.step();
+    assert_eq!(lab.last_answer().flags, PAUSED | ALTP2M);
+    lab.fake.run(0, 1);
+    assert_eq!((lab.fake.reg(0, Reg::Rip), lab.fake.reg(0, Reg::Rsp)), (CODE + 1, STACK - 8));
+    // Where the guest has an INT3 of its own, going on would only raise it again.
+    lab.fake.write(CODE, &[0xcc]);
+    lab.fake.set_reg(0, Reg::Rip, CODE);
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.step();
+    assert_eq!(lab.last_answer().flags & FAST, FAST);
+}
+
+#[test]
 fn a_vcpu_that_is_moved_in_the_middle_of_a_step_ends_up_where_it_was_moved() {
     let mut lab = tapped(XEN, &[0xcc, 0x90]);
     let other = lab.vmi.driver_mut().create_view(MemoryAccess::RWX).unwrap();
