@@ -26,3 +26,5 @@ mod repair;
 mod session;
 mod tap;
 mod tap_manager;
+#[cfg(feature = "xen")]
+mod xen;
