@@ -1,7 +1,6 @@
 """The guests by themselves: what they say when nobody taps them is what the other tests compare with."""
 
 from domain import VCPUS, Start, wait_for
-from linux_guest import start_linux
 
 
 def test_the_demo_guest_runs_to_its_end_on_xen(start: Start) -> None:
@@ -14,7 +13,3 @@ def test_the_demo_guest_calls_a_function_as_often_as_it_is_told_to(start: Start)
     guest = start("demo", "/job/demo.elf", f"mode=calls calls=1000 vcpus={VCPUS}")
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console)
     assert ", 0 mismatches" in guest.console
-
-
-def test_linux_comes_up_on_xen(start: Start) -> None:
-    assert start_linux(start).alive

@@ -7,7 +7,7 @@ from demo_guest import assert_unseen, finish, start_demo, symbols
 from domain import Start
 
 # Without the repeated instructions, which are thousands of steps where the emulator is not used.
-KINDS = ("aligned", "movups")
+KINDS = ("movups",)
 
 
 @pytest.mark.parametrize("stepping", ["auto", "fast", "toggle"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def default_cache() -> Path:
 
 
 def main() -> int:
+    # Whatever ends this program, it ends its Bochs: the `finally` of machine.run has to be reached.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     options = arguments()
     cache = options.cache.absolute()
     with step("what the lab needs from this machine"):

@@ -104,5 +104,6 @@ def make(folder: Path, *, xen: bytes, kernel: bytes, initramfs: bytes, memory: i
     track = HEADS * SECTORS_PER_TRACK
     cylinders = -(-lba // track)
     image = folder / "boot.img"
+    image.unlink(missing_ok=True)  # a machine that somebody left running has the old one
     image.write_bytes((header.ljust(SECTOR, b"\0") + body).ljust(cylinders * track * SECTOR, b"\0"))
     return BootDisk(image, _rom(folder), cylinders)

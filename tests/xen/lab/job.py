@@ -27,6 +27,7 @@ def write(disk: Path, files: dict[str, bytes]) -> None:
     data = packed.getvalue()
     if JOB_AT + len(data) > RESULT_AT:
         raise LabError(f"the job has {len(data) >> 20} MiB, more than the {RESULT_AT >> 20} MiB that the disk has room for")
+    disk.unlink(missing_ok=True)  # a machine that somebody left running has the old one
     with disk.open("wb") as out:
         out.write(b"JOB %d\n".ljust(512) % len(data))
         out.seek(JOB_AT)
