@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import select
 import subprocess
 import time
 from pathlib import Path
@@ -50,7 +49,7 @@ class Bochs:
         self._raw = folder / "serial.raw"
         self._read = 0
         self._line = b""
-        self._screen = b""
+        self._said = folder / "bochs.err"
         self.lines: list[str] = []
         for stale in [*folder.glob("*.lock"), self._raw]:
             stale.unlink(missing_ok=True)
@@ -65,18 +64,20 @@ class Bochs:
         }
         self._began = time.monotonic()
         self._log = (folder / "serial.log").open("w")
-        self._terminal, side = pty.openpty()
-        self._process = subprocess.Popen(
-            [str(word) for word in command], cwd=folder, stdin=side, stdout=side, stderr=side, start_new_session=True, env=env
-        )
-        os.close(side)
+        # The keyboard is a terminal, on which nobody types. The screen is thrown away: one that nobody reads stops Bochs when it is full.
+        self._terminal, keyboard = pty.openpty()
+        words = [str(word) for word in command]
+        with self._said.open("wb") as said:
+            self._process = subprocess.Popen(
+                words, cwd=folder, stdin=keyboard, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True, env=env
+            )
+        os.close(keyboard)
         os.write(self._terminal, b"c\n")  # this build has the debugger, which waits for "continue"
 
     def output(self, limit: float) -> Iterator[str]:
         """The lines of the serial port as they come, until the machine is switched off or `limit` seconds are over."""
         while True:
             over = self._process.poll() is not None or time.monotonic() - self._began > limit
-            self._drain()
             yield from self._new_lines()
             if over:
                 return
@@ -96,17 +97,9 @@ class Bochs:
 
     def tail(self) -> str:
         if not self.lines:
-            return f"(none; Bochs itself says:)\n{self._screen.decode('utf-8', errors='replace')}"
+            return f"(none; Bochs itself says:)\n{self._said.read_text(errors='replace')}"
         lines = [line for line in [*self.lines, self._line.decode("utf-8", errors="replace")] if "(XEN) HVM" not in line]
         return "\n".join(lines[-TAIL_LINES:])
-
-    def _drain(self) -> None:
-        """Bochs draws its screen on the terminal; nobody looks, but a full terminal would stop it."""
-        try:
-            while select.select([self._terminal], [], [], 0)[0]:
-                self._screen = (self._screen + os.read(self._terminal, 65536))[-2000:]
-        except OSError:
-            pass  # the other side is closed
 
     def _new_lines(self) -> Iterator[str]:
         if not self._raw.exists():
