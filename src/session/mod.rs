@@ -4,7 +4,10 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+pub mod journal;
+mod journaled;
 mod pending;
+mod repair;
 mod taps;
 mod types;
 mod watch;
@@ -23,7 +26,9 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
+pub use journaled::Journaled;
 use pending::{Pending, Vcpu};
+pub use repair::{Repaired, repair};
 use taps::Tap;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
@@ -356,7 +361,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for tap in &mut self.taps {
             tap.state = TapState::Removed;
         }
-        // With the breakpoints gone a retry is all that a held vCPU needs.
+        // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
+        // answers: that is taken back too.
         let held = self.pending.take().map(|pending| pending.event);
         let driver = self.vmi.driver_mut();
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
@@ -367,6 +373,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             *vcpu = Vcpu::default();
         }
+        note("a vCPU that steps", driver.release_held().map(drop));
         note("the INT3 monitor", driver.monitor(Monitor::Breakpoint, false));
         note("the vCPUs' view", driver.switch_to_view(View::DEFAULT));
         for view in self.views.drain(..) {
