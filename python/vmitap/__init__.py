@@ -40,7 +40,10 @@ from vmitap._native import (
     VmiEvent,
     VmiEventResponse,
     VmInfo,
+    XenDomain,
+    XenHost,
     __version__,
+    xen_host,
 )
 from vmitap.errors import (
     AttachError,
@@ -127,9 +130,12 @@ __all__ = [
     "VmiEvent",
     "VmiEventResponse",
     "VmitapError",
+    "XenDomain",
+    "XenHost",
     "__version__",
     "attach",
     "find_libunicorn",
+    "xen_host",
 ]
 
 
@@ -145,19 +151,21 @@ def attach(
     """Opens a session with a guest. Use it as a context manager: leaving `with` restores the guest.
 
     The guest's vCPUs are put into a view of their own, in which breakpoints will be planted; nothing else changes. A guest on
-    the embedded driver is made new for each session and runs only inside `run`, `events` and `wait_event`.
+    the embedded driver is made new for each session and runs only inside `run`, `events` and `wait_event`. A Xen domain runs on
+    all the time; a vCPU of it that hits a breakpoint stands still until `run`, `events` or `wait_event` looks at it.
 
     Args:
-        target: "demo" (the guest that comes with vmitap) or "emu:PATH" (an ELF image, see docs/guests.md).
-        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
-        vcpus: 1 to 8; None: what the image asks for.
-        cmdline: the command line the guest is given.
+        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), or "xen:NAME" or
+            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md).
+        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for. Not for a Xen domain.
+        vcpus: 1 to 8; None: what the image asks for. Not for a Xen domain.
+        cmdline: the command line the guest is given. Not for a Xen domain.
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
 
     Raises:
-        AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
+        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
         ImageError: the file is no usable ELF image.
         InvalidArgumentError: `memory` or `vcpus` make no sense.
 

@@ -18,6 +18,7 @@ mod symbols;
 mod verdict;
 mod views;
 mod vm;
+mod xen;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -46,6 +47,7 @@ fn open(
         vcpus: vcpus.map(|vcpus| small("vcpus", vcpus, u16::MAX.into())).transpose()?,
         command_line: cmdline.to_owned(),
         libunicorn,
+        take_over: false,
     };
     let on_write = on_write.map(|policy| policy.0).unwrap_or_default();
     let opened: Result<_> = gil::detached(py, || {
@@ -83,6 +85,8 @@ mod _native {
     use super::views::{Caps, View, Views, VmInfo};
     #[pymodule_export]
     use super::vm::Vm;
+    #[pymodule_export]
+    use super::xen::{XenDomain, XenHost, xen_host};
 
     use pyo3::prelude::*;
 

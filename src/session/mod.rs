@@ -379,6 +379,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for view in self.views.drain(..) {
             note("a view", driver.destroy_view(view));
         }
+        note("the driver's own", driver.let_go());
         let mut failed = failed.into_iter();
         let Some((what, cause)) = failed.next() else { return Ok(()) };
         let left_behind = failed.fold(what, |list, (what, error)| format!("{list}, {what} ({error})"));

@@ -28,3 +28,5 @@ mod repair;
 mod session;
 mod tap;
 mod tap_manager;
+#[cfg(feature = "xen")]
+mod xen;
