@@ -84,6 +84,8 @@ pub(super) enum Entry {
     Resume,
     /// What was wanted failed, with nothing changed.
     Nothing,
+    /// The most frames there were at once, where the lines that say so are gone.
+    Peak(usize),
 }
 
 impl fmt::Display for Entry {
@@ -102,6 +104,7 @@ impl fmt::Display for Entry {
             Self::ResumeWanted => f.write_str("resume?"),
             Self::Resume => f.write_str("resume"),
             Self::Nothing => f.write_str("nothing"),
+            Self::Peak(frames) => write!(f, "peak {frames}"),
         }
     }
 }
@@ -124,6 +127,7 @@ impl Entry {
             "resume?" => Self::ResumeWanted,
             "resume" => Self::Resume,
             "nothing" => Self::Nothing,
+            "peak" => Self::Peak(rest.parse().ok()?),
             _ => return None,
         })
     }
@@ -181,7 +185,7 @@ fn monitor_of(name: &str) -> Option<Monitor> {
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Remains {
     /// What was there before; `None` if the session did not get as far as looking.
-    pub found: Option<Additions>,
+    pub found: Option<Found>,
     /// Its views.
     pub views: BTreeSet<View>,
     /// Its frames.
@@ -190,8 +194,19 @@ pub struct Remains {
     pub monitors: Vec<Monitor>,
     /// How often it holds the guest.
     pub pauses: u32,
+    /// The most frames it had at once.
+    pub most_frames: usize,
     /// A change was under way, and may or may not have been made.
     wanted: Option<Wanted>,
+}
+
+/// A guest as a session finds it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Found {
+    /// What had been added to it already.
+    pub additions: Additions,
+    /// Bytes of its address space.
+    pub memory_size: u64,
 }
 
 /// A change whose outcome is not known.
@@ -204,9 +219,39 @@ pub(super) enum Wanted {
 }
 
 impl Remains {
+    /// Reads what a journal says. A last line without its end was being written when the session ended, and does not count.
+    ///
+    /// # Errors
+    /// The number of the line that is none of a journal's, and why.
+    pub fn parse(text: &str, guest: &GuestId) -> std::result::Result<Self, (usize, String)> {
+        let whole = text.rfind('\n').and_then(|end| text.get(..end)).unwrap_or_default();
+        let mut remains = Self::default();
+        for (index, line) in whole.split('\n').enumerate() {
+            let wrong = |expected: &str| Err((index + 1, format!("{} is written where {expected} should be", shown(line))));
+            match index {
+                // A session that was killed while it made the file has not touched the guest.
+                _ if whole.is_empty() => {}
+                0 if line != TITLE => return wrong(TITLE),
+                1 if line != format!("guest {guest}") => return wrong(&format!("\"guest {guest}\"")),
+                0 | 1 => {}
+                _ => match Entry::parse(line) {
+                    Some(entry) => remains.note(entry),
+                    None if line.starts_with("found ") && remains.found.is_none() => {
+                        remains.found = parse_found(line);
+                        if remains.found.is_none() {
+                            return wrong("what was in the guest before");
+                        }
+                    }
+                    None => return wrong("a change of the guest"),
+                },
+            }
+        }
+        Ok(remains)
+    }
+
     /// Whether nothing is left in the guest, as far as its session made it.
     pub fn is_empty(&self) -> bool {
-        let Self { found: _, views, frames, monitors, pauses, wanted } = self;
+        let Self { found: _, most_frames: _, views, frames, monitors, pauses, wanted } = self;
         views.is_empty() && frames.is_empty() && monitors.is_empty() && *pauses == 0 && wanted.is_none()
     }
 
@@ -223,7 +268,11 @@ impl Remains {
             Entry::ResumeWanted => self.wanted = Some(Wanted::Resume),
             Entry::View(view) => drop(self.views.insert(view)),
             Entry::ViewGone(view) => drop(self.views.remove(&view)),
-            Entry::Frames(frames) => self.frames.extend(frames),
+            Entry::Frames(frames) => {
+                self.frames.extend(frames);
+                self.most_frames = self.most_frames.max(self.frames.len());
+            }
+            Entry::Peak(frames) => self.most_frames = self.most_frames.max(frames),
             Entry::FramesGone(gone) => gone.iter().for_each(|frame| {
                 self.frames.remove(frame);
             }),
@@ -239,6 +288,9 @@ impl Remains {
     /// The lines that lead to this.
     fn entries(&self) -> Vec<Entry> {
         let mut entries: Vec<Entry> = self.views.iter().copied().map(Entry::View).collect();
+        if self.most_frames > self.frames.len() {
+            entries.push(Entry::Peak(self.most_frames));
+        }
         if !self.frames.is_empty() {
             entries.push(Entry::Frames(self.frames.iter().copied().collect()));
         }
@@ -255,54 +307,26 @@ impl Remains {
 }
 
 /// The line that says what was in the guest before.
-fn found_line(found: &Additions) -> String {
-    let views: Vec<String> = found.views.iter().map(|view| view.0.to_string()).collect();
-    let state = if found.is_paused { "paused" } else { "running" };
-    format!("found {state} views={} frames={}", views.join(","), runs_of(&found.frames))
+fn found_line(found: &Found) -> String {
+    let Found { additions: Additions { views, frames, is_paused }, memory_size } = found;
+    let views: Vec<String> = views.iter().map(|view| view.0.to_string()).collect();
+    let state = if *is_paused { "paused" } else { "running" };
+    format!("found {state} memory={memory_size:#x} views={} frames={}", views.join(","), runs_of(frames))
 }
 
-fn parse_found(line: &str) -> Option<Additions> {
+fn parse_found(line: &str) -> Option<Found> {
     let mut words = line.strip_prefix("found ")?.split(' ');
     let is_paused = match words.next()? {
         "paused" => true,
         "running" => false,
         _ => return None,
     };
+    let memory_size = hex(words.next()?.strip_prefix("memory=")?)?;
     let (views, frames) = (words.next()?.strip_prefix("views=")?, words.next()?.strip_prefix("frames=")?);
     let numbers = views.split(',').filter(|view| !view.is_empty());
     let views = numbers.map(|view| view.parse().ok().map(View)).collect::<Option<_>>()?;
-    let frames = frames_of(frames)?;
-    words.next().is_none().then_some(Additions { views, frames, is_paused })
-}
-
-/// Reads what a journal says. A last line without its end was being written when the session ended, and does not count.
-///
-/// # Errors
-/// The number of the line that is none of a journal's, and why.
-fn read(text: &str, guest: &GuestId) -> std::result::Result<Remains, (usize, String)> {
-    let whole = text.rfind('\n').and_then(|end| text.get(..end)).unwrap_or_default();
-    let mut remains = Remains::default();
-    for (index, line) in whole.split('\n').enumerate() {
-        let wrong = |expected: &str| Err((index + 1, format!("{} is written where {expected} should be", shown(line))));
-        match index {
-            // A session that was killed while it made the file has not touched the guest.
-            _ if whole.is_empty() => {}
-            0 if line != TITLE => return wrong(TITLE),
-            1 if line != format!("guest {guest}") => return wrong(&format!("\"guest {guest}\"")),
-            0 | 1 => {}
-            _ => match Entry::parse(line) {
-                Some(entry) => remains.note(entry),
-                None if line.starts_with("found ") && remains.found.is_none() => {
-                    remains.found = parse_found(line);
-                    if remains.found.is_none() {
-                        return wrong("what was in the guest before");
-                    }
-                }
-                None => return wrong("a change of the guest"),
-            },
-        }
-    }
-    Ok(remains)
+    let additions = Additions { views, frames: frames_of(frames)?, is_paused };
+    words.next().is_none().then_some(Found { additions, memory_size })
 }
 
 /// A line for an error message: whatever is in the file, it stays one short line.
@@ -378,7 +402,7 @@ impl Journal {
             let mut text = Vec::new();
             Read::by_ref(&mut file).take(LONGEST).read_to_end(&mut text).map_err(failed)?;
             let text = String::from_utf8(text).map_err(|error| refuse(error.to_string()))?;
-            let remains = read(&text, guest).map_err(|(line, why)| refuse(format!("line {line}: {why}")))?;
+            let remains = Remains::parse(&text, guest).map_err(|(line, why)| refuse(format!("line {line}: {why}")))?;
             return Ok(Some(Self { guest: guest.clone(), path, file, len: text.len() as u64, remains }));
         }
     }
@@ -394,7 +418,7 @@ impl Journal {
     }
 
     /// Writes down what is in the guest before anything is added.
-    pub(super) fn found(&mut self, found: Additions) -> Result<()> {
+    pub(super) fn found(&mut self, found: Found) -> Result<()> {
         self.append(&format!("{}\n", found_line(&found)))?;
         self.remains.found = Some(found);
         Ok(())

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::journal::{Entry, Journal};
+use super::journal::{Entry, Found, Journal};
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
@@ -41,7 +41,7 @@ impl<D: VmiDriver + ?Sized> Journaled<D> {
     /// # Errors
     /// What the driver fails with; [`crate::VmiError::Journal`].
     pub fn new(driver: Box<D>, mut journal: Journal) -> Result<Self> {
-        journal.found(driver.additions()?)?;
+        journal.found(Found { additions: driver.additions()?, memory_size: driver.info().memory_size })?;
         Ok(Self { inner: driver, journal: Ending(journal), late: Vec::new() })
     }
 
@@ -218,6 +218,10 @@ impl<D: VmiDriver + ?Sized> VmiControl for Journaled<D> {
 
     fn resume(&mut self) -> Result<()> {
         self.change(Entry::ResumeWanted, |()| Entry::Resume, D::resume)
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        self.inner.let_go()
     }
 }
 

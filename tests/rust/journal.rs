@@ -157,7 +157,7 @@ fn a_link_in_the_place_of_the_file_is_not_followed() {
 #[test]
 fn a_line_that_is_none_is_refused_with_its_number_and_a_torn_last_line_does_not_count() {
     let folder = Folder::new("lines");
-    let head = "vmitap journal 1\nguest test 1\nfound running views= frames=\n";
+    let head = "vmitap journal 1\nguest test 1\nfound running memory=0x100000 views= frames=\n";
     assert_eq!(left(&folder, format!("{head}view?\nview 3\n")).unwrap().views.len(), 1);
     let torn = left(&folder, format!("{head}view?\nview 3")).unwrap();
     assert!(torn.views.is_empty() && !torn.is_empty(), "the view may be there");

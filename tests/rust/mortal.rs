@@ -141,6 +141,7 @@ mortal! {
     VmiControl {
         fn pause(&mut self) -> Result<()>;
         fn resume(&mut self) -> Result<()>;
+        fn let_go(&mut self) -> Result<()>;
     } []
     VmiRepair {
         fn additions(&self) -> Result<Additions>;

@@ -72,7 +72,10 @@ impl Frames {
     pub fn adopt(&mut self, frames: &[Gfn]) -> Option<Gfn> {
         let lowest = frames.iter().min().copied()?;
         self.used.extend(frames.iter().map(|frame| frame.0));
+        let before = self.adopted.len();
         self.adopted.extend(frames.iter().map(|frame| frame.0).filter(|frame| *frame < self.first));
+        // The other program has raised the domain's limit by as much as it added.
+        self.limit_kib = self.limit_kib.saturating_sub((self.adopted.len() - before) as u64 * PAGE_KIB);
         Some(lowest)
     }
 
