@@ -28,6 +28,7 @@ from vmitap._native import (
     Memory,
     MemoryController,
     Registers,
+    Repaired,
     RunResult,
     Stats,
     Symbol,
@@ -43,6 +44,7 @@ from vmitap._native import (
     XenDomain,
     XenHost,
     __version__,
+    repair,
     xen_host,
 )
 from vmitap.errors import (
@@ -108,6 +110,7 @@ __all__ = [
     "OutOfRangeError",
     "RegisterValues",
     "Registers",
+    "Repaired",
     "RunResult",
     "SessionBusyError",
     "StaleContextError",
@@ -135,6 +138,7 @@ __all__ = [
     "__version__",
     "attach",
     "find_libunicorn",
+    "repair",
     "xen_host",
 ]
 
@@ -147,6 +151,8 @@ def attach(
     cmdline: str = "",
     libunicorn: str | os.PathLike[str] | None = None,
     on_write: OnWrite | None = None,
+    repair: bool = False,
+    watchdog: bool = True,
 ) -> Vm:
     """Opens a session with a guest. Use it as a context manager: leaving `with` restores the guest.
 
@@ -163,9 +169,13 @@ def attach(
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        repair: whether what a killed session has left in the guest is undone first; else that is an error. See `repair`.
+        watchdog: whether a child process undoes it at once when this one is killed. A guest on the embedded driver ends with
+            this process, and needs none.
 
     Raises:
-        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
+        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped, has a session or was
+            left by one that was killed; `hint` says what to do.
         ImageError: the file is no usable ELF image.
         InvalidArgumentError: `memory` or `vcpus` make no sense.
 
@@ -174,8 +184,13 @@ def attach(
     ...     vm.vcpus
     2
     """
+    import sys
+
     path = str(libunicorn) if libunicorn is not None else find_libunicorn()
-    return _native.open(target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write)
+    guard = [sys.executable, "-m", "vmitap", "repair", target, "--when-input-ends"] if watchdog and sys.executable else None
+    return _native.open(
+        target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write, repair=repair, watchdog=guard
+    )
 
 
 def find_libunicorn() -> str | None:

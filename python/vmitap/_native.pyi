@@ -32,6 +32,7 @@ __all__ = [
     "Memory",
     "MemoryController",
     "Registers",
+    "Repaired",
     "RunResult",
     "Stats",
     "Symbol",
@@ -44,8 +45,12 @@ __all__ = [
     "VmiCore",
     "VmiEvent",
     "VmiEventResponse",
+    "XenDomain",
+    "XenHost",
     "__version__",
     "open",
+    "repair",
+    "xen_host",
 ]
 
 __version__: str
@@ -62,6 +67,8 @@ def open(
     cmdline: str = "",
     libunicorn: str | None = None,
     on_write: OnWrite | None = None,
+    repair: bool = False,
+    watchdog: Sequence[str] | None = None,
 ) -> Vm:
     """Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 
@@ -76,6 +83,9 @@ def open(
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        repair: whether what a killed session has left in the guest is undone first, as `repair` does.
+        watchdog: a command that is started with the session and reads its standard input, which ends when this process does; it
+            is to repair the guest then. Not started for a guest that ends with this process. None: no watchdog.
 
     Raises:
         AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
@@ -87,6 +97,52 @@ def open(
     ...     two.vcpus
     2
     """
+
+def repair(target: str) -> Repaired | None:
+    """Brings a guest back whose session ended without a word: the tool was killed, or crashed.
+
+    Undoes everything that session had added: monitors, vCPUs held by events that nobody answers, steps, views, frames, pauses,
+    as its journal says. What it changed for its user stays: memory and registers that were written. The guest runs on.
+
+    Args:
+        target: "xen:NAME" or "xen:NUMBER".
+
+    Returns:
+        What was undone; None if no session has left anything.
+
+    Raises:
+        NotSupportedError: the target is a guest on the embedded driver, which ends with its tool.
+        AttachError: the session is alive, or the guest cannot be attached to.
+        JournalError: the journal is not one; its text says where.
+        UndoFailedError: with what could not be undone; calling again tries that.
+
+    >>> try:
+    ...     vmitap.repair("demo")
+    ... except vmitap.NotSupportedError as error:
+    ...     error.driver
+    'emu'
+    """
+
+@final
+class Repaired:
+    """What `repair` has undone.
+
+    >>> def all_quiet(repaired: vmitap.Repaired | None) -> bool:
+    ...     return repaired is None or not (repaired.views or repaired.frames)
+    """
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs were held for an event, as far as the driver can tell."""
+    @property
+    def views(self) -> int:
+        """Views."""
+    @property
+    def frames(self) -> int:
+        """Frames of shadow pages."""
+    @property
+    def pauses(self) -> int:
+        """Times the guest was paused."""
 
 def xen_host() -> XenHost:
     """Asks the Xen that this machine runs under what it is and which domains it has. Changes nothing.

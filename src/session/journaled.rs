@@ -10,29 +10,45 @@ use crate::driver::{
     Additions, Caps, Monitor, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
     VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
-use crate::error::Result;
+use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
 
 /// The journal of a session that ends in the ordinary way: its file goes if nothing is left in the guest.
-struct Ending(Journal);
+struct Ending {
+    journal: Journal,
+    /// The guest has ended before its session: there is nothing to undo.
+    is_gone: bool,
+    is_over: bool,
+}
 
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let path = self.0.path().display();
-        if !self.0.remains().is_empty() {
-            log::error!("the guest is not as it was: {path} says what is left in it");
-        } else if let Err(error) = self.0.close() {
+impl Ending {
+    fn end(&mut self) {
+        if std::mem::replace(&mut self.is_over, true) {
+            return;
+        }
+        if !self.is_gone && !self.journal.remains().is_empty() {
+            log::error!("the guest is not as it was: {} says what is left in it", self.journal.path().display());
+        } else if let Err(error) = self.journal.close() {
             log::error!("{error}");
         }
     }
 }
 
-/// A driver with a journal. Dropped after everything was undone, it removes the journal; the driver in it is dropped first.
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A driver with a journal. Once it has let go of a guest in which nothing is left, or is dropped then, the journal goes too.
 pub struct Journaled<D: VmiDriver + ?Sized> {
     inner: Box<D>,
     journal: Ending,
     /// What has happened and could not be written yet.
     late: Vec<Entry>,
+    /// Ends last: it looks for the journal.
+    #[cfg(feature = "emu")]
+    watchdog: Option<super::Watchdog>,
 }
 
 impl<D: VmiDriver + ?Sized> Journaled<D> {
@@ -41,13 +57,34 @@ impl<D: VmiDriver + ?Sized> Journaled<D> {
     /// # Errors
     /// What the driver fails with; [`crate::VmiError::Journal`].
     pub fn new(driver: Box<D>, mut journal: Journal) -> Result<Self> {
-        journal.found(Found { additions: driver.additions()?, memory_size: driver.info().memory_size })?;
-        Ok(Self { inner: driver, journal: Ending(journal), late: Vec::new() })
+        let memory_size = driver.info().memory_size;
+        if let Err(error) = driver.additions().and_then(|additions| journal.found(Found { additions, memory_size })) {
+            // What attaching has done is taken back with the driver, and then there is nothing to repair.
+            drop(driver);
+            journal.close()?;
+            return Err(error);
+        }
+        let journal = Ending { journal, is_gone: false, is_over: false };
+        Ok(Self {
+            inner: driver,
+            journal,
+            late: Vec::new(),
+            #[cfg(feature = "emu")]
+            watchdog: None,
+        })
+    }
+
+    /// Keeps the watchdog for as long as the session lives.
+    #[cfg(feature = "emu")]
+    #[must_use]
+    pub fn guarded_by(mut self, watchdog: Option<super::Watchdog>) -> Self {
+        self.watchdog = watchdog;
+        self
     }
 
     /// What the journal says now.
     pub const fn journal(&self) -> &Journal {
-        &self.journal.0
+        &self.journal.journal
     }
 
     /// The driver, no longer written about. The journal's file stays if something is left in the guest.
@@ -58,10 +95,10 @@ impl<D: VmiDriver + ?Sized> Journaled<D> {
     /// Writes what is to be known before the guest is changed, after what is still to be written.
     fn announce(&mut self, entry: Entry) -> Result<()> {
         while let Some(late) = self.late.first() {
-            self.journal.0.note(late.clone())?;
+            self.journal.journal.note(late.clone())?;
             self.late.remove(0);
         }
-        self.journal.0.note(entry)
+        self.journal.journal.note(entry)
     }
 
     /// Writes down what has happened. It has, whether or not it can be written now: what was announced before covers it until then.
@@ -193,7 +230,9 @@ impl<D: VmiDriver + ?Sized> VmiEvents for Journaled<D> {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
-        self.inner.wait(timeout)
+        let wait = self.inner.wait(timeout);
+        self.journal.is_gone |= matches!(wait, Err(VmiError::DomainGone { .. }));
+        wait
     }
 
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
@@ -221,7 +260,13 @@ impl<D: VmiDriver + ?Sized> VmiControl for Journaled<D> {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        self.inner.let_go()
+        let result = self.inner.let_go();
+        self.journal.end();
+        #[cfg(feature = "emu")]
+        {
+            self.watchdog = None;
+        }
+        result
     }
 }
 

@@ -4,6 +4,8 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+#[cfg(feature = "emu")]
+mod guard;
 pub mod journal;
 mod journaled;
 mod pending;
@@ -26,6 +28,8 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
+#[cfg(feature = "emu")]
+pub use guard::{Watchdog, open_guarded, repair_guest};
 pub use journaled::Journaled;
 use pending::{Pending, Vcpu};
 pub use repair::{Repaired, repair};
