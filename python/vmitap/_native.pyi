@@ -206,10 +206,7 @@ class XenDomain:
         """Bytes of memory it has now."""
     @property
     def obstacle(self) -> str | None:
-        """Why it cannot be tapped; None if nothing is known to be in the way.
-
-        Whether another program listens to it is found out only by attaching.
-        """
+        """Why it cannot be tapped; None if nothing is known to be in the way."""
     @property
     def hint(self) -> str:
         """What to do about `obstacle`; empty without one."""

@@ -63,7 +63,7 @@ fn open(
                 Err(error) => return Err(error),
             }
         }
-        let Opened { driver, symbols } = open_guarded(&target, &options, watchdog.as_deref())?;
+        let Opened { driver, symbols } = open_guarded(&target, &options, watchdog)?;
         let version = driver.version();
         Ok((Session::new(driver, on_write)?, symbols, version))
     });
@@ -71,7 +71,7 @@ fn open(
     Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, on_write))))
 }
 
-/// Undoes what a session has left in its guest that was killed.
+/// Brings a guest back whose session ended without a word: the tool was killed, or crashed.
 #[pyfunction]
 fn repair(py: Python<'_>, target: &str) -> PyResult<Option<Repaired>> {
     let done = gil::detached(py, || repair_guest(&Target::parse(target)?, &OpenOptions::default()))?;

@@ -17,8 +17,6 @@ pub struct XenDomain {
     /// Bytes of memory it has now.
     memory_size: u64,
     /// Why it cannot be tapped; None if nothing is known to be in the way.
-    ///
-    /// Whether another program listens to it is found out only by attaching.
     obstacle: Option<String>,
     /// What to do about `obstacle`; empty without one.
     hint: String,

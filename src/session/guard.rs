@@ -61,11 +61,11 @@ fn refuse(target: &Target, error: VmiError) -> VmiError {
 ///
 /// # Errors
 /// As [`open`]; [`VmiError::Attach`] if another session has the guest, or one was killed and has left something in it.
-pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<&[OsString]>) -> Result<Opened> {
+pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<Vec<OsString>>) -> Result<Opened> {
     let Some(guest) = guest_id(target)? else { return open(target, options) };
     let journal = Journal::begin(&journal::folder(), &guest).map_err(|error| refuse(target, error))?;
     let opened = open(target, options).and_then(|opened| {
-        let watchdog = watchdog.map(Watchdog::start).transpose()?;
+        let watchdog = watchdog.map(|command| Watchdog::start(&command)).transpose()?;
         Ok((opened, watchdog))
     });
     let (opened, watchdog) = match opened {

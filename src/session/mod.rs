@@ -362,7 +362,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let mut failed: Vec<(String, VmiError)> = Vec::new();
         let mut note = |what: &str, result: Result<()>| {
-            if let Err(error) = result {
+            // A guest that is gone has nothing left behind in it.
+            if let Err(error) = result.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) }) {
                 failed.push((what.to_owned(), error));
             }
         };
@@ -400,6 +401,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     fn check_open(&self) -> Result<()> {
         if self.detached { Err(VmiError::DomainGone { reason: "the session has ended".to_owned() }) } else { Ok(()) }
+    }
+}
+
+/// Whether it failed because there is no guest any more.
+fn is_gone(error: &VmiError) -> bool {
+    match error {
+        VmiError::DomainGone { .. } => true,
+        VmiError::UndoFailed { cause, .. } => is_gone(cause),
+        _ => false,
     }
 }
 

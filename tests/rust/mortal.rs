@@ -49,7 +49,7 @@ impl<D> Fate<D> {
         if !std::mem::replace(&mut self.dead, true) {
             (self.last_will)();
         }
-        VmiError::DomainGone { reason: "the tool is dead".to_owned() }
+        VmiError::Driver { op: "any", errno: 5, detail: "the tool is dead".to_owned() }
     }
 
     fn call<T>(&mut self, name: &'static str, call: impl FnOnce(&mut D) -> Result<T>) -> Result<T> {

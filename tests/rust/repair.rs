@@ -149,7 +149,7 @@ fn killed(death: Option<Death>, name: &str, plain: &[u64]) -> (Vec<&'static str>
     let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
     let done = Journaled::new(Box::new(Mortal::new(&fate)), journal).and_then(|driver| script(Box::new(driver), &taps, watched));
     let (calls, is_dead) = fate.lock().end();
-    assert_eq!(done.is_err(), is_dead, "{done:?}");
+    assert_eq!(done.is_err(), is_dead, "{done:?} {death:?}");
     if is_dead {
         fs::rename(&kept, &path).unwrap();
         let error = Journal::begin(&folder.0, &guest_id()).unwrap_err();

@@ -176,6 +176,16 @@ static void push(int v, struct event *e, int paused)
 }
 /* An event of any kind, as it is. */
 void fake_push(int v, uint32_t reason, int paused) { struct event e = {.reason = reason}; push(v, &e, paused); }
+/* An event that is only bytes. */
+void fake_push_raw(const void *bytes)
+{
+    if (!d.ring || d.req_prod - d.rsp_cons >= 8) { d.ring_full++; return; }
+    struct event *e = &d.ring->slot[d.req_prod & 7];
+    memcpy(e, bytes, sizeof *e);
+    if (e->vcpu < (uint32_t)VCPUS && e->flags & PAUSED) d.vcpu[e->vcpu].held = 1;
+    __atomic_store_n(&d.ring->req_prod, ++d.req_prod, __ATOMIC_RELEASE);
+    if (write(d.event_fd, &(uint64_t){1}, 8) < 0) abort();
+}
 static int denied(int v, long va, int access)
 {
     struct entry *e = effective(d.vcpu[v].view, va >> 12);

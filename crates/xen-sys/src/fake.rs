@@ -157,6 +157,7 @@ functions! {
     raw_state = fake_state(what: *const c_char, index: c_long) -> c_long;
     raw_memory = fake_memory(gfn: c_long) -> *mut u8;
     raw_regs = fake_regs(vcpu: c_int) -> *mut u64;
+    raw_push = fake_push_raw(bytes: *const u8) -> ();
     raw_answer = fake_answer(index: c_int) -> *const Answer;
 }
 
@@ -238,6 +239,11 @@ impl Fake {
         let place = unsafe { self.raw_regs(vcpu).add(register as usize) };
         // SAFETY: as above.
         unsafe { place.write(value) };
+    }
+
+    /// Sends a request that is only bytes, in the layout of the kind.
+    pub fn push_raw(&self, bytes: &[u8; 400]) {
+        self.raw_push(bytes.as_ptr());
     }
 
     /// The responses Xen got so far.

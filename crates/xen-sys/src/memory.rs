@@ -50,6 +50,15 @@ impl ForeignMemory {
     /// # Errors
     /// With the error of the first frame that cannot be mapped.
     pub fn map(&self, domain: u32, frames: &[u64]) -> Result<Mapping> {
+        let (mapping, errors) = self.try_map(domain, frames)?;
+        match errors.iter().find(|error| **error != 0) {
+            None => Ok(mapping),
+            Some(error) => Err(Error::new("xenforeignmemory_map", error.abs())),
+        }
+    }
+
+    /// Maps frames as far as they can be; and the error of each.
+    fn try_map(&self, domain: u32, frames: &[u64]) -> Result<(Mapping, Vec<c_int>)> {
         let op = "xenforeignmemory_map";
         let mut errors: Vec<c_int> = vec![0; frames.len()];
         let numbers: Vec<c_ulong> = frames.to_vec();
@@ -61,10 +70,17 @@ impl ForeignMemory {
         let Some(base) = NonNull::new(base.cast::<u8>()) else { return Err(Error::last(op)) };
         // From here on dropping it unmaps.
         let mapping = Mapping { base, pages: frames.len(), owner: Owner::Foreign(Arc::clone(connection)) };
-        match errors.iter().find(|error| **error != 0) {
-            None => Ok(mapping),
-            Some(error) => Err(Error::new(op, error.abs())),
-        }
+        Ok((mapping, errors))
+    }
+
+    /// Which of these frames the domain has, found by mapping them.
+    ///
+    /// # Errors
+    /// If none can be looked at.
+    pub fn present(&self, domain: u32, frames: &[u64]) -> Result<Vec<bool>> {
+        let (mapping, errors) = self.try_map(domain, frames)?;
+        drop(mapping);
+        Ok(errors.iter().map(|error| *error == 0).collect())
     }
 
     /// Takes over one page that libxenctrl has mapped.

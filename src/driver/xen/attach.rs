@@ -143,8 +143,7 @@ pub fn identity(which: &str, library: Option<&Path>) -> Result<String> {
     let refuse = |obstacle: Obstacle| obstacle.error(&format!("xen:{which}"));
     let xen = open_xen(library).map_err(refuse)?;
     let (info, _) = find_domain(&xen, which).map_err(refuse)?;
-    let uuid: String = info.handle.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("{}-{uuid}", info.domain))
+    Ok(format!("{}-{:032x}", info.domain, u128::from_be_bytes(info.handle)))
 }
 
 fn all_domains(control: &Control) -> Result<Vec<DomainInfo>, Obstacle> {
@@ -270,13 +269,26 @@ pub fn switch_views_on(control: &Control, id: u32) -> Result<bool, Obstacle> {
     Ok(!was_on)
 }
 
+/// Rights of pages can be asked for only while somebody listens (common/mem_access.c, from 4.14 to 4.22): whether somebody does.
+fn listened_to(control: &Control, id: u32) -> Option<Obstacle> {
+    match control.mem_access(id, 0) {
+        Ok(_) => Some(busy(id)),
+        Err(error) if error.errno == errno::ESRCH => Some(busy(id)),
+        Err(_) => None,
+    }
+}
+
+fn busy(id: u32) -> Obstacle {
+    Obstacle::new(
+        format!("another program listens to domain {id} already"),
+        "end it: a domain has one listener at a time. One that has crashed leaves its place taken until the domain is restarted",
+    )
+}
+
 /// What an error of `xc_monitor_enable` means.
 pub fn cannot_listen(error: &xen_sys::Error, id: u32) -> Obstacle {
     match error.errno {
-        errno::EBUSY => Obstacle::new(
-            format!("another program listens to domain {id} already"),
-            "end it: a domain has one listener at a time. One that has crashed leaves its place taken until the domain is restarted",
-        ),
+        errno::EBUSY => busy(id),
         errno::ENODEV | errno::EOPNOTSUPP | errno::ENOSYS => Obstacle::new(
             format!("this Xen cannot monitor domain {id}: {error}"),
             "vmitap needs an Intel processor with VT-x and EPT, and a Xen built with vm_event",
@@ -314,7 +326,7 @@ pub fn host(library: Option<&Path>) -> Result<HostSummary> {
         is_hvm: info.flags & dominf::HVM_GUEST != 0,
         vcpus: vcpus(&info),
         memory_size: info.tot_pages.saturating_mul(crate::addr::PAGE_SIZE),
-        obstacle: check(control, &abi, &info).err(),
+        obstacle: check(control, &abi, &info).err().or_else(|| listened_to(control, info.domain.into())),
     });
     Ok(HostSummary {
         version: version(&abi),

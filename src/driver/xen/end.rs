@@ -25,6 +25,10 @@ impl XenDriver {
     /// behind is returned.
     pub(super) fn end(&mut self) -> Vec<String> {
         let mut left: Vec<String> = Vec::new();
+        if self.gone.is_none() && self.ring.is_some() {
+            // A domain that has gone meanwhile needs nothing of this.
+            let _ = self.look();
+        }
         // Without a ring it is somebody else who listens, or nobody.
         let has_domain = self.gone.is_none() && self.ring.is_some();
         if has_domain {

@@ -63,20 +63,18 @@ impl Frames {
         self.used.contains(&gfn.0)
     }
 
-    /// The frames that are taken, in no order.
-    pub fn used(&self) -> impl Iterator<Item = Gfn> {
-        self.used.iter().copied().map(Gfn)
+    /// Whether the frame is ours, and not taken.
+    pub fn is_free(&self, gfn: Gfn) -> bool {
+        self.free.contains(&gfn.0)
     }
 
-    /// Takes frames over that another program has added. The lowest one.
-    pub fn adopt(&mut self, frames: &[Gfn]) -> Option<Gfn> {
-        let lowest = frames.iter().min().copied()?;
-        self.used.extend(frames.iter().map(|frame| frame.0));
+    /// Takes a pool over that another program has made, in which some frames are taken.
+    pub fn adopt(&mut self, taken: &[Gfn], pool: &[Gfn]) {
+        self.used.extend(taken.iter().map(|frame| frame.0));
         let before = self.adopted.len();
-        self.adopted.extend(frames.iter().map(|frame| frame.0).filter(|frame| *frame < self.first));
-        // The other program has raised the domain's limit by as much as it added.
+        self.adopted.extend(pool.iter().chain(taken).map(|frame| frame.0).filter(|frame| *frame < self.first));
+        // That program has raised the domain's limit by as much as it added.
         self.limit_kib = self.limit_kib.saturating_sub((self.adopted.len() - before) as u64 * PAGE_KIB);
-        Some(lowest)
     }
 
     pub fn in_use(&self) -> usize {

@@ -141,6 +141,8 @@ pub struct XenDriver {
     looked_at: Instant,
     /// Why the domain is gone, once it is.
     gone: Option<String>,
+    /// Why the ring cannot be used any more, although the domain may be there.
+    broken: Option<String>,
 }
 
 impl std::fmt::Debug for XenDriver {
@@ -197,6 +199,7 @@ impl XenDriver {
             stepping: options.stepping,
             looked_at: Instant::now(),
             gone: None,
+            broken: None,
         };
         if options.take_over
             && let Err(error) = driver.xen.control().monitor_disable(domain)
@@ -285,9 +288,9 @@ impl XenDriver {
         if is_ours { Ok(()) } else { Err(out()) }
     }
 
-    /// An error once the domain is gone.
+    /// An error once the domain is gone, or the ring to it is.
     fn check_alive(&self) -> Result<()> {
-        match &self.gone {
+        match self.gone.as_ref().or(self.broken.as_ref()) {
             None => Ok(()),
             Some(reason) => Err(VmiError::DomainGone { reason: reason.clone() }),
         }

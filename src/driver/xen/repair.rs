@@ -11,9 +11,38 @@ use crate::addr::{Gfn, PAGE_SHIFT, View};
 use crate::driver::{Additions, VmiRepair};
 use crate::error::Result;
 
+/// Frames that are looked at in one call.
+const CHUNK: u64 = 512;
+/// Frames that are looked at in all.
+const MOST: u64 = 1 << 14;
+
+impl XenDriver {
+    /// The frames from the highest one down to the first gap, ascending.
+    fn top_frames(&self) -> Result<Vec<u64>> {
+        let control = self.xen.control();
+        let highest = control.maximum_gpfn(self.domain).map_err(|error| failed(&error))?;
+        let lowest = (highest + 1).saturating_sub(MOST);
+        let mut found = Vec::new();
+        let mut end = highest + 1;
+        while end > lowest {
+            let begin = end.saturating_sub(CHUNK).max(lowest);
+            let frames: Vec<u64> = (begin..end).collect();
+            let present = self.pages.foreign().present(self.domain, &frames).unwrap_or_default();
+            let there = present.iter().rev().take_while(|present| **present).count() as u64;
+            found.extend((end - there..end).rev());
+            if there < end - begin {
+                break;
+            }
+            end = begin;
+        }
+        found.reverse();
+        Ok(found)
+    }
+}
+
 impl VmiRepair for XenDriver {
-    /// Views are found by asking for each number. Frames are those this driver has; after another program's end they are part of the guest's
-    /// memory as far as Xen knows, and the journal says which.
+    /// Views are found by asking for each number. Xen does not know whose a frame is: listed are those from the guest's highest one down to the first
+    /// gap, among which some may be the guest's own. Who compares with what was there before knows which are new.
     fn additions(&self) -> Result<Additions> {
         self.check_alive()?;
         let control = self.xen.control();
@@ -25,7 +54,8 @@ impl VmiRepair for XenDriver {
         let views = (1..=self.abi.max_views()).filter(exists).map(View).collect();
         let info = control.domain(self.domain).map_err(|error| failed(&error))?;
         let is_paused = info.is_some_and(|info| info.flags & dominf::PAUSED != 0);
-        Ok(Additions { views, frames: self.frames.taken(), is_paused })
+        let frames = self.top_frames()?.into_iter().map(Gfn).filter(|frame| !self.frames.is_free(*frame)).collect();
+        Ok(Additions { views, frames, is_paused })
     }
 
     fn adopt(&mut self, left: &Additions, pauses: u32) -> Result<()> {
@@ -33,7 +63,10 @@ impl VmiRepair for XenDriver {
         for view in left.views.iter().filter(|view| **view != View::DEFAULT) {
             self.views.entry(view.0).or_insert_with(ViewBook::adopted);
         }
-        if let Some(first) = self.frames.adopt(&left.frames) {
+        if let Some(first) = left.frames.iter().min().copied() {
+            // A pool has frames that were never used, too; all of it lies above the guest's memory.
+            let pool: Vec<Gfn> = self.top_frames()?.into_iter().filter(|frame| *frame >= first.0).map(Gfn).collect();
+            self.frames.adopt(&left.frames, &pool);
             // What was counted as guest memory because it was there.
             self.info.memory_size = self.info.memory_size.min(first.0 << PAGE_SHIFT);
         }
@@ -65,14 +98,5 @@ impl VmiRepair for XenDriver {
         self.xen.control().altp2m_switch_to_view(domain, View::DEFAULT.0).map_err(|error| failed(&error))?;
         self.listen_anew()?;
         Ok(released)
-    }
-}
-
-impl super::frames::Frames {
-    /// The frames that are taken, ascending.
-    pub fn taken(&self) -> Vec<Gfn> {
-        let mut frames: Vec<Gfn> = self.used().collect();
-        frames.sort_unstable();
-        frames
     }
 }

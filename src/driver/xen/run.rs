@@ -97,7 +97,7 @@ impl XenDriver {
         let Some(ring) = &mut self.ring else { return Ok(Taken::Nothing) };
         let layout = ring.layout();
         let taken = ring.take().map_err(|corrupt| {
-            self.gone = Some(corrupt.to_string());
+            self.broken = Some(corrupt.to_string());
             VmiError::Driver { op: "reading the event ring", errno: 0, detail: corrupt.to_string() }
         })?;
         let Some(bytes) = taken else { return Ok(Taken::Nothing) };
@@ -114,9 +114,9 @@ impl XenDriver {
         if let Some(port) = self.port
             && let Err(error) = self.events.notify(port)
         {
-            // The answer is in the ring; that Xen cannot be told means that the domain is gone.
+            // The answer is in the ring; that Xen cannot be told means that the domain is gone, most likely.
             log::warn!("{error}");
-            self.gone = Some(error.to_string());
+            self.broken = Some(error.to_string());
         }
         Ok(())
     }

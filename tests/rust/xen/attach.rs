@@ -157,6 +157,10 @@ fn domains_are_listed_with_what_is_in_the_way() {
     assert_eq!(names, [(0, "Domain-0", false), (7, "guest", true)]);
     assert!(list[0].obstacle.is_some());
     assert_eq!((list[1].vcpus, list[1].memory_size, &list[1].obstacle), (1, 64 << 12, &None));
+    let driver = attach(&fake);
+    let found = host(Some(fake.path())).unwrap();
+    assert!(found.domains[1].obstacle.as_ref().unwrap().reason.contains("another program listens"));
+    drop(driver);
     fake.set("hvm", 0);
     fake.set("named", 0);
     fake.set("altp2m_line", 0);
@@ -191,7 +195,9 @@ fn what_a_listener_that_died_has_left_behind_is_found_and_taken_back() {
     std::mem::forget(vmi);
     let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
     assert_eq!(driver.info().memory_size, 72 << 12, "frames of the pool look like the guest's own");
-    assert_eq!(driver.additions().unwrap().views, [view]);
+    let there = driver.additions().unwrap();
+    assert_eq!((there.views, there.is_paused), (vec![view], false));
+    assert_eq!(there.frames, (0..72).map(Gfn).collect::<Vec<_>>(), "there is no gap in this guest");
     driver.release_held().unwrap();
     for vcpu in [0, 1] {
         assert_eq!((fake.state("held", vcpu), fake.state("view", vcpu), fake.state("single_step", vcpu)), (0, 0, 0));
@@ -200,10 +206,12 @@ fn what_a_listener_that_died_has_left_behind_is_found_and_taken_back() {
     fake.push(0, 6, 1);
     assert!(matches!(driver.wait(Duration::ZERO).unwrap(), Wait::Event(_)));
     driver.respond(VcpuId(0), &VmiEventResponse::CONTINUE).unwrap();
-    let frames: Vec<Gfn> = (64..72).map(Gfn).collect();
-    driver.adopt(&Additions { views: vec![view], frames, is_paused: false }, 0).unwrap();
-    assert_eq!((driver.info().memory_size, driver.frames_in_use()), (64 << 12, 8));
+    // The journal knows of the one frame that was taken.
+    driver.adopt(&Additions { views: vec![view], frames: vec![Gfn(64)], is_paused: false }, 0).unwrap();
+    assert_eq!((driver.info().memory_size, driver.frames_in_use()), (64 << 12, 1));
     driver.destroy_view(view).unwrap();
+    driver.free_frame(Gfn(64)).unwrap();
+    assert_eq!(driver.frames_in_use(), 0);
     drop(driver);
     for (what, expected) in [("views", 0), ("populated", 64), ("listening", 0), ("pauses", 0), ("monitors", 0), ("wiped", 0)] {
         assert_eq!(fake.state(what, 0), expected, "{what}");

@@ -58,7 +58,7 @@ fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
     });
     let done = Journaled::new(Box::new(Mortal::new(&fate)), journal).and_then(|driver| script(Box::new(driver), &fake));
     let (calls, is_dead) = fate.lock().end();
-    assert_eq!(done.is_err(), is_dead, "{done:?}");
+    assert_eq!(done.is_err(), is_dead, "{done:?} {death:?}");
     if is_dead {
         // The process is gone: nothing of its driver runs any more, and its files are closed.
         std::mem::forget(fate.lock().driver.clone());

@@ -11,7 +11,7 @@ use vmitap::{VcpuId, VmiError};
 use xen_sys::Mapping;
 use xen_sys::fake::{Kind, Reg};
 
-use super::{PAUSED, attach, guest, tapped};
+use super::{PAUSED, attach, guest, is_untouched, tapped};
 
 #[test]
 fn every_kind_of_request_gets_exactly_one_answer_that_echoes_it() {
@@ -108,6 +108,23 @@ fn a_producer_that_cannot_be_is_an_error_and_nothing_is_read() {
     assert!(matches!(driver.wait(Duration::ZERO), Err(VmiError::Driver { .. })));
     assert!(matches!(driver.wait(Duration::ZERO), Err(VmiError::DomainGone { .. })));
     assert_eq!(fake.answers(), []);
+    drop(driver);
+    is_untouched(&fake);
+}
+
+/// A request of which anything may be anything.
+fn requests() -> impl Strategy<Value = [u8; MAX_EVENT]> {
+    let version = prop_oneof![4 => Just(7_u32), 1 => any::<u32>()];
+    let reason = prop_oneof![8 => 0_u32..20, 1 => any::<u32>()];
+    let vcpu = prop_oneof![4 => 0_u32..2, 1 => any::<u32>()];
+    let rest = proptest::collection::vec(any::<u8>(), MAX_EVENT);
+    (version, any::<u32>(), reason, vcpu, rest).prop_map(|(version, flags, reason, vcpu, rest)| {
+        let mut bytes: [u8; MAX_EVENT] = rest.try_into().unwrap();
+        for (at, value) in [(0, version), (4, flags), (8, reason), (12, vcpu)] {
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        bytes
+    })
 }
 
 fn layouts() -> impl Strategy<Value = Layout> {
@@ -115,6 +132,37 @@ fn layouts() -> impl Strategy<Value = Layout> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// One answer for each, and the driver lives.
+    #[test]
+    fn requests_of_any_content_get_one_answer_each(list in proptest::collection::vec(requests(), 1..20)) {
+        let fake = guest(Kind::ALL[1]);
+        fake.set("vcpus", 2);
+        let mut driver = attach(&fake);
+        for (index, request) in list.iter().enumerate() {
+            fake.push_raw(request);
+            if let Wait::Event(event) = driver.wait(Duration::ZERO).unwrap() {
+                // Whatever is asked of it, it is answered in the end.
+                let step = EventAction::FastSingleStep { view: vmitap::View::DEFAULT };
+                for action in [EventAction::Deny, EventAction::Emulate, step, EventAction::Continue] {
+                    let response = vmitap::event::VmiEventResponse::action(action);
+                    if driver.respond(event.vcpu, &response).is_ok() {
+                        break;
+                    }
+                }
+            }
+            let answers = fake.answers();
+            prop_assert_eq!(answers.len(), index + 1);
+            let (answer, word) = (answers[index], |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap()));
+            prop_assert_eq!((answer.version, answer.vcpu), (word(0), word(12)));
+            prop_assert_eq!(answer.flags & PAUSED, word(4) & PAUSED);
+        }
+        prop_assert_eq!(fake.state("owed", 0), 0);
+        drop(driver);
+        prop_assert_eq!(fake.state("listening", 0), 0);
+    }
+
     /// Anything may be in the page, and any index at any time.
     #[test]
     fn no_content_of_the_page_makes_the_ring_answer_what_was_not_asked(

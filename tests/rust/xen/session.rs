@@ -6,7 +6,7 @@ use vmitap::arch::amd64::AddressContext;
 use vmitap::driver::xen::{Stepping, XenDriver, XenOptions};
 use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, Verdict};
 use vmitap::tap::OnWrite;
-use vmitap::{Pa, Va};
+use vmitap::{Pa, Va, VmiError};
 use xen_sys::fake::{Fake, Kind, Reg};
 
 use super::{CODE, guest, is_untouched, options};
@@ -109,6 +109,27 @@ fn a_session_that_is_dropped_with_a_hit_in_hand_restores_the_guest() {
     is_untouched(&fake);
     assert_eq!(fake.run(0, 100), 100);
     assert_eq!(fake.run(1, 100), 100);
+}
+
+#[test]
+fn a_domain_that_is_destroyed_ends_the_session_without_complaint() {
+    for waits in [true, false] {
+        let fake = looping(Kind::ALL[1], 2);
+        let mut session = session(&fake, Stepping::Auto);
+        let view = session.tap_view();
+        session.add(&spec(view, true)).unwrap();
+        fake.automatic(50);
+        assert!(matches!(session.poll(&Limits::default()).unwrap(), Poll::Hit(_)));
+        session.answer(Verdict::Continue).unwrap();
+        fake.automatic(0);
+        fake.set("gone", 1);
+        if waits {
+            let gone = (0..20).find_map(|_| session.poll(&Limits::default()).err());
+            assert!(matches!(gone, Some(VmiError::DomainGone { .. })), "{gone:?}");
+        }
+        session.detach().unwrap();
+        assert_eq!(fake.state("maps", 0), 0, "a mapping would keep the domain from going");
+    }
 }
 
 #[test]
