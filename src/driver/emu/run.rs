@@ -33,8 +33,9 @@ use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
 const SLICE: u64 = 10_000;
-/// The longest single store of the engine, in bytes.
-const MAX_STORE: u64 = 16;
+/// Basic blocks that an event or a step costs a vCPU of its turn: it takes about as long. Else one that reads hidden pages all the time
+/// would keep the others waiting for a hundred times as long as they keep it.
+pub(super) const DEAR: u64 = 50;
 /// Iterations of a repeated string instruction that are stepped before the clock is looked at.
 pub(super) const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
@@ -140,21 +141,21 @@ pub struct Machine {
     /// For whom each engine's TLB is filled.
     pub(super) filled_for: Each<Option<(usize, Mode)>>,
     current: usize,
-    slice: u64,
+    pub(super) slice: u64,
     /// Virtual time: basic blocks run by all vCPUs together.
     pub(super) now: u64,
     /// The stack of the vCPU that was stepped last.
     pub(super) stack: Option<(Stack, Page)>,
     /// How instructions were stepped.
     pub steps: Steps,
-    /// Frame that stands in for a page whose stores are to be discarded.
-    pub(super) scratch: Gfn,
+    /// Frames that stand in for pages whose stores are to be discarded.
+    pub(super) scratch: [Gfn; 2],
 }
 
 impl Machine {
     /// A machine without vCPUs over `memory`.
     pub fn new(library: &Arc<Library>, memory: Memory) -> Result<Self> {
-        let scratch = memory.reserve_frame()?;
+        let scratch = [memory.reserve_frame()?, memory.reserve_frame()?];
         let memory = Rc::new(memory);
         let devices = Rc::new(Devices::default());
         let engine = |which, kind| Engine::new(library, kind, memory.ram(), CpuHooks::new(which, &memory, &devices));
@@ -360,7 +361,7 @@ impl Machine {
         let (mode, rip, due) = (vcpu.mode(vcpu.view), vcpu.rip(), vcpu.apic.due());
         self.prepare(Which::Main, index, mode);
         self.load(index)?;
-        let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).clamp(1, self.slice));
+        let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).min(self.slice).max(1));
         let hooks = self.main.hooks();
         hooks.budget.set(budget);
         hooks.wants_interrupts.set(wants_interrupts);
@@ -459,6 +460,7 @@ impl Machine {
     pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<Raised> {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.held = held;
+        self.slice = self.slice.saturating_sub(DEAR);
         if !matches!(held, Held::Announced(_)) {
             // The instruction that was to be stepped has another fate now; the answer decides.
             vcpu.step = None;
@@ -480,20 +482,11 @@ impl Machine {
                 return self.step(index, self.in_place(index)?);
             }
         }
-        let mut len = denied.len;
-        let may_cross = va & (PAGE_SIZE - 1) < MAX_STORE;
-        if denied.access == Access::Write && len == 1 && may_cross && matches!(denied.why, Why::View { .. }) {
-            // The engine splits a store across a page border into bytes, the last one first, if only the second page is
-            // denied. The stepper knows the whole store.
-            if which == Which::Main {
-                return self.step(index, self.in_place(index)?);
-            }
-            let (start, whole) = self.stepper.hooks().last_store.get();
-            if (start & (PAGE_SIZE - 1)) + u64::from(whole) > PAGE_SIZE {
-                len = (va & (PAGE_SIZE - 1)) as u8 + 1;
-                va &= !(PAGE_SIZE - 1);
-            }
+        if denied.access == Access::Write && which == Which::Main {
+            // The stepper finds out which bytes it is about.
+            return self.step(index, self.in_place(index)?);
         }
+        let len = denied.len;
         match denied.why {
             Why::Code => self.step(index, self.in_place(index)?),
             Why::PageFault(code) => {
@@ -520,7 +513,7 @@ impl Machine {
                 let view = step.filter(|_| !is_guarded).map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 let target = self.integer_mut(index)?;
-                target.denied_page = Some(Gfn(gfn));
+                target.denied_page = Some((Gfn(gfn), va, len));
                 target.denied_store = access == MemoryAccess::W;
                 let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
