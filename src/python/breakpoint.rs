@@ -194,6 +194,7 @@ impl Breakpoint {
     fn state(&self, py: Python<'_>) -> &'static str {
         match self.state_now(py) {
             TapState::Active => "active",
+            TapState::Pending => "pending",
             TapState::Disabled => "disabled",
             TapState::Removed => "removed",
         }

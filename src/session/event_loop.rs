@@ -46,6 +46,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.finish()?;
         }
         self.answer_raw()?;
+        if self.has_page_changes(None) {
+            self.update_pages(None, None)?;
+        }
         let patience = Instant::now() + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
         let mut left = EVENTS;
@@ -114,6 +117,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
             self.finish_write(event.vcpu, &event.registers)?;
         }
+        if self.has_page_changes(Some(event.vcpu)) {
+            self.update_pages(Some(event.vcpu), Some(AddressContext::from(&event.registers)))?;
+        }
         match self.sort(event, home)? {
             Sorted::Wanted(pending) => Ok(Some(pending)),
             Sorted::Answer(course) => {
@@ -142,21 +148,23 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             EventReason::MemoryAccess { pa, va, access, .. } => {
                 let va = va.unwrap_or_default();
                 let is_hidden = self.controller.is_hidden(view, pa.gfn());
+                let is_table = self.tables.watches(view, pa.gfn());
                 let is_watched = self.find_watches(view, pa, access);
                 let mut course = Course::StepClean;
                 if access.contains(MemoryAccess::X) {
                     // Executed in the default view, the instruction would pass by the INT3 on it.
                     self.find_breakpoints(view, pa, va, event);
                 } else if access.contains(MemoryAccess::W) {
-                    if is_hidden {
-                        self.stats.hidden_writes += 1;
+                    self.stats.hidden_writes += u64::from(is_hidden);
+                    self.stats.table_writes += u64::from(is_table);
+                    if is_hidden || is_table {
                         course = Course::Write;
                     }
                 } else if is_hidden {
                     self.stats.hidden_reads += 1;
                     course = Course::Emulate;
                 }
-                if self.owners.is_empty() && (!is_watched || is_hidden) && !access.contains(MemoryAccess::X) {
+                if self.owners.is_empty() && (!is_watched || is_hidden || is_table) && !access.contains(MemoryAccess::X) {
                     // Nobody asked for it: the price of hiding.
                     return if course == Course::Write { self.sort_write(event, home) } else { Ok(Sorted::Answer(course)) };
                 }
@@ -247,6 +255,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
+        self.note_store(event);
         let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
             vcpu.after_write = after;

@@ -4,6 +4,7 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+mod paging;
 mod pending;
 mod taps;
 mod types;
@@ -21,8 +22,10 @@ use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
+use crate::ptm::PageTableMonitor;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
+pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
 use taps::Tap;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
@@ -39,6 +42,10 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     views: Vec<View>,
     controller: BreakpointController,
     manager: BreakpointManager<TapId, ()>,
+    /// Watches the page tables of breakpoints.
+    tables: PageTableMonitor,
+    /// Addresses whose breakpoints could not be brought to where they are mapped.
+    owed: Vec<(Va, AddressContext)>,
     taps: Vec<Tap>,
     /// Whose key is taken where.
     keys: FxHashSet<(View, Va, Option<Pa>, u64)>,
@@ -92,6 +99,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             views: vec![tap_view],
             controller: BreakpointController::default(),
             manager: BreakpointManager::default(),
+            tables: PageTableMonitor::new(&[tap_view]),
+            owed: Vec::new(),
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
@@ -154,6 +163,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Makes a view that maps every page to itself with `access`.
     pub fn create_view(&mut self, access: MemoryAccess) -> Result<View> {
         let view = self.vmi.driver_mut().create_view(access)?;
+        if let Err(cause) = self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+            return Err(match self.vmi.driver_mut().destroy_view(view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.push(view);
         Ok(view)
     }
@@ -181,7 +196,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 break;
             }
         }
-        self.vmi.driver_mut().destroy_view(view)?;
+        self.tables.remove_view(&mut self.vmi, self.controller.rights(), view)?;
+        if let Err(cause) = self.vmi.driver_mut().destroy_view(view) {
+            return Err(match self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.remove(index);
         Ok(())
     }
@@ -195,6 +216,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let Some(pending) = &mut self.pending {
             pending.moved_to = Some(view);
         }
+        // In the default view stores to page tables are not seen.
+        self.tables.mark_all_dirty();
         Ok(())
     }
 
@@ -272,6 +295,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
             });
         }
+        if !self.tables.is_empty() {
+            self.tables_written(spans.iter().map(|(pa, ..)| pa.gfn()));
+        }
         Ok(())
     }
 
@@ -297,6 +323,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
+            self.note_store(event);
             if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
                 vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
             }
@@ -348,6 +375,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         };
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
+        self.tables.forget();
+        self.owed.clear();
         self.watches.clear();
         self.keys.clear();
         for tap in &mut self.taps {

@@ -2,7 +2,7 @@
 
 use crate::addr::{Pa, Va, View};
 use crate::driver::VmiDriver;
-use crate::error::{Result, VmiError};
+use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
@@ -10,6 +10,7 @@ use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 /// One tap.
 pub struct Tap {
     pub spec: TapSpec,
+    /// Active also while it waits for its page.
     pub state: TapState,
     pub stats: TapStats,
 }
@@ -35,7 +36,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Where a tap is in its life.
     pub fn state(&self, id: TapId) -> TapState {
-        self.tap(id).map_or(TapState::Removed, |tap| tap.state)
+        let Some(tap) = self.tap(id) else { return TapState::Removed };
+        let TapSpec { kind, view, va, context, .. } = tap.spec;
+        if tap.state != TapState::Active || kind != TapKind::Breakpoint {
+            return tap.state;
+        }
+        let planted = self.manager.get(view, va, context.root, &id).is_some_and(|found| found.pa.is_some());
+        if planted { TapState::Active } else { TapState::Pending }
     }
 
     /// The counters of a tap.
@@ -74,8 +81,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return refuse("length", "the range reaches past the end of the address space");
             }
         }
-        self.vmi.translate(spec.va, spec.context)?;
-        Ok(())
+        match self.vmi.translate(spec.va, spec.context) {
+            Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) if spec.kind == TapKind::Breakpoint => {
+                Ok(())
+            }
+            translated => translated.map(drop),
+        }
     }
 
     fn key_of(spec: &TapSpec) -> Option<(View, Va, Option<Pa>, u64)> {
@@ -87,10 +98,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Breakpoint { view: spec.view, va: spec.va, context: spec.context, key: id, tag: (), global: spec.global }
     }
 
-    /// Puts a tap in.
+    /// Puts a tap in. A breakpoint whose page is not there waits for it; a watch needs its pages.
     ///
     /// # Errors
-    /// [`VmiError::Translation`] if its address is not mapped; [`VmiError::DefaultView`] and [`VmiError::ViewNotFound`];
+    /// [`VmiError::Translation`] if the address can be none, or is one of a watch that is not mapped; [`VmiError::DefaultView`] and
+    /// [`VmiError::ViewNotFound`];
     /// [`VmiError::BreakpointConflict`] if its key is taken there; whatever the driver fails with. Nothing has changed then.
     pub fn add(&mut self, spec: &TapSpec) -> Result<TapId> {
         let mut ids = self.add_many(std::slice::from_ref(spec))?;
@@ -130,7 +142,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 watched = index + 1;
             }
-            self.manager.insert_many(&mut self.vmi, &mut self.controller, planted).map(drop)
+            let at: Vec<_> = planted.iter().map(|breakpoint| (breakpoint.va, breakpoint.context)).collect();
+            let mapped = self.follow(&at)?;
+            let planted = planted.into_iter().zip(mapped).collect();
+            let inserted = self.manager.insert_many_with_hints(&mut self.vmi, &mut self.controller, planted);
+            inserted.map(drop).map_err(|cause| self.unfollow_after(&at, cause))
         });
         if let Err(cause) = done {
             for key in &new_keys {
@@ -161,8 +177,16 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
             TapKind::Breakpoint => {
-                let (view, va, root) = (spec.view, spec.va, spec.context.root);
-                self.manager.remove(&mut self.vmi, &mut self.controller, view, va, root, &id).map(drop)
+                let (view, va, context) = (spec.view, spec.va, spec.context);
+                self.unfollow((va, context))?;
+                let removed = self.manager.remove(&mut self.vmi, &mut self.controller, view, va, context.root, &id);
+                removed.map(drop).map_err(|cause| match self.follow(&[(va, context)]) {
+                    Ok(_) => cause,
+                    Err(error) => {
+                        let left_behind = format!("page tables of {va} not watched ({error})");
+                        VmiError::UndoFailed { cause: Box::new(cause), left_behind }
+                    }
+                })
             }
             TapKind::Watch { .. } => self.unwatch(id),
         }
@@ -205,7 +229,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         match spec.kind {
             TapKind::Breakpoint => {
                 let breakpoint = Self::breakpoint_of(id, &spec);
-                self.manager.insert(&mut self.vmi, &mut self.controller, breakpoint)?;
+                let at = [(spec.va, spec.context)];
+                let pa = self.follow(&at)?.pop().flatten();
+                let inserted = self.manager.insert_with_hint(&mut self.vmi, &mut self.controller, breakpoint, pa);
+                inserted.map_err(|cause| self.unfollow_after(&at, cause))?;
             }
             TapKind::Watch { len, access } => self.watch(id, &spec, len, access)?,
         }

@@ -137,6 +137,23 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         self.insert_all(vmi, controller, breakpoints.into_iter().map(|breakpoint| (breakpoint, Where::Translate)))
     }
 
+    /// As [`Self::insert_many`], with each physical address as in [`Self::insert_with_hint`].
+    ///
+    /// # Errors
+    /// As [`Self::insert_many`]; nothing is translated.
+    pub fn insert_many_with_hints<D, C>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        controller: &mut C,
+        breakpoints: Vec<(Breakpoint<K, T>, Option<Pa>)>,
+    ) -> Result<Vec<bool>>
+    where
+        D: VmiDriver + ?Sized,
+        C: TapController<D> + ?Sized,
+    {
+        self.insert_all(vmi, controller, breakpoints.into_iter().map(|(breakpoint, pa)| (breakpoint, Where::Given(pa))))
+    }
+
     fn insert_all<D, C>(
         &mut self,
         vmi: &mut VmiCore<D>,
@@ -392,6 +409,34 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             return Err(error);
         }
         Ok(moved.len())
+    }
+
+    /// A global breakpoint is under the tables of `to` from now on where it was under those of `from`, and planted where it was:
+    /// for when `from` are no longer used. Calls no driver. Returns whether there is such a breakpoint, and none under `to` yet.
+    pub fn move_root(&mut self, view: View, va: Va, from: Pa, to: AddressContext, key: &K) -> bool {
+        let id = self.books.find_global(view, va, from, key);
+        let Some(entry) = id.and_then(|id| self.books.entry_mut(id)) else { return false };
+        if entry.has_root(to.root) {
+            return false;
+        }
+        entry.mapping_mut(from).is_some_and(|mapping| {
+            mapping.context = to;
+            true
+        })
+    }
+
+    /// The breakpoints at `va` that were inserted with `root`, in every view; a global one is shown as it is under that root.
+    pub fn owners(&self, va: Va, root: Pa) -> impl Iterator<Item = Found<'_, K, T>> {
+        self.books.owners_at(va, root).filter_map(|id| self.books.entry(id)).map(move |entry| {
+            let mapping = entry.mappings().find(|mapping| mapping.context.root == root);
+            entry.found(mapping.and_then(|mapping| mapping.pa))
+        })
+    }
+
+    /// The breakpoint with that identity; a global one with any of its roots, and with the first place it is planted at.
+    pub fn get(&self, view: View, va: Va, root: Pa, key: &K) -> Option<Found<'_, K, T>> {
+        let entry = self.books.entry(self.books.find(view, va, root, key)?)?;
+        Some(entry.found(entry.mappings().find_map(|mapping| mapping.pa)))
     }
 
     /// The breakpoint of `key` that `event` hit: one of the event's root before a global one.

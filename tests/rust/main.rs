@@ -18,6 +18,8 @@ mod image;
 mod layering;
 mod mock;
 mod paging;
+#[cfg(feature = "emu")]
+mod paging_guest;
 mod session;
 mod tap;
 mod tap_manager;
