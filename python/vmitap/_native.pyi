@@ -219,6 +219,9 @@ class Vm:
         An INT3 is planted in a copy of the page that only execution can reach: the guest's own reads, by whatever instruction
         and from any vCPU, see the original bytes. Takes effect at once, also when called inside a handler.
 
+        If the address is not mapped, the breakpoint is pending until the guest maps it. It follows the guest's page tables from then
+        on: to another frame, and back to pending when the page goes.
+
         Args:
             target: a symbol, "symbol+offset", or a virtual address.
             handler: called with each `Hit` while its vCPU stands still; what it returns is carried out (None: go on).
@@ -236,7 +239,7 @@ class Vm:
 
         Raises:
             SymbolNotFoundError: no such symbol; `nearest` has suggestions.
-            TranslationError: the address is not mapped.
+            TranslationError: the address can be none (it is not canonical), or its page-table entry makes no sense.
             BreakpointConflictError: that key is taken at that address.
             DefaultViewError, ViewNotFoundError: nothing can be hidden in `view`.
 
@@ -676,9 +679,14 @@ class Breakpoint:
     def state(self) -> Literal["active", "pending", "disabled", "removed"]:
         """One of "active": planted; "pending": its page is not mapped now; "disabled"; "removed": for ever.
 
+        A pending breakpoint is planted when the guest maps its page, and an active one is pending again once it is unmapped:
+        the guest's page tables are watched for that, and nobody has to ask for it.
+
         >>> bp = vm.breakpoint("open_file")
         >>> bp.remove(); bp.state
         'removed'
+        >>> vm.breakpoint(0x7000_0000_0000).state
+        'pending'
         """
     @property
     def stats(self) -> BreakpointStats:
@@ -702,7 +710,8 @@ class Breakpoint:
 
         Raises:
             StaleContextError: it was removed.
-            TranslationError: its address is no longer mapped; it stays disabled.
+            TranslationError: its address can no longer be looked up, for another reason than that its page is not present; it
+                stays disabled.
 
         >>> bp = vm.breakpoint("open_file", enabled=False)
         >>> bp.enable(); bp.state
@@ -1122,6 +1131,15 @@ class Stats:
     @property
     def removed_by_write(self) -> int:
         """Breakpoints that `OnWrite.REMOVE` took out."""
+    @property
+    def table_writes(self) -> int:
+        """Stores of the guest to page tables that breakpoints are found through; each costs an event."""
+    @property
+    def page_ins(self) -> int:
+        """Addresses of breakpoints that the guest mapped, or mapped elsewhere."""
+    @property
+    def page_outs(self) -> int:
+        """Addresses of breakpoints that the guest unmapped, or mapped elsewhere."""
     @property
     def shadow_frames(self) -> int:
         """Frames that hold shadow pages now."""
