@@ -223,8 +223,8 @@ impl PageTableMonitor {
         if self.views.contains(&view) {
             return Ok(());
         }
-        let tables: Vec<Gfn> = self.tables.frames().collect();
-        rights.deny_many(vmi, &tables, view, MemoryAccess::W)?;
+        let tables: Vec<_> = self.tables.frames().map(|gfn| (view, gfn)).collect();
+        rights.deny_many(vmi, &tables, MemoryAccess::W)?;
         self.views.push(view);
         Ok(())
     }
@@ -235,8 +235,8 @@ impl PageTableMonitor {
     /// The driver's.
     pub fn remove_view<D: VmiDriver + ?Sized>(&mut self, vmi: &mut VmiCore<D>, rights: &mut Rights, view: View) -> Result<()> {
         let Some(index) = self.views.iter().position(|known| *known == view) else { return Ok(()) };
-        let tables: Vec<Gfn> = self.tables.frames().collect();
-        allow(vmi, rights, &tables, &[view])?;
+        let tables: Vec<_> = self.tables.frames().map(|gfn| (view, gfn)).collect();
+        rights.allow_many(vmi, &tables, MemoryAccess::W)?;
         self.views.remove(index);
         Ok(())
     }
@@ -251,7 +251,9 @@ impl PageTableMonitor {
     /// Notes that any table may have changed.
     pub fn mark_all_dirty(&mut self) {
         let tables: Vec<Gfn> = self.tables.frames().collect();
-        tables.into_iter().for_each(|gfn| self.mark_dirty(None, gfn));
+        for gfn in tables {
+            self.mark_dirty(None, gfn);
+        }
     }
 
     /// Whether [`Self::process`] has something to do for that vCPU.
@@ -398,17 +400,32 @@ impl PageTableMonitor {
             return vmi.read_pa_u64(entry);
         }
         vmi.read_pa_u64(entry)?;
-        for (index, view) in self.views.iter().enumerate() {
-            if let Err(cause) = rights.deny(vmi, gfn, *view, MemoryAccess::W) {
-                return Err(unwatch(vmi, rights, gfn, self.views.get(..index).unwrap_or_default(), cause));
-            }
-        }
-        vmi.read_pa_u64(entry).map_err(|cause| unwatch(vmi, rights, gfn, &self.views, cause))
+        rights.deny_many(vmi, &self.in_views(&[gfn]), MemoryAccess::W)?;
+        vmi.read_pa_u64(entry).map_err(|cause| self.unwatch(vmi, rights, &[gfn], cause))
+    }
+
+    /// These tables, in each view they are watched in.
+    fn in_views(&self, tables: &[Gfn]) -> Vec<(View, Gfn)> {
+        self.views.iter().flat_map(|view| tables.iter().map(|gfn| (*view, *gfn))).collect()
+    }
+
+    /// Gives the right to write these tables back after `cause`.
+    fn unwatch<D: VmiDriver + ?Sized>(
+        &self,
+        vmi: &mut VmiCore<D>,
+        rights: &mut Rights,
+        tables: &[Gfn],
+        cause: VmiError,
+    ) -> VmiError {
+        let mut left = Left::default();
+        let done = rights.allow_many(vmi, &self.in_views(tables), MemoryAccess::W);
+        left.note(done, || format!("frames that are not writable: {tables:?}"));
+        left.after(cause)
     }
 
     /// Stops watching what nobody needs once the page is not found through these entries any more.
     fn release<D: VmiDriver + ?Sized>(&mut self, vmi: &mut VmiCore<D>, rights: &mut Rights, id: u32, path: &Path) -> Result<()> {
-        allow(vmi, rights, &self.tables.emptied(id, path), &self.views)?;
+        rights.allow_many(vmi, &self.in_views(&self.tables.emptied(id, path)), MemoryAccess::W)?;
         self.tables.leave(id, path);
         self.dirty.retain(|(_, gfn)| self.tables.contains(*gfn));
         Ok(())
@@ -421,11 +438,9 @@ impl PageTableMonitor {
         rights: &mut Rights,
         id: u32,
         fresh: &Path,
-        mut cause: VmiError,
+        cause: VmiError,
     ) -> VmiError {
-        for gfn in self.tables.emptied(id, fresh) {
-            cause = unwatch(vmi, rights, gfn, &self.views, cause);
-        }
+        let cause = self.unwatch(vmi, rights, &self.tables.emptied(id, fresh), cause);
         self.tables.leave(id, fresh);
         cause
     }
@@ -471,34 +486,4 @@ fn check_absent(translated: Result<Pa>) -> Result<()> {
         Ok(_) | Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) => Ok(()),
         Err(error) => Err(error),
     }
-}
-
-/// Gives the right to write these tables back in these views: all or none.
-fn allow<D: VmiDriver + ?Sized>(vmi: &mut VmiCore<D>, rights: &mut Rights, tables: &[Gfn], views: &[View]) -> Result<()> {
-    let each = || tables.iter().flat_map(|gfn| views.iter().map(move |view| (*gfn, *view)));
-    for (index, (gfn, view)) in each().enumerate() {
-        if let Err(cause) = rights.allow(vmi, gfn, view, MemoryAccess::W) {
-            let mut left = Left::default();
-            for (gfn, view) in each().take(index) {
-                left.note(rights.deny(vmi, gfn, view, MemoryAccess::W), || format!("frame {gfn} not watched in view {view}"));
-            }
-            return Err(left.after(cause));
-        }
-    }
-    Ok(())
-}
-
-/// Gives the right to write one table back after `cause`.
-fn unwatch<D: VmiDriver + ?Sized>(
-    vmi: &mut VmiCore<D>,
-    rights: &mut Rights,
-    gfn: Gfn,
-    views: &[View],
-    cause: VmiError,
-) -> VmiError {
-    let mut left = Left::default();
-    for view in views {
-        left.note(rights.allow(vmi, gfn, *view, MemoryAccess::W), || format!("frame {gfn} not writable in view {view}"));
-    }
-    left.after(cause)
 }

@@ -22,8 +22,8 @@ const EVENTS: u32 = 64;
 enum Sorted {
     /// It is to be answered at once.
     Answer(Course),
-    /// Somebody wants it.
-    Wanted(Box<Pending>),
+    /// Somebody wants it: it is in `Session::pending`.
+    Wanted,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -49,7 +49,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.has_page_changes(None) {
             self.update_pages(None, None)?;
         }
-        let patience = Instant::now() + PATIENCE;
+        let mut now = self.answered_at.take().unwrap_or_else(Instant::now);
+        let patience = now + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
         let mut left = EVENTS;
         loop {
@@ -57,31 +58,34 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return Ok(Poll::MaxHits);
             }
             // Right after a look at the clock, and the driver looks at it too.
-            let timeout = if left == EVENTS { deadline.saturating_duration_since(Instant::now()) } else { PATIENCE };
-            let event = match self.vmi.driver_mut().wait(timeout)? {
-                Wait::Timeout => return Ok(Poll::Timeout),
-                Wait::Idle => return Ok(Poll::Idle),
-                Wait::Event(event) => event,
+            let timeout = if left == EVENTS { deadline.saturating_duration_since(now) } else { PATIENCE };
+            let wait = self.vmi.driver_mut().wait(timeout);
+            // By reference: an event is large, and this is done once for each.
+            let event = match &wait {
+                Ok(Wait::Event(event)) => event,
+                Ok(Wait::Timeout) => return Ok(Poll::Timeout),
+                Ok(Wait::Idle) => return Ok(Poll::Idle),
+                Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
-            match self.take(&event) {
-                Ok(None) => {}
-                Ok(Some(pending)) => {
-                    self.pending = Some(*pending);
+            match self.take(event) {
+                Ok(false) => {}
+                Ok(true) => {
                     if let Some(hit) = self.next_hit() {
                         return Ok(Poll::Hit(Box::new(hit)));
                     }
                     self.finish()?;
                 }
                 Err(error) => {
-                    self.rescue(&event);
+                    self.rescue(event);
                     return Err(error);
                 }
             }
             left -= 1;
             if left == 0 {
                 left = EVENTS;
-                if Instant::now() >= deadline {
+                now = Instant::now();
+                if now >= deadline {
                     return Ok(Poll::Timeout);
                 }
             }
@@ -110,8 +114,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         home.filter(|_| view == View::DEFAULT).unwrap_or(view)
     }
 
-    /// Looks at a new event and answers it, unless somebody wants it.
-    fn take(&mut self, event: &VmiEvent) -> Result<Option<Box<Pending>>> {
+    /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
+    fn take(&mut self, event: &VmiEvent) -> Result<bool> {
         let index = usize::from(event.vcpu.0);
         let home = self.home_of(event);
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
@@ -121,10 +125,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.update_pages(Some(event.vcpu), Some(AddressContext::from(&event.registers)))?;
         }
         match self.sort(event, home)? {
-            Sorted::Wanted(pending) => Ok(Some(pending)),
+            Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
                 self.go_on(event, home, course, None)?;
-                Ok(None)
+                Ok(false)
             }
         }
     }
@@ -204,9 +208,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         let taps = &self.taps;
-        let wants = |tap: &TapId| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted);
-        let wanted = self.owners.iter().copied().filter(wants).collect();
-        Sorted::Wanted(Box::new(Self::pending(event, home, course, (va, pa), access, wanted)))
+        self.owners.retain(|tap| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        // Given back by `finish`.
+        let wanted = std::mem::take(&mut self.owners);
+        self.pending = Some(Self::pending(event, home, course, (va, pa), access, wanted));
+        Sorted::Wanted
     }
 
     fn pending(
@@ -244,7 +250,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let at = (va.unwrap_or_default(), pa);
                 let mut pending = Self::pending(event, home, Course::Write, at, access, Vec::new());
                 pending.asking = Some(tap);
-                Ok(Sorted::Wanted(Box::new(pending)))
+                self.pending = Some(pending);
+                Ok(Sorted::Wanted)
             }
             (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
             _ => {
@@ -276,7 +283,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
         let mut pending = Self::pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
         pending.step = done;
-        Sorted::Wanted(Box::new(pending))
+        self.pending = Some(pending);
+        Sorted::Wanted
     }
 
     /// The next tap to be told of the event in hand.
@@ -398,11 +406,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if done.is_err() {
             self.rescue(&pending.event);
         }
+        self.owners = pending.wanted;
         done
     }
 
     fn note_hold(&mut self, pending: &Pending) {
-        let held = pending.received.elapsed();
+        let now = Instant::now();
+        let held = now.saturating_duration_since(pending.received);
+        self.answered_at = Some(now);
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());

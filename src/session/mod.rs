@@ -12,7 +12,7 @@ mod watch;
 mod write;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -55,6 +55,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     pending: Option<Pending>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// When a hit was answered, for a `poll` right after it.
+    answered_at: Option<Instant>,
     stats: Stats,
     on_write: OnWrite,
     detached: bool,
@@ -107,6 +109,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpus: vec![Vcpu::default(); count],
             pending: None,
             owners: Vec::new(),
+            answered_at: None,
             stats: Stats::default(),
             on_write,
             detached: false,

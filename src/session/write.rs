@@ -97,7 +97,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         };
         written.sort_unstable();
         written.dedup();
-        written.iter().for_each(|gfn| self.tables.mark_dirty(Some(vcpu), *gfn));
+        for gfn in &written {
+            self.tables.mark_dirty(Some(vcpu), *gfn);
+        }
         for gfn in written.into_iter().filter(|gfn| *gfn != done.pa.gfn()) {
             self.controller.refresh(&mut self.vmi, gfn)?;
         }

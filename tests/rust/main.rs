@@ -7,19 +7,24 @@
     reason = "a test that cannot go on panics, also in its helper functions"
 )]
 
+mod atomic;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
 #[cfg(feature = "emu")]
+mod emu_direct;
+#[cfg(feature = "emu")]
 mod emu_guests;
 #[cfg(feature = "emu")]
 mod guest;
+mod harness;
 mod image;
 mod layering;
 mod mock;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
+mod repair;
 mod session;
 mod tap;
 mod tap_manager;
