@@ -261,6 +261,11 @@ impl PageTableMonitor {
         !self.stale.is_empty() || self.dirty.iter().any(|(by, _)| by.is_none() || *by == vcpu)
     }
 
+    /// Whether a table was stored to by that vCPU since the last [`Self::process`].
+    pub fn is_dirty_table(&self, vcpu: VcpuId, gfn: Gfn) -> bool {
+        self.dirty.contains(&(Some(vcpu), gfn))
+    }
+
     /// Where an address that is monitored was mapped when it was last looked at.
     pub fn mapped(&self, va: Va, context: AddressContext) -> Option<Pa> {
         let page = self.pages.get(*self.index.get(&(va.page(), context))? as usize)?.as_ref()?;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
-use crate::arch::amd64::AddressContext;
+use crate::arch::amd64::{AddressContext, ControlRegister};
 use crate::core::VmiCore;
 use crate::driver::{VmiDriver, Wait};
 use crate::error::{Result, TranslationFault, VmiError};
@@ -122,7 +122,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.finish_write(event.vcpu, &event.registers)?;
         }
         if self.has_page_changes(Some(event.vcpu)) {
-            self.update_pages(Some(event.vcpu), Some(AddressContext::from(&event.registers)))?;
+            self.update_pages(Some(event.vcpu), Some(&event.registers))?;
         }
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
@@ -178,9 +178,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
             }
             EventReason::SingleStep { gfn } => Ok(self.sort_step(event, home, gfn)),
-            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => {
+            EventReason::WriteControlRegister { register, new, .. } => {
+                if register == ControlRegister::Cr3 {
+                    self.note_root(&event.registers, new)?;
+                }
                 Ok(Sorted::Answer(Course::Retry))
             }
+            EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => Ok(Sorted::Answer(Course::Retry)),
         }
     }
 

@@ -6,6 +6,7 @@
 mod event_loop;
 mod paging;
 mod pending;
+mod roots;
 mod taps;
 mod types;
 mod watch;
@@ -17,17 +18,17 @@ use std::time::{Duration, Instant};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::{EventAction, VmiEvent, VmiEventResponse};
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::ptm::PageTableMonitor;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
 pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
-use taps::Tap;
+use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 
@@ -44,11 +45,17 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     manager: BreakpointManager<TapId, ()>,
     /// Watches the page tables of breakpoints.
     tables: PageTableMonitor,
+    /// Global breakpoints that are looked up under each root that is loaded.
+    roaming: FxHashSet<TapId>,
+    /// The roots that were loaded since there are such, the oldest first.
+    roots: Vec<AddressContext>,
+    /// Writes of CR3 are announced.
+    tracks_roots: bool,
     /// Addresses whose breakpoints could not be brought to where they are mapped.
     owed: Vec<(Va, AddressContext)>,
     taps: Vec<Tap>,
     /// Whose key is taken where.
-    keys: FxHashSet<(View, Va, Option<Pa>, u64)>,
+    keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
     /// The event whose hits are being handed out.
@@ -103,6 +110,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             manager: BreakpointManager::default(),
             tables: PageTableMonitor::new(&[tap_view]),
             owed: Vec::new(),
+            roaming: FxHashSet::default(),
+            roots: Vec::new(),
+            tracks_roots: false,
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
@@ -327,6 +337,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
             self.note_store(event);
+            if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
+                && let Err(error) = self.note_root(&event.registers, new)
+            {
+                log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
+            }
             if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
                 vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
             }
@@ -380,6 +395,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         note("access rights", self.controller.clear(&mut self.vmi));
         self.tables.forget();
         self.owed.clear();
+        self.roaming.clear();
+        note("the CR3 monitor", self.track_roots(false).map(drop));
         self.watches.clear();
         self.keys.clear();
         for tap in &mut self.taps {

@@ -1,11 +1,16 @@
 //! Taps: putting them in, taking them out, switching them off and on.
 
 use crate::addr::{Pa, Va, View};
+use crate::arch::amd64::AddressContext;
 use crate::driver::VmiDriver;
 use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
+use crate::undo::Left;
 
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
+
+/// What a key is taken for.
+pub type Key = (View, Va, Option<Pa>, u64);
 
 /// One tap.
 pub struct Tap {
@@ -13,10 +18,19 @@ pub struct Tap {
     /// Active also while it waits for its page.
     pub state: TapState,
     pub stats: TapStats,
+    /// Roots that a global breakpoint is looked up under beside that of `spec`.
+    pub more: Vec<AddressContext>,
+}
+
+impl Tap {
+    /// Every root it is looked up under.
+    pub fn contexts(&self) -> impl Iterator<Item = AddressContext> {
+        std::iter::once(self.spec.context).chain(self.more.iter().copied())
+    }
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
-    fn tap(&self, id: TapId) -> Option<&Tap> {
+    pub(super) fn tap(&self, id: TapId) -> Option<&Tap> {
         self.taps.get(id.0 as usize)
     }
 
@@ -89,12 +103,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
     }
 
-    fn key_of(spec: &TapSpec) -> Option<(View, Va, Option<Pa>, u64)> {
+    fn key_of(spec: &TapSpec) -> Option<Key> {
         let root = (!spec.global).then_some(spec.context.root);
         spec.key.map(|key| (spec.view, spec.va, root, key))
     }
 
-    fn breakpoint_of(id: TapId, spec: &TapSpec) -> Breakpoint<TapId, ()> {
+    pub(super) fn breakpoint_of(id: TapId, spec: &TapSpec) -> Breakpoint<TapId, ()> {
         Breakpoint { view: spec.view, va: spec.va, context: spec.context, key: id, tag: (), global: spec.global }
     }
 
@@ -130,7 +144,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 new_keys.push(key);
             }
             if spec.enabled && spec.kind == TapKind::Breakpoint {
-                planted.push(Self::breakpoint_of(TapId((first + index) as u32), spec));
+                planted.push((TapId((first + index) as u32), *spec));
             }
             Ok(())
         });
@@ -142,52 +156,101 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 watched = index + 1;
             }
-            let at: Vec<_> = planted.iter().map(|breakpoint| (breakpoint.va, breakpoint.context)).collect();
-            let mapped = self.follow(&at)?;
-            let planted = planted.into_iter().zip(mapped).collect();
-            let inserted = self.manager.insert_many_with_hints(&mut self.vmi, &mut self.controller, planted);
-            inserted.map(drop).map_err(|cause| self.unfollow_after(&at, cause))
+            self.plant(&planted)
         });
-        if let Err(cause) = done {
-            for key in &new_keys {
-                self.keys.remove(key);
-            }
-            let mut left = Vec::new();
-            for index in 0..watched {
-                if let Err(error) = self.unwatch(TapId((first + index) as u32)) {
-                    left.push(format!("a watch ({error})"));
-                }
-            }
-            return Err(if left.is_empty() {
-                cause
-            } else {
-                VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
-            });
-        }
+        let mut others = match done {
+            Ok(others) => others.into_iter(),
+            Err(cause) => return Err(self.give_up(cause, &new_keys, first..first + watched)),
+        };
         self.taps.extend(specs.iter().map(|spec| Tap {
             spec: *spec,
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
+            more: if spec.enabled && spec.kind == TapKind::Breakpoint { others.next().unwrap_or_default() } else { Vec::new() },
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
+    }
+
+    /// Takes back what was done before `cause` happened.
+    fn give_up(&mut self, cause: VmiError, keys: &[Key], watched: std::ops::Range<usize>) -> VmiError {
+        for key in keys {
+            self.keys.remove(key);
+        }
+        let mut left = Left::default();
+        for index in watched {
+            left.note(self.unwatch(TapId(index as u32)), || "a watch".to_owned());
+        }
+        left.after(cause)
+    }
+
+    /// Plants breakpoints, with the tables they are found through watched: all or none. Returns for each the roots that it is looked
+    /// up under beside its own.
+    fn plant(&mut self, wanted: &[(TapId, TapSpec)]) -> Result<Vec<Vec<AddressContext>>> {
+        let (mut others, mut breakpoints, mut roaming) = (Vec::new(), Vec::new(), Vec::new());
+        let mut in_use = None;
+        for (id, spec) in wanted {
+            let more = if self.starts_to_roam(spec) {
+                roaming.push(*id);
+                self.other_roots(spec, &mut in_use)?
+            } else {
+                Vec::new()
+            };
+            let own = Self::breakpoint_of(*id, spec);
+            breakpoints.push(own);
+            breakpoints.extend(more.iter().map(|context| Breakpoint { context: *context, ..own }));
+            others.push(more);
+        }
+        let at: Vec<_> = breakpoints.iter().map(|breakpoint| (breakpoint.va, breakpoint.context)).collect();
+        let started = !roaming.is_empty() && self.track_roots(true)?;
+        let done = self.follow(&at).and_then(|mapped| {
+            let hinted = breakpoints.into_iter().zip(mapped).collect();
+            let inserted = self.manager.insert_many_with_hints(&mut self.vmi, &mut self.controller, hinted);
+            inserted.map_err(|cause| self.unfollow_after(&at, cause))
+        });
+        if let Err(cause) = done {
+            let mut left = Left::default();
+            if started {
+                left.note(self.track_roots(false).map(drop), || "writes of CR3 announced".to_owned());
+            }
+            return Err(left.after(cause));
+        }
+        self.roaming.extend(roaming);
+        // All that roam are looked up under these now.
+        self.roots = in_use.unwrap_or_else(|| std::mem::take(&mut self.roots));
+        Ok(others)
+    }
+
+    /// Takes a breakpoint out of the guest, and its tables' watch.
+    fn unplant(&mut self, id: TapId) -> Result<()> {
+        let Some(tap) = self.tap(id) else { return Ok(()) };
+        let (view, va, root) = (tap.spec.view, tap.spec.va, tap.spec.context.root);
+        let at: Vec<_> = tap.contexts().map(|context| (va, context)).collect();
+        let is_last = self.roaming.contains(&id) && self.roaming.len() == 1;
+        let stopped = is_last && self.track_roots(false)?;
+        let mut unfollowed = 0;
+        let done = at.iter().try_for_each(|at| self.unfollow(*at).map(|()| unfollowed += 1));
+        let done = done.and_then(|()| self.manager.remove(&mut self.vmi, &mut self.controller, view, va, root, &id));
+        if let Err(cause) = done {
+            let mut left = Left::default();
+            let watched = self.follow(at.get(..unfollowed).unwrap_or_default());
+            left.note(watched.map(drop), || format!("page tables of {va} not watched"));
+            if stopped {
+                left.note(self.track_roots(true).map(drop), || "writes of CR3 not announced".to_owned());
+            }
+            return Err(left.after(cause));
+        }
+        self.roaming.remove(&id);
+        if let Some(tap) = self.tap_mut(id) {
+            tap.more = Vec::new();
+        }
+        Ok(())
     }
 
     /// Takes the tap out of the guest, whatever becomes of it then.
     fn lift(&mut self, id: TapId) -> Result<()> {
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
-            TapKind::Breakpoint => {
-                let (view, va, context) = (spec.view, spec.va, spec.context);
-                self.unfollow((va, context))?;
-                let removed = self.manager.remove(&mut self.vmi, &mut self.controller, view, va, context.root, &id);
-                removed.map(drop).map_err(|cause| match self.follow(&[(va, context)]) {
-                    Ok(_) => cause,
-                    Err(error) => {
-                        let left_behind = format!("page tables of {va} not watched ({error})");
-                        VmiError::UndoFailed { cause: Box::new(cause), left_behind }
-                    }
-                })
-            }
+            TapKind::Breakpoint => self.unplant(id),
             TapKind::Watch { .. } => self.unwatch(id),
         }
     }
@@ -228,11 +291,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.check(&spec)?;
         match spec.kind {
             TapKind::Breakpoint => {
-                let breakpoint = Self::breakpoint_of(id, &spec);
-                let at = [(spec.va, spec.context)];
-                let pa = self.follow(&at)?.pop().flatten();
-                let inserted = self.manager.insert_with_hint(&mut self.vmi, &mut self.controller, breakpoint, pa);
-                inserted.map_err(|cause| self.unfollow_after(&at, cause))?;
+                let more = self.plant(&[(id, spec)])?.pop().unwrap_or_default();
+                if let Some(tap) = self.tap_mut(id) {
+                    tap.more = more;
+                }
             }
             TapKind::Watch { len, access } => self.watch(id, &spec, len, access)?,
         }

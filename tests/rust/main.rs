@@ -24,6 +24,7 @@ mod mock;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
+mod ptm;
 mod repair;
 mod session;
 mod tap;
