@@ -24,6 +24,7 @@ mod mock;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
+mod paging_session;
 mod ptm;
 mod repair;
 mod session;
