@@ -12,6 +12,7 @@ use crate::arch::amd64::{AddressContext, walk};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::{Result, TranslationFault, VmiError};
+use crate::event::{EventReason, VmiEvent};
 use crate::rights::Rights;
 use crate::undo::Left;
 use tables::{Path, Tables};
@@ -245,6 +246,21 @@ impl PageTableMonitor {
     pub fn mark_dirty(&mut self, vcpu: Option<VcpuId>, gfn: Gfn) {
         if self.is_table(gfn) && !self.dirty.contains(&(vcpu, gfn)) {
             self.dirty.push((vcpu, gfn));
+        }
+    }
+
+    /// Notes what the denied store of an event can reach, of the tables that are watched: its page and the page behind, found before
+    /// the store is done, because it may be the one that maps that elsewhere.
+    pub fn mark_store<D: VmiDriver + ?Sized>(&mut self, vmi: &VmiCore<D>, event: &VmiEvent) {
+        if self.is_empty() {
+            return;
+        }
+        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return };
+        self.mark_dirty(Some(event.vcpu), pa.gfn());
+        if let Some(next) = va.and_then(|va| va.page().checked_add(PAGE_SIZE))
+            && let Ok(pa) = vmi.translate(next, AddressContext::from(&event.registers))
+        {
+            self.mark_dirty(Some(event.vcpu), pa.gfn());
         }
     }
 

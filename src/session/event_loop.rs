@@ -201,10 +201,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         let mut is_wanted = false;
-        for tap in &self.owners {
-            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
+        for id in &self.owners {
+            if let Some(tap) = self.taps.get_mut(id.0 as usize) {
                 tap.stats.hits += 1;
                 is_wanted |= tap.spec.wanted;
+                if tap.once {
+                    self.spent.push(*id);
+                }
             }
         }
         self.stats.hits += self.owners.len() as u64;
@@ -266,7 +269,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
-        self.note_store(event);
+        self.tables.mark_store(&self.vmi, event);
         let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
             vcpu.after_write = after;
@@ -482,6 +485,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         course: Course,
         registers: Option<crate::arch::amd64::GpRegisters>,
     ) -> Result<()> {
+        if !self.spent.is_empty() {
+            self.remove_spent()?;
+        }
         let clean = View::DEFAULT;
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
         if vcpu.walk.is_some_and(|walk| walk.left == 0) {

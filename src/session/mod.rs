@@ -24,7 +24,7 @@ use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
 use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::ptm::PageTableMonitor;
-use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
+use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 
 pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
@@ -49,6 +49,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     roaming: FxHashSet<TapId>,
     /// The roots that were loaded since there are such, the oldest first.
     roots: Vec<AddressContext>,
+    /// Taps for one hit that have had it.
+    spent: Vec<TapId>,
     /// Writes of CR3 are announced.
     tracks_roots: bool,
     /// Addresses whose breakpoints could not be brought to where they are mapped.
@@ -113,6 +115,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             roaming: FxHashSet::default(),
             roots: Vec::new(),
             tracks_roots: false,
+            spent: Vec::new(),
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
@@ -134,6 +137,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The driver, for tools that work below the session.
     pub fn vmi_mut(&mut self) -> &mut VmiCore<D> {
         &mut self.vmi
+    }
+
+    /// The driver, and who denies what on which page: for tools that deny more.
+    pub fn vmi_and_rights(&mut self) -> (&mut VmiCore<D>, &mut Rights) {
+        (&mut self.vmi, self.controller.rights())
     }
 
     /// Counters so far.
@@ -336,7 +344,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
-            self.note_store(event);
+            self.tables.mark_store(&self.vmi, event);
             if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
                 && let Err(error) = self.note_root(&event.registers, new)
             {

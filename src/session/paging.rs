@@ -7,7 +7,6 @@ use crate::arch::amd64::{AddressContext, Registers};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
-use crate::event::{EventReason, VmiEvent};
 use crate::ptm::PageTableEvent;
 use crate::tap::{BreakpointManager, TapController};
 
@@ -68,21 +67,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             left.note(self.unfollow(*at), || format!("page tables of {} watched", at.0));
         }
         left.after(cause)
-    }
-
-    /// A vCPU is about to store to the page of an event: tables that it can reach are looked at when it is done.
-    pub(super) fn note_store(&mut self, event: &VmiEvent) {
-        if self.tables.is_empty() {
-            return;
-        }
-        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return };
-        self.tables.mark_dirty(Some(event.vcpu), pa.gfn());
-        // Before the store: it may be the one that maps the page behind elsewhere.
-        if let Some(next) = va.and_then(|va| va.page().checked_add(crate::addr::PAGE_SIZE))
-            && let Ok(pa) = self.vmi.translate(next, AddressContext::from(&event.registers))
-        {
-            self.tables.mark_dirty(Some(event.vcpu), pa.gfn());
-        }
     }
 
     /// These pages were written from outside the guest.

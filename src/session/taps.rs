@@ -20,6 +20,8 @@ pub struct Tap {
     pub stats: TapStats,
     /// Roots that a global breakpoint is looked up under beside that of `spec`.
     pub more: Vec<AddressContext>,
+    /// Its first hit takes it out.
+    pub once: bool,
 }
 
 impl Tap {
@@ -167,6 +169,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
             more: if spec.enabled && spec.kind == TapKind::Breakpoint { others.next().unwrap_or_default() } else { Vec::new() },
+            once: false,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
@@ -220,28 +223,32 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(others)
     }
 
-    /// Takes a breakpoint out of the guest, and its tables' watch.
-    fn unplant(&mut self, id: TapId) -> Result<()> {
-        let Some(tap) = self.tap(id) else { return Ok(()) };
-        let (view, va, root) = (tap.spec.view, tap.spec.va, tap.spec.context.root);
-        let at: Vec<_> = tap.contexts().map(|context| (va, context)).collect();
-        let is_last = self.roaming.contains(&id) && self.roaming.len() == 1;
+    /// Takes breakpoints out of the guest, and the watch of their tables: all or none.
+    fn unplant(&mut self, ids: &[TapId]) -> Result<()> {
+        let (mut at, mut identities) = (Vec::new(), Vec::new());
+        for (id, tap) in ids.iter().filter_map(|id| Some((*id, self.tap(*id)?))) {
+            at.extend(tap.contexts().map(|context| (tap.spec.va, context)));
+            identities.push((tap.spec.view, tap.spec.va, tap.spec.context.root, id));
+        }
+        let is_last = self.tracks_roots && self.roaming.iter().all(|id| ids.contains(id));
         let stopped = is_last && self.track_roots(false)?;
         let mut unfollowed = 0;
         let done = at.iter().try_for_each(|at| self.unfollow(*at).map(|()| unfollowed += 1));
-        let done = done.and_then(|()| self.manager.remove(&mut self.vmi, &mut self.controller, view, va, root, &id));
+        let done = done.and_then(|()| self.manager.remove_many(&mut self.vmi, &mut self.controller, &identities));
         if let Err(cause) = done {
             let mut left = Left::default();
             let watched = self.follow(at.get(..unfollowed).unwrap_or_default());
-            left.note(watched.map(drop), || format!("page tables of {va} not watched"));
+            left.note(watched.map(drop), || "page tables that are not watched".to_owned());
             if stopped {
                 left.note(self.track_roots(true).map(drop), || "writes of CR3 not announced".to_owned());
             }
             return Err(left.after(cause));
         }
-        self.roaming.remove(&id);
-        if let Some(tap) = self.tap_mut(id) {
-            tap.more = Vec::new();
+        for id in ids {
+            self.roaming.remove(id);
+            if let Some(tap) = self.tap_mut(*id) {
+                tap.more = Vec::new();
+            }
         }
         Ok(())
     }
@@ -250,7 +257,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn lift(&mut self, id: TapId) -> Result<()> {
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
-            TapKind::Breakpoint => self.unplant(id),
+            TapKind::Breakpoint => self.unplant(&[id]),
             TapKind::Watch { .. } => self.unwatch(id),
         }
     }
@@ -261,10 +268,58 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
-        let Some(tap) = self.tap_mut(id) else { return Ok(()) };
+        self.note_removed(id);
+        Ok(())
+    }
+
+    fn note_removed(&mut self, id: TapId) {
+        let Some(tap) = self.tap_mut(id) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
             self.keys.remove(&key);
+        }
+    }
+
+    /// Takes many taps out for good: all of them or, on an error, none. Costs driver calls by pages and not by breakpoints.
+    ///
+    /// # Errors
+    /// As [`Session::remove`]; [`VmiError::UndoFailed`] if a watch that was taken out cannot be put in again.
+    pub fn remove_many(&mut self, ids: &[TapId]) -> Result<()> {
+        let active = |id: &TapId| self.tap(*id).filter(|tap| tap.state == TapState::Active).map(|tap| (*id, tap.spec));
+        let mut taps: Vec<(TapId, TapSpec)> = ids.iter().filter_map(active).collect();
+        taps.sort_unstable_by_key(|(id, _)| *id);
+        taps.dedup_by_key(|(id, _)| *id);
+        let (planted, watches): (Vec<_>, Vec<_>) = taps.into_iter().partition(|(_, spec)| spec.kind == TapKind::Breakpoint);
+        let planted: Vec<TapId> = planted.into_iter().map(|(id, _)| id).collect();
+        let mut unwatched = 0;
+        let done = watches.iter().try_for_each(|(id, _)| self.unwatch(*id).map(|()| unwatched += 1));
+        if let Err(cause) = done.and_then(|()| self.unplant(&planted)) {
+            let mut left = Left::default();
+            for (id, spec) in watches.get(..unwatched).unwrap_or_default() {
+                if let TapKind::Watch { len, access } = spec.kind {
+                    left.note(self.watch(*id, spec, len, access), || format!("no watch at {}", spec.va));
+                }
+            }
+            return Err(left.after(cause));
+        }
+        for id in ids {
+            self.note_removed(*id);
+        }
+        Ok(())
+    }
+
+    /// Makes the first hit of a tap its last: it is removed before its vCPU goes on.
+    pub fn set_once(&mut self, id: TapId) {
+        if let Some(tap) = self.tap_mut(id) {
+            tap.once = true;
+        }
+    }
+
+    /// Removes the taps for one hit that have had it; those that fail stay, and are tried again with the next event.
+    pub(super) fn remove_spent(&mut self) -> Result<()> {
+        while let Some(id) = self.spent.last().copied() {
+            self.remove(id)?;
+            self.spent.pop();
         }
         Ok(())
     }

@@ -451,6 +451,15 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         Some(hit.found(Some(pa)))
     }
 
+    /// Every breakpoint that `event` hit, whoever's, in the order they were planted.
+    pub fn all_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent) -> Vec<Found<'_, K, T>> {
+        let at = address(controller, event).and_then(|(view, pa)| Some((self.books.site(view, pa)?, pa)));
+        let Some((site, pa)) = at else { return Vec::new() };
+        let (va, root) = (event.registers.rip(), event.registers.root());
+        let fits = |entry: &&Entry<K, T>| entry.va == va && (entry.global || entry.first.context.root == root);
+        site.owners().filter_map(|id| self.books.entry(id)).filter(fits).map(|entry| entry.found(Some(pa))).collect()
+    }
+
     /// Whether `key` has a breakpoint that `event` hit.
     pub fn contains_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent, key: &K) -> bool {
         self.get_by_event(controller, event, key).is_some()
