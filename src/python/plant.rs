@@ -14,7 +14,7 @@ use crate::tap::OnWrite;
 /// What is put in.
 #[derive(Clone, Copy)]
 pub enum Kind {
-    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool },
+    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool, once: bool },
     Watch { len: u64, access: MemoryAccess },
 }
 
@@ -67,6 +67,11 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         };
         let specs: Vec<TapSpec> = vas.iter().map(spec).collect();
         let ids = session.add_many(&specs)?;
+        if matches!(kind, Kind::Breakpoint { once: true, .. }) {
+            for id in &ids {
+                session.set_once(*id);
+            }
+        }
         // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
         let mut taps = shared.taps.lock();
         for (id, object) in ids.into_iter().zip(kept) {

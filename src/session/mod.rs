@@ -8,8 +8,10 @@ mod event_loop;
 mod guard;
 pub mod journal;
 mod journaled;
+mod paging;
 mod pending;
 mod repair;
+mod roots;
 mod taps;
 mod types;
 mod watch;
@@ -21,19 +23,21 @@ use std::time::{Duration, Instant};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::{EventAction, VmiEvent, VmiEventResponse};
-use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use crate::ptm::PageTableMonitor;
+use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 
 #[cfg(feature = "emu")]
 pub use guard::{Watchdog, open_guarded, repair_guest};
 pub use journaled::Journaled;
+pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
 pub use repair::{Repaired, repair};
-use taps::Tap;
+use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 
@@ -48,9 +52,21 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     views: Vec<View>,
     controller: BreakpointController,
     manager: BreakpointManager<TapId, ()>,
+    /// Watches the page tables of breakpoints.
+    tables: PageTableMonitor,
+    /// Global breakpoints that are looked up under each root that is loaded.
+    roaming: FxHashSet<TapId>,
+    /// The roots that were loaded since there are such, the oldest first.
+    roots: Vec<AddressContext>,
+    /// Taps for one hit that have had it.
+    spent: Vec<TapId>,
+    /// Writes of CR3 are announced.
+    tracks_roots: bool,
+    /// Addresses whose breakpoints could not be brought to where they are mapped.
+    owed: Vec<(Va, AddressContext)>,
     taps: Vec<Tap>,
     /// Whose key is taken where.
-    keys: FxHashSet<(View, Va, Option<Pa>, u64)>,
+    keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
     /// The event whose hits are being handed out.
@@ -105,6 +121,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             views: vec![tap_view],
             controller: BreakpointController::default(),
             manager: BreakpointManager::default(),
+            tables: PageTableMonitor::new(&[tap_view]),
+            owed: Vec::new(),
+            roaming: FxHashSet::default(),
+            roots: Vec::new(),
+            tracks_roots: false,
+            spent: Vec::new(),
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
@@ -127,6 +149,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The driver, for tools that work below the session.
     pub fn vmi_mut(&mut self) -> &mut VmiCore<D> {
         &mut self.vmi
+    }
+
+    /// The driver, and who denies what on which page: for tools that deny more.
+    pub fn vmi_and_rights(&mut self) -> (&mut VmiCore<D>, &mut Rights) {
+        (&mut self.vmi, self.controller.rights())
     }
 
     /// Counters so far.
@@ -174,6 +201,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Makes a view that maps every page to itself with `access`.
     pub fn create_view(&mut self, access: MemoryAccess) -> Result<View> {
         let view = self.vmi.driver_mut().create_view(access)?;
+        if let Err(cause) = self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+            return Err(match self.vmi.driver_mut().destroy_view(view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.push(view);
         Ok(view)
     }
@@ -201,7 +234,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 break;
             }
         }
-        self.vmi.driver_mut().destroy_view(view)?;
+        self.tables.remove_view(&mut self.vmi, self.controller.rights(), view)?;
+        if let Err(cause) = self.vmi.driver_mut().destroy_view(view) {
+            return Err(match self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.remove(index);
         Ok(())
     }
@@ -215,6 +254,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let Some(pending) = &mut self.pending {
             pending.moved_to = Some(view);
         }
+        // In the default view stores to page tables are not seen.
+        self.tables.mark_all_dirty();
         Ok(())
     }
 
@@ -292,6 +333,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
             });
         }
+        if !self.tables.is_empty() {
+            self.tables_written(spans.iter().map(|(pa, ..)| pa.gfn()));
+        }
         Ok(())
     }
 
@@ -317,6 +361,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
+            self.tables.mark_store(&self.vmi, event);
+            if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
+                && let Err(error) = self.note_root(&event.registers, new)
+            {
+                log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
+            }
             if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
                 vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
             }
@@ -369,6 +419,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         };
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
+        self.tables.forget();
+        self.owed.clear();
+        self.roaming.clear();
+        note("the CR3 monitor", self.track_roots(false).map(drop));
         self.watches.clear();
         self.keys.clear();
         for tap in &mut self.taps {

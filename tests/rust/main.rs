@@ -24,6 +24,10 @@ mod layering;
 mod mock;
 mod mortal;
 mod paging;
+#[cfg(feature = "emu")]
+mod paging_guest;
+mod paging_session;
+mod ptm;
 mod repair;
 mod session;
 mod tap;
