@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias, TypeVar, Unpack, final
 
 from typing_extensions import Buffer
 
+from vmitap.filters import Filter
 from vmitap.policy import Access, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
@@ -62,6 +63,7 @@ def open(
     cmdline: str = "",
     libunicorn: str | None = None,
     on_write: OnWrite | None = None,
+    abi: Literal["sysv", "ms"] = "sysv",
 ) -> Vm:
     """Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 
@@ -75,6 +77,7 @@ def open(
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
 
     Raises:
         AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
@@ -207,6 +210,8 @@ class Vm:
         *,
         root: int | None = None,
         view: View | None = None,
+        where: Filter | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
         on_write: OnWrite | None = None,
         ask: _WriteHandler | None = None,
         key: Hashable | None = None,
@@ -227,6 +232,9 @@ class Vm:
             root: only hits under these page tables count; None: hits under every root (the address is looked up under the
                 root in use).
             view: where it is planted; None: the session's tap view.
+            where: only hits for which it holds count; the others are counted in `BreakpointStats.filtered` and `RunResult.filtered`,
+                and are stepped over without entering Python. See `vmitap.Filter`.
+            abi: how the function gets its arguments, for `Arg` in `where`; None: as the session was opened with.
             on_write: what a write to its byte does; None: as the session was opened with.
             ask: called with a hit of a write (`hit.access` is W) to its byte, returns the `OnWrite` to apply; goes with `OnWrite.ASK` only.
             key: owner of the breakpoint; None: one of its own. The same address, root and key twice is an error.
@@ -253,6 +261,8 @@ class Vm:
         *,
         root: int | None = None,
         view: View | None = None,
+        where: Filter | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
         on_write: OnWrite | None = None,
         key: Hashable | None = None,
         tag: object = None,
@@ -273,6 +283,8 @@ class Vm:
         handler: _Handler | None = None,
         *,
         root: int | None = None,
+        where: Filter | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
@@ -286,7 +298,7 @@ class Vm:
             address: first byte of the range; a symbol or a virtual address.
             length: bytes in the range, 1 or more.
             access: which accesses to report: any of R, W and X together.
-            handler, root, key, tag, deadline: as for `breakpoint`.
+            handler, root, where, abi, key, tag, deadline: as for `breakpoint`.
 
         Raises:
             InvalidArgumentError: `length` or `access` is empty.
@@ -666,6 +678,13 @@ class Breakpoint:
         ('any', 'thing')
         """
     @property
+    def where(self) -> Filter | None:
+        """The filter, as it was given.
+
+        >>> vm.breakpoint("open_file", where=vmitap.Filter.ring(3)).where
+        Filter.ring(3)
+        """
+    @property
     def enabled(self) -> bool:
         """Whether it is to raise hits.
 
@@ -779,8 +798,14 @@ class BreakpointStats:
     def hits(self) -> int:
         """How often it was hit."""
     @property
+    def filtered(self) -> int:
+        """Hits that its filter kept back; they are not among `hits`."""
+    @property
+    def filter_faults(self) -> int:
+        """Hits at which its filter looked at memory that could not be read."""
+    @property
     def py_calls(self) -> int:
-        """How often its handler was called."""
+        """How often its handler, or a predicate of its filter, was called."""
     @property
     def hold_total(self) -> float:
         """Seconds vCPUs stood still for it, all together."""
@@ -1063,7 +1088,7 @@ class RunResult:
         """Hits of breakpoints and watches; an event that several own counts once for each."""
     @property
     def filtered(self) -> int:
-        """Events at a tapped address that nobody wanted: under another root, or in the rest of a watched page."""
+        """Hits that filters kept back, and events nobody wanted: under another root, or in the rest of a watched page."""
     @property
     def py_calls(self) -> int:
         """Calls of handlers."""

@@ -11,6 +11,7 @@ use pyo3::types::{PyIterator, PyList, PyString};
 
 use super::convert::{access_to_python, address};
 use super::errors::stale;
+use super::expression::Condition;
 use super::shared::Shared;
 use super::views::View;
 use crate::addr::{MemoryAccess, Va};
@@ -33,6 +34,10 @@ pub struct Breakpoint {
     pub deadline: Option<f64>,
     handler: Mutex<Option<Py<PyAny>>>,
     ask: Option<Py<PyAny>>,
+    /// What its filter asks, by number; taken by the collector only.
+    predicates: Mutex<Vec<Py<PyAny>>>,
+    /// The filter, as Python gave it.
+    filter: Option<Py<PyAny>>,
     /// Calls of its handler.
     pub calls: AtomicU64,
 }
@@ -45,6 +50,8 @@ pub struct Given {
     pub tag: Py<PyAny>,
     pub deadline: Option<f64>,
     pub root: Option<u64>,
+    pub filter: Option<Py<PyAny>>,
+    pub condition: Condition,
 }
 
 impl Breakpoint {
@@ -68,6 +75,8 @@ impl Breakpoint {
             deadline: given.deadline,
             handler: Mutex::new(given.handler.as_ref().map(|handler| handler.clone_ref(py))),
             ask: given.ask.as_ref().map(|ask| ask.clone_ref(py)),
+            predicates: Mutex::new(given.condition.clone_ref(py).predicates),
+            filter: given.filter.as_ref().map(|filter| filter.clone_ref(py)),
             calls: AtomicU64::new(0),
             shared: shared.clone(),
         }
@@ -88,6 +97,11 @@ impl Breakpoint {
 
     pub fn handler(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.handler.lock().as_ref().map(|handler| handler.clone_ref(py))
+    }
+
+    /// The function that a question of its filter is put to.
+    pub fn predicate(&self, py: Python<'_>, number: u16) -> Option<Py<PyAny>> {
+        self.predicates.lock().get(usize::from(number)).map(|predicate| predicate.clone_ref(py))
     }
 
     pub fn ask(&self) -> Option<&Py<PyAny>> {
@@ -183,6 +197,12 @@ impl Breakpoint {
         self.tag_object(py)
     }
 
+    /// The filter, as it was given.
+    #[getter]
+    fn r#where(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.filter.as_ref().map(|filter| filter.clone_ref(py))
+    }
+
     /// Whether it is to raise hits.
     #[getter]
     fn enabled(&self, py: Python<'_>) -> bool {
@@ -205,6 +225,8 @@ impl Breakpoint {
         let stats = self.shared.quick(py, |inner| inner.session.tap_stats(self.id()));
         BreakpointStats {
             hits: stats.hits,
+            filtered: stats.filtered,
+            filter_faults: stats.filter_faults,
             py_calls: self.calls.load(Ordering::Relaxed),
             hold_total: stats.hold_total.as_secs_f64(),
             hold_max: stats.hold_max.as_secs_f64(),
@@ -253,16 +275,21 @@ impl Breakpoint {
         visit.call(&self.key)?;
         visit.call(&self.tag)?;
         visit.call(&self.ask)?;
+        visit.call(&self.filter)?;
         // Held by nobody while the collector runs, except by a thread that is about to let go of it: then it is left for later.
         if let Some(handler) = self.handler.try_lock() {
             visit.call(&*handler)?;
+        }
+        if let Some(predicates) = self.predicates.try_lock() {
+            predicates.iter().try_for_each(|predicate| visit.call(predicate))?;
         }
         Ok(())
     }
 
     fn __clear__(&self) {
         let handler = self.handler.lock().take();
-        drop(handler);
+        let predicates = std::mem::take(&mut *self.predicates.lock());
+        drop((handler, predicates));
     }
 }
 
@@ -271,7 +298,11 @@ impl Breakpoint {
 pub struct BreakpointStats {
     /// How often it was hit.
     hits: u64,
-    /// How often its handler was called.
+    /// Hits that its filter kept back; they are not among `hits`.
+    filtered: u64,
+    /// Hits at which its filter looked at memory that could not be read.
+    filter_faults: u64,
+    /// How often its handler, or a predicate of its filter, was called.
     py_calls: u64,
     /// Seconds vCPUs stood still for it, all together.
     hold_total: f64,
@@ -282,7 +313,7 @@ pub struct BreakpointStats {
 #[pymethods]
 impl BreakpointStats {
     fn __repr__(&self) -> String {
-        format!("<BreakpointStats hits={} py_calls={}>", self.hits, self.py_calls)
+        format!("<BreakpointStats hits={} filtered={} py_calls={}>", self.hits, self.filtered, self.py_calls)
     }
 }
 

@@ -26,7 +26,7 @@ pub struct RunResult {
     reason: &'static str,
     /// Hits of breakpoints and watches; an event that several own counts once for each.
     hits: u64,
-    /// Events at a tapped address that nobody wanted: under another root, or in the rest of a watched page.
+    /// Hits that filters kept back, and events nobody wanted: under another root, or in the rest of a watched page.
     filtered: u64,
     /// Calls of handlers.
     py_calls: u64,

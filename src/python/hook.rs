@@ -79,6 +79,8 @@ impl Course {
 enum Answer {
     Verdict(session::Verdict),
     Write(OnWrite),
+    /// Of a question of a filter.
+    Admit(bool),
 }
 
 impl Answer {
@@ -86,6 +88,7 @@ impl Answer {
         match self {
             Self::Verdict(verdict) => session.answer(verdict),
             Self::Write(policy) => session.answer_write(policy),
+            Self::Admit(value) => session.answer_question_of_filter(value),
         }
     }
 }
@@ -215,19 +218,25 @@ fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
 
 /// Tells everybody who wants to know of a hit, and finds the answer to it.
 fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::Hit) {
-    let go_on = (Answer::Verdict(session::Verdict::Continue), hit.at);
-    state.answer = Some(go_on);
+    let go_on = match (hit.question, hit.ask) {
+        (Some(_), _) => Answer::Admit(false),
+        // Not answered, the question is answered with the default policy.
+        (None, true) => Answer::Write(OnWrite::Reapply),
+        (None, false) => Answer::Verdict(session::Verdict::Continue),
+    };
+    state.answer = Some((go_on, hit.at));
     if state.event.replace((hit.at, hit.vcpu)) != Some((hit.at, hit.vcpu)) {
         state.decider = None;
     }
     let Some(breakpoint) = shared.breakpoint(py, hit.tap) else { return };
     let tap = breakpoint.get();
-    let listeners = if hit.ask { Vec::new() } else { listeners_of(shared, hit.tap) };
+    let listeners = if hit.ask || hit.question.is_some() { Vec::new() } else { listeners_of(shared, hit.tap) };
     // After an error nobody is called any more, but no hit is kept back from those who only look.
-    let handler = match (state.raised.is_some(), hit.ask) {
-        (true, _) => None,
-        (false, true) => tap.ask().map(|ask| ask.clone_ref(py)),
-        (false, false) => tap.handler(py),
+    let handler = match (state.raised.is_some(), hit.ask, hit.question) {
+        (true, ..) => None,
+        (false, _, Some(number)) => tap.predicate(py, number),
+        (false, true, None) => tap.ask().map(|ask| ask.clone_ref(py)),
+        (false, false, None) => tap.handler(py),
     };
     if handler.is_none() && listeners.is_empty() {
         return;
@@ -244,7 +253,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::H
         enqueue(py, shared, &listener, &object);
     }
     let Some(handler) = handler else { return };
-    let said = call(py, shared, state, &breakpoint, &handler, &object, hit.ask);
+    let said = call(py, shared, state, &breakpoint, &handler, &object, go_on);
     if generation != 0 {
         shared.generation.fetch_add(1, Ordering::AcqRel);
     }
@@ -276,7 +285,7 @@ fn call(
     breakpoint: &Py<Breakpoint>,
     handler: &Py<PyAny>,
     hit: &Py<Hit>,
-    ask: bool,
+    go_on: Answer,
 ) -> Answer {
     let tap = breakpoint.get();
     shared.calls.fetch_add(1, Ordering::Relaxed);
@@ -284,15 +293,18 @@ fn call(
     let began = tap.deadline.map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));
     let took = began.map(|began| began.elapsed().as_secs_f64());
-    let go_on = Answer::Verdict(session::Verdict::Continue);
-    let answer =
-        match returned.and_then(|returned| if ask { read_policy(&returned) } else { read_verdict(&returned, state, hit) }) {
-            Ok(answer) => answer,
-            Err(error) => {
-                state.raised.get_or_insert_with(|| handler_error(py, hit, error));
-                return go_on;
-            }
-        };
+    let read = |returned: Bound<'_, PyAny>| match go_on {
+        Answer::Admit(_) => read_condition(&returned),
+        Answer::Write(_) => read_policy(&returned),
+        Answer::Verdict(_) => read_verdict(&returned, state, hit),
+    };
+    let answer = match returned.and_then(read) {
+        Ok(answer) => answer,
+        Err(error) => {
+            state.raised.get_or_insert_with(|| handler_error(py, hit, error));
+            return go_on;
+        }
+    };
     if let (Some(deadline), Some(took)) = (tap.deadline, took)
         && took > deadline
     {
@@ -329,6 +341,11 @@ fn read_verdict(returned: &Bound<'_, PyAny>, state: &mut Loop, hit: &Py<Hit>) ->
         state.decider = Some(hit.clone_ref(returned.py()));
     }
     Ok(Answer::Verdict(verdict))
+}
+
+fn read_condition(returned: &Bound<'_, PyAny>) -> PyResult<Answer> {
+    let refuse = |_| PyTypeError::new_err("the function of a Filter.predicate returns True or False");
+    returned.extract::<bool>().map(Answer::Admit).map_err(refuse)
 }
 
 fn read_policy(returned: &Bound<'_, PyAny>) -> PyResult<Answer> {

@@ -5,6 +5,7 @@ mod breakpoint;
 mod convert;
 mod errors;
 mod events;
+mod expression;
 mod floor;
 mod gil;
 mod hit;
@@ -31,7 +32,7 @@ use convert::{OnWriteArg, optional, small};
 
 /// Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 #[pyfunction]
-#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline="", libunicorn=None, on_write=None))]
+#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline="", libunicorn=None, on_write=None, abi="sysv"))]
 fn open(
     py: Python<'_>,
     target: &str,
@@ -40,7 +41,9 @@ fn open(
     cmdline: &str,
     libunicorn: Option<PathBuf>,
     on_write: Option<OnWriteArg>,
+    abi: &str,
 ) -> PyResult<vm::Vm> {
+    let abi = expression::abi(abi)?;
     let options = OpenOptions {
         memory: optional("memory", memory)?,
         vcpus: vcpus.map(|vcpus| small("vcpus", vcpus, u16::MAX.into())).transpose()?,
@@ -54,7 +57,7 @@ fn open(
         Ok((Session::new(driver, on_write)?, symbols, version))
     });
     let (session, symbols, version) = opened?;
-    Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, on_write))))
+    Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, (on_write, abi)))))
 }
 
 #[pymodule]

@@ -6,8 +6,10 @@ use pyo3::prelude::*;
 use super::breakpoint::{Breakpoint, Given};
 use super::convert::optional;
 use super::errors::invalid;
+use super::expression::condition;
 use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
+use crate::capture::Abi;
 use crate::session::{TapKind, TapSpec};
 use crate::tap::OnWrite;
 
@@ -26,6 +28,7 @@ pub fn given(
     key: Option<&Bound<'_, PyAny>>,
     tag: Option<Py<PyAny>>,
     (deadline, root): (Option<f64>, Option<&Bound<'_, PyAny>>),
+    (filter, abi): (Option<&Bound<'_, PyAny>>, Abi),
 ) -> PyResult<Given> {
     for (function, name) in [(&handler, "a handler"), (&ask, "what is given as ask=")] {
         if function.as_ref().is_some_and(|function| !function.bind(py).is_callable()) {
@@ -37,7 +40,9 @@ pub fn given(
     }
     let root = optional("root", root)?;
     let key = key.map_or_else(|| py.None(), |key| key.clone().unbind());
-    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root })
+    let condition = condition("where", filter, abi)?;
+    let filter = filter.map(|filter| filter.clone().unbind());
+    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition })
 }
 
 /// Puts them in: all or none.
@@ -67,6 +72,10 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         };
         let specs: Vec<TapSpec> = vas.iter().map(spec).collect();
         let ids = session.add_many(&specs)?;
+        if let Some(program) = &given.condition.program {
+            // No event can come in between: the loop needs this lock.
+            ids.iter().try_for_each(|id| session.set_filter(*id, Some(program)))?;
+        }
         // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
         let mut taps = shared.taps.lock();
         for (id, object) in ids.into_iter().zip(kept) {

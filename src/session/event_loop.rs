@@ -184,21 +184,26 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.stats.filtered += 1;
             return Sorted::Answer(course);
         }
+        self.filter_owners(&event.registers, (event.vcpu, va));
+        let Self { taps, questions, owners, .. } = self;
+        let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
-        for tap in &self.owners {
-            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
-                tap.stats.hits += 1;
-                is_wanted |= tap.spec.wanted;
+        for id in &*owners {
+            if let Some(tap) = taps.get_mut(id.0 as usize) {
+                let asked = is_asked(id);
+                is_wanted |= tap.spec.wanted || asked;
+                tap.stats.hits += u64::from(!asked);
             }
         }
-        self.stats.hits += self.owners.len() as u64;
+        self.stats.hits += (owners.len() - questions.len()) as u64;
         if !is_wanted {
             return Sorted::Answer(course);
         }
-        let taps = &self.taps;
-        let wants = |tap: &TapId| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted);
-        let wanted = self.owners.iter().copied().filter(wants).collect();
-        Sorted::Wanted(Box::new(Self::pending(event, home, course, (va, pa), access, wanted)))
+        let wants = |id: &TapId| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted);
+        let wanted = owners.iter().copied().filter(wants).collect();
+        let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);
+        pending.questions = std::mem::take(questions);
+        Sorted::Wanted(Box::new(pending))
     }
 
     fn pending(
@@ -218,6 +223,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             access,
             wanted,
             told: 0,
+            questions: Vec::new(),
+            is_question: false,
             verdict: None,
             asking: None,
             touched: false,
@@ -278,9 +285,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Some(tap) => (*tap, false),
                 None => (pending.asking.filter(|_| pending.told == pending.wanted.len())?, true),
             };
-            pending.told += 1;
             // A handler before may have taken it out, which is meant to take effect at once.
             let gone = self.taps.get(tap.0 as usize).is_none_or(|tap| tap.state != TapState::Active);
+            let question = if gone || ask { None } else { pending.question() };
+            pending.is_question = question.is_some();
+            pending.told += usize::from(question.is_none());
             if gone && !ask {
                 continue;
             }
@@ -295,6 +304,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 access: pending.access,
                 step: pending.step,
                 ask,
+                question,
                 at: pending.received,
             });
         }
@@ -310,6 +320,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_out) else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };
+        if pending.is_question {
+            return self.answer_question_of_filter(false);
+        }
         pending.is_out = false;
         if pending.told > pending.wanted.len() {
             // The question was not answered: as the default policy says.
@@ -321,6 +334,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         {
             pending.verdict = Some((tap, verdict));
         }
+        self.go_on_after_answer()
+    }
+
+    /// Ends the event, unless somebody is still to be told or asked.
+    pub(super) fn go_on_after_answer(&mut self) -> Result<()> {
+        let Some(pending) = &self.pending else { return Ok(()) };
         if pending.told < pending.wanted.len() || matches!(pending.verdict, Some((_, Verdict::Pause))) {
             return Ok(());
         }

@@ -4,6 +4,7 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+mod filter;
 mod pending;
 mod taps;
 mod types;
@@ -11,7 +12,7 @@ mod watch;
 mod write;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustc_hash::{FxHashMap, FxHashSet};
 
@@ -48,7 +49,11 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     pending: Option<Pending>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// Open questions of the filters of those.
+    questions: Vec<filter::Question>,
     stats: Stats,
+    /// What times are counted from.
+    began: Instant,
     on_write: OnWrite,
     detached: bool,
 }
@@ -98,6 +103,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpus: vec![Vcpu::default(); count],
             pending: None,
             owners: Vec::new(),
+            questions: Vec::new(),
+            began: Instant::now(),
             stats: Stats::default(),
             on_write,
             detached: false,
@@ -122,6 +129,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Frames that hold shadow pages of this session's breakpoints now.
     pub fn shadow_frames(&self) -> usize {
         self.controller.shadow_frames()
+    }
+
+    /// What the times of hits are counted from.
+    pub const fn began(&self) -> Instant {
+        self.began
     }
 
     /// Whether [`Session::detach`] was called.

@@ -5,6 +5,7 @@ use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 
+use super::filter::Filter;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// One tap.
@@ -12,6 +13,7 @@ pub struct Tap {
     pub spec: TapSpec,
     pub state: TapState,
     pub stats: TapStats,
+    pub filter: Option<Box<Filter>>,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -40,7 +42,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// The counters of a tap.
     pub fn tap_stats(&self, id: TapId) -> TapStats {
-        self.tap(id).map(|tap| tap.stats).unwrap_or_default()
+        let Some(tap) = self.tap(id) else { return TapStats::default() };
+        let (filtered, filter_faults) = tap.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
+        TapStats { filtered, filter_faults, ..tap.stats }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.
@@ -152,6 +156,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             spec: *spec,
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
+            filter: None,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }

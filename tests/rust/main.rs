@@ -12,6 +12,7 @@ mod core;
 mod emu;
 #[cfg(feature = "emu")]
 mod emu_guests;
+mod filter;
 #[cfg(feature = "emu")]
 mod guest;
 mod image;
