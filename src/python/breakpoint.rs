@@ -11,7 +11,7 @@ use pyo3::types::{PyIterator, PyList, PyString};
 
 use super::convert::{access_to_python, address};
 use super::errors::stale;
-use super::expression::Condition;
+use super::expression::{Captured, Condition};
 use super::shared::Shared;
 use super::views::View;
 use crate::addr::{MemoryAccess, Va};
@@ -52,6 +52,7 @@ pub struct Given {
     pub root: Option<u64>,
     pub filter: Option<Py<PyAny>>,
     pub condition: Condition,
+    pub captured: Option<Captured>,
 }
 
 impl Breakpoint {
@@ -97,6 +98,12 @@ impl Breakpoint {
 
     pub fn handler(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.handler.lock().as_ref().map(|handler| handler.clone_ref(py))
+    }
+
+    /// Its name in a recording.
+    pub fn label(&self, py: Python<'_>) -> String {
+        let symbol = self.symbol.as_ref().map(|symbol| symbol.bind(py).to_string_lossy().into_owned());
+        symbol.unwrap_or_else(|| format!("{:#x}", self.va.0))
     }
 
     /// The function that a question of its filter is put to.

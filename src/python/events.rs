@@ -88,6 +88,12 @@ pub struct Stats {
     py_calls: u64,
     /// As `RunResult.lost`.
     lost: u64,
+    /// Rows that were captured.
+    rows: u64,
+    /// As `Recording.lost`.
+    rows_lost: u64,
+    /// Calls whose return values were given up, of `on_return`.
+    returns_lost: u64,
     /// INT3 of the guest's own that were delivered to it.
     reinjected: u64,
     /// Reads of hidden pages that were served with the original bytes.
@@ -108,6 +114,9 @@ impl Stats {
             filtered: counters.filtered,
             py_calls: shared.calls.load(Ordering::Relaxed),
             lost: shared.lost.load(Ordering::Relaxed),
+            rows: counters.rows,
+            rows_lost: counters.rows_lost,
+            returns_lost: counters.returns_lost,
             reinjected: counters.reinjected,
             hidden_reads: counters.hidden_reads,
             hidden_writes: counters.hidden_writes,

@@ -6,7 +6,7 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 
-use crate::capture::{Abi, Arith, Node, Program, Register, Test, TextKind, TextTest};
+use crate::capture::{Abi, Arith, Column, Node, Plan, Program, Register, Source, Test, TextKind, TextTest};
 use crate::error::VmiError;
 
 use super::errors::invalid;
@@ -142,4 +142,49 @@ fn test(sign: &str) -> Option<Test> {
         ">=" => Test::Ge,
         _ => return None,
     })
+}
+
+/// What is captured at the hits of a breakpoint.
+pub struct Captured {
+    pub entry: Plan,
+    pub on_return: Option<Plan>,
+}
+
+/// The `capture` and `on_return` arguments.
+pub fn captured(
+    py: Python<'_>,
+    capture: Option<&Bound<'_, PyAny>>,
+    on_return: Option<&Bound<'_, PyAny>>,
+    abi: Abi,
+) -> PyResult<Option<Captured>> {
+    if capture.is_none() && on_return.is_none() {
+        return Ok(None);
+    }
+    let plan = |what, given: Option<&Bound<'_, PyAny>>| -> PyResult<Option<Plan>> {
+        given.map(|given| Ok(Plan::new(columns(py, what, given, abi)?)?)).transpose()
+    };
+    let entry = plan("capture", capture)?;
+    let entry = match entry {
+        Some(entry) => entry,
+        None => Plan::new(Vec::new())?,
+    };
+    Ok(Some(Captured { entry, on_return: plan("on_return", on_return)? }))
+}
+
+fn columns(py: Python<'_>, what: &'static str, given: &Bound<'_, PyAny>, abi: Abi) -> PyResult<Vec<Column>> {
+    let described = py.import("vmitap.capture")?.call_method1("_columns", (what, given))?;
+    let described: Vec<(String, String, u32, Bound<'_, PyAny>)> = described.extract()?;
+    let column = |(name, kind, size, expression): (String, String, u32, Bound<'_, PyAny>)| {
+        let program = || compile(what, &expression, abi, &mut Vec::new());
+        let source = match &*kind {
+            "number" => Source::Number { program: program()?, bytes: size as u8 },
+            "bytes" => Source::Bytes { at: program()?, len: size },
+            "cstr" => Source::Cstr { at: program()?, max: size },
+            "utf16" => Source::Utf16 { at: program()?, max: size },
+            "backtrace" => Source::Backtrace { depth: size as u8 },
+            _ => return Err(PyValueError::new_err(format!("no such column: {kind}"))),
+        };
+        Ok(Column { name, source })
+    };
+    described.into_iter().map(column).collect()
 }

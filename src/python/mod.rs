@@ -13,6 +13,7 @@ mod hook;
 mod log;
 mod memory;
 mod plant;
+mod recording;
 mod registers;
 mod shared;
 mod symbols;
@@ -76,6 +77,8 @@ mod _native {
     use super::memory::Memory;
     #[pymodule_export]
     use super::open;
+    #[pymodule_export]
+    use super::recording::{Recording, RecordingFile};
     #[pymodule_export]
     use super::registers::{_registers, Registers};
     #[pymodule_export]

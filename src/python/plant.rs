@@ -6,7 +6,7 @@ use pyo3::prelude::*;
 use super::breakpoint::{Breakpoint, Given};
 use super::convert::optional;
 use super::errors::invalid;
-use super::expression::condition;
+use super::expression::{Captured, condition};
 use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
 use crate::capture::Abi;
@@ -28,7 +28,8 @@ pub fn given(
     key: Option<&Bound<'_, PyAny>>,
     tag: Option<Py<PyAny>>,
     (deadline, root): (Option<f64>, Option<&Bound<'_, PyAny>>),
-    (filter, abi): (Option<&Bound<'_, PyAny>>, Abi),
+    (filter, captured): (Option<&Bound<'_, PyAny>>, Option<Captured>),
+    abi: Abi,
 ) -> PyResult<Given> {
     for (function, name) in [(&handler, "a handler"), (&ask, "what is given as ask=")] {
         if function.as_ref().is_some_and(|function| !function.bind(py).is_callable()) {
@@ -42,7 +43,7 @@ pub fn given(
     let key = key.map_or_else(|| py.None(), |key| key.clone().unbind());
     let condition = condition("where", filter, abi)?;
     let filter = filter.map(|filter| filter.clone().unbind());
-    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition })
+    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition, captured })
 }
 
 /// Puts them in: all or none.
@@ -59,6 +60,8 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
     let make = |va: &Va| Py::new(py, Breakpoint::new(py, shared, given, (*va, length, access), view));
     let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
     let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
+    let name = |object: &Py<Breakpoint>| object.get().label(py);
+    let labels: Vec<String> = if given.captured.is_some() { objects.iter().map(name).collect() } else { Vec::new() };
     let everybody = shared.listeners.lock().iter().any(|listener| listener.taps.is_none());
     let wanted = given.handler.is_some() || everybody;
     shared.open_released(py, |session| {
@@ -71,7 +74,15 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
             TapSpec { kind, va: *va, context, global: given.root.is_none(), view, on_write, key, wanted, enabled }
         };
         let specs: Vec<TapSpec> = vas.iter().map(spec).collect();
+        if let Some(captured) = &given.captured {
+            session.check_capture(&captured.entry, captured.on_return.as_ref())?;
+        }
         let ids = session.add_many(&specs)?;
+        if let Some(Captured { entry, on_return }) = &given.captured {
+            for (id, label) in ids.iter().zip(&labels) {
+                session.set_capture(*id, entry.clone(), on_return.clone(), label)?;
+            }
+        }
         if let Some(program) = &given.condition.program {
             // No event can come in between: the loop needs this lock.
             ids.iter().try_for_each(|id| session.set_filter(*id, Some(program)))?;

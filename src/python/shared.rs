@@ -257,7 +257,9 @@ impl Shared {
                     failed.get_or_insert(error);
                 }
             }
-            session.detach().and(failed.map_or(Ok(()), Err))
+            // A file that could not be ended is told of last: the guest comes first.
+            let ended = session.end_recording().map(drop);
+            session.detach().and(failed.map_or(Ok(()), Err)).and(ended)
         });
         // What Python handed in is dropped last, and without a lock.
         let taps = std::mem::take(&mut *self.taps.lock());

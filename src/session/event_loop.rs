@@ -56,13 +56,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             // Right after a look at the clock, and the driver looks at it too.
             let timeout = if left == EVENTS { deadline.saturating_duration_since(Instant::now()) } else { PATIENCE };
             let event = match self.vmi.driver_mut().wait(timeout)? {
-                Wait::Timeout => return Ok(Poll::Timeout),
-                Wait::Idle => return Ok(Poll::Idle),
+                Wait::Timeout => return self.flush_followed().map(|()| Poll::Timeout),
+                Wait::Idle => return self.flush_followed().map(|()| Poll::Idle),
                 Wait::Event(event) => event,
             };
             self.stats.events += 1;
             match self.take(&event) {
-                Ok(None) => {}
+                Ok(None) => self.settle()?,
                 Ok(Some(pending)) => {
                     self.pending = Some(*pending);
                     if let Some(hit) = self.next_hit() {
@@ -79,6 +79,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             if left == 0 {
                 left = EVENTS;
                 if Instant::now() >= deadline {
+                    self.flush_followed()?;
                     return Ok(Poll::Timeout);
                 }
             }
@@ -184,7 +185,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.stats.filtered += 1;
             return Sorted::Answer(course);
         }
+        self.returned(event);
         self.filter_owners(&event.registers, (event.vcpu, va));
+        self.capture_owners(event, va);
         let Self { taps, questions, owners, .. } = self;
         let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
@@ -408,7 +411,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if done.is_err() {
             self.rescue(&pending.event);
         }
-        done
+        done.and(self.settle())
     }
 
     fn note_hold(&mut self, pending: &Pending) {

@@ -124,6 +124,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Some((Admission::Passes, counters, wanted)) => {
                 counters.hits += 1;
                 stats.hits += 1;
+                let (event, va) = (*event, pending.va);
+                self.capture(id, &event, va);
                 if wanted {
                     return Ok(());
                 }
@@ -131,7 +133,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Some((Admission::Filtered, ..)) => stats.filtered += 1,
             None => {}
         }
-        pending.wanted.remove(pending.told);
+        if let Some(pending) = &mut self.pending {
+            pending.wanted.remove(pending.told);
+        }
         self.go_on_after_answer()
     }
 }

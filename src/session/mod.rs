@@ -6,6 +6,9 @@
 mod event_loop;
 mod filter;
 mod pending;
+mod record;
+mod returns;
+mod sink;
 mod taps;
 mod types;
 mod watch;
@@ -18,6 +21,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
@@ -25,6 +29,10 @@ use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
 use pending::{Pending, Vcpu};
+pub use record::DURATION;
+use returns::Returns;
+pub use returns::WAITING;
+use sink::Sink;
 use taps::Tap;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
@@ -52,6 +60,13 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     stats: Stats,
+    recording: Recording,
+    /// The row that is being filled; kept to spare allocations.
+    row: Row,
+    /// When the first row of the event in hand was captured.
+    captured_at: u64,
+    sink: Option<Sink>,
+    returns: Returns,
     /// What times are counted from.
     began: Instant,
     on_write: OnWrite,
@@ -91,6 +106,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
             });
         }
+        let (recording, began) = Self::new_recording();
         Ok(Self {
             vmi,
             tap_view,
@@ -104,7 +120,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             pending: None,
             owners: Vec::new(),
             questions: Vec::new(),
-            began: Instant::now(),
+            recording,
+            row: Row::default(),
+            captured_at: 0,
+            sink: None,
+            returns: Returns::default(),
+            began,
             stats: Stats::default(),
             on_write,
             detached: false,
@@ -123,7 +144,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
     }
 
     /// Frames that hold shadow pages of this session's breakpoints now.
@@ -358,6 +379,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 failed.push((what.to_owned(), error));
             }
         };
+        self.end_waiting_rows();
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
         self.watches.clear();

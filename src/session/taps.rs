@@ -6,6 +6,7 @@ use crate::error::{Result, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 
 use super::filter::Filter;
+use super::record::Capture;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// One tap.
@@ -14,6 +15,7 @@ pub struct Tap {
     pub state: TapState,
     pub stats: TapStats,
     pub filter: Option<Box<Filter>>,
+    pub capture: Option<Box<Capture>>,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -157,6 +159,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
             filter: None,
+            capture: None,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
@@ -179,6 +182,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id) else { return Ok(()) };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
@@ -193,6 +197,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::remove`].
     pub fn disable(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         if let Some(tap) = self.tap_mut(id).filter(|tap| tap.state == TapState::Active) {
             tap.state = TapState::Disabled;
         }

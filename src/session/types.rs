@@ -87,6 +87,12 @@ pub struct Stats {
     pub filtered: u64,
     /// Hits that were handed to the caller and answered.
     pub handled: u64,
+    /// Rows that were captured.
+    pub rows: u64,
+    /// Of those, how many had no room in memory or in the file's queue.
+    pub rows_lost: u64,
+    /// Calls whose return values were given up: they did not return while they could be waited for.
+    pub returns_lost: u64,
     /// INT3s of the guest's own that were delivered to it.
     pub reinjected: u64,
     /// Reads of hidden pages that were served with the original bytes.
