@@ -51,6 +51,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     owners: Vec<TapId>,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
+    /// When a hit was answered, for a `poll` right after it.
+    answered_at: Option<Instant>,
     stats: Stats,
     /// What times are counted from.
     began: Instant,
@@ -105,6 +107,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             owners: Vec::new(),
             questions: Vec::new(),
             began: Instant::now(),
+            answered_at: None,
             stats: Stats::default(),
             on_write,
             detached: false,
