@@ -1,14 +1,14 @@
 //! What a driver offers: one trait a capability. Nothing here is shaped by one hypervisor.
 //!
 //! A driver is `Send` and used by one thread at a time. Physical addresses below [`VmInfo::memory_size`] are the guest's;
-//! frames that [`VmiFrames::allocate_frame`] gives lie above and are read and written like the guest's own.
+//! frames that [`VmiFrames::allocate_frames`] gives lie above and are read and written like the guest's own.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
-use crate::error::Result;
+use crate::error::{Result, VmiError};
 use crate::event::{VmiEvent, VmiEventResponse};
 
 #[cfg(feature = "emu")]
@@ -161,11 +161,24 @@ pub trait VmiProtection {
 
 /// Frames for shadow pages: memory that no guest-physical address of the default view shows.
 pub trait VmiFrames {
-    /// Takes a frame. Its content is undefined. Frames lie above guest memory, as close together as possible.
-    fn allocate_frame(&mut self) -> Result<Gfn>;
+    /// Takes `count` frames: all or none. Their content is undefined. They lie above guest memory, the lowest that are free, ascending.
+    ///
+    /// One call of the hypervisor where it has one for many frames.
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>>;
 
-    /// Gives a frame back. An error if it was not allocated, or if a view still shows it.
-    fn free_frame(&mut self, frame: Gfn) -> Result<()>;
+    /// Gives frames back: all or none. An error if one was not allocated or is there twice, or if a view still shows it.
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()>;
+
+    /// Takes one frame.
+    fn allocate_frame(&mut self) -> Result<Gfn> {
+        let none = VmiError::Driver { op: "allocating a frame", errno: 0, detail: "the driver gave none".to_owned() };
+        self.allocate_frames(1)?.pop().ok_or(none)
+    }
+
+    /// Gives one frame back.
+    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
+        self.free_frames(&[frame])
+    }
 
     /// How many frames are taken.
     fn frames_in_use(&self) -> usize;
@@ -203,9 +216,45 @@ pub trait VmiControl {
     fn resume(&mut self) -> Result<()>;
 }
 
+/// What a guest has that it was not made with, whoever added it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Additions {
+    /// The views beside the default one, ascending.
+    pub views: Vec<View>,
+    /// The frames above guest memory, ascending.
+    pub frames: Vec<Gfn>,
+    /// Whether the guest is held as a whole.
+    pub is_paused: bool,
+}
+
+/// Cleaning up after a session that ended without a word. Not for a session that is alive.
+pub trait VmiRepair {
+    /// What the guest has now. Changes nothing.
+    fn additions(&self) -> Result<Additions>;
+
+    /// Makes the views and frames of `left` this driver's own, so that they can be removed in the ordinary way, as if it had made
+    /// them; what it has already is no error. `pauses` counts what [`VmiControl::resume`] may take back.
+    fn adopt(&mut self, left: &Additions, pauses: u32) -> Result<()>;
+
+    /// Lets every vCPU go on that stands still for an event or steps: in the default view, at the instruction it is at, with no
+    /// step pending. Returns how many were held.
+    fn release_held(&mut self) -> Result<usize>;
+}
+
 /// Everything together: what the tap works on. Implemented by itself for whatever has all the parts.
 pub trait VmiDriver:
-    VmiInfo + VmiRead + VmiWrite + VmiRegisters + VmiViews + VmiProtection + VmiFrames + VmiEvents + VmiInject + VmiControl + Send
+    VmiInfo
+    + VmiRead
+    + VmiWrite
+    + VmiRegisters
+    + VmiViews
+    + VmiProtection
+    + VmiFrames
+    + VmiEvents
+    + VmiInject
+    + VmiControl
+    + VmiRepair
+    + Send
 {
 }
 
@@ -220,6 +269,7 @@ impl<T> VmiDriver for T where
         + VmiEvents
         + VmiInject
         + VmiControl
+        + VmiRepair
         + Send
 {
 }

@@ -22,8 +22,8 @@ const EVENTS: u32 = 64;
 enum Sorted {
     /// It is to be answered at once.
     Answer(Course),
-    /// Somebody wants it.
-    Wanted(Box<Pending>),
+    /// Somebody wants it: it is in `Session::pending`.
+    Wanted,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -46,7 +46,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.finish()?;
         }
         self.answer_raw()?;
-        let patience = Instant::now() + PATIENCE;
+        let mut now = self.answered_at.take().unwrap_or_else(Instant::now);
+        let patience = now + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
         let mut left = EVENTS;
         loop {
@@ -54,31 +55,34 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return Ok(Poll::MaxHits);
             }
             // Right after a look at the clock, and the driver looks at it too.
-            let timeout = if left == EVENTS { deadline.saturating_duration_since(Instant::now()) } else { PATIENCE };
-            let event = match self.vmi.driver_mut().wait(timeout)? {
-                Wait::Timeout => return self.flush_followed().map(|()| Poll::Timeout),
-                Wait::Idle => return self.flush_followed().map(|()| Poll::Idle),
-                Wait::Event(event) => event,
+            let timeout = if left == EVENTS { deadline.saturating_duration_since(now) } else { PATIENCE };
+            let wait = self.vmi.driver_mut().wait(timeout);
+            // By reference: an event is large, and this is done once for each.
+            let event = match &wait {
+                Ok(Wait::Event(event)) => event,
+                Ok(Wait::Timeout) => return self.flush_followed().map(|()| Poll::Timeout),
+                Ok(Wait::Idle) => return self.flush_followed().map(|()| Poll::Idle),
+                Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
-            match self.take(&event) {
-                Ok(None) => self.settle()?,
-                Ok(Some(pending)) => {
-                    self.pending = Some(*pending);
+            match self.take(event) {
+                Ok(false) => self.settle()?
+                Ok(true) => {
                     if let Some(hit) = self.next_hit() {
                         return Ok(Poll::Hit(Box::new(hit)));
                     }
                     self.finish()?;
                 }
                 Err(error) => {
-                    self.rescue(&event);
+                    self.rescue(event);
                     return Err(error);
                 }
             }
             left -= 1;
             if left == 0 {
                 left = EVENTS;
-                if Instant::now() >= deadline {
+                now = Instant::now();
+                if now >= deadline {
                     self.flush_followed()?;
                     return Ok(Poll::Timeout);
                 }
@@ -108,18 +112,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         home.filter(|_| view == View::DEFAULT).unwrap_or(view)
     }
 
-    /// Looks at a new event and answers it, unless somebody wants it.
-    fn take(&mut self, event: &VmiEvent) -> Result<Option<Box<Pending>>> {
+    /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
+    fn take(&mut self, event: &VmiEvent) -> Result<bool> {
         let index = usize::from(event.vcpu.0);
         let home = self.home_of(event);
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
             self.finish_write(event.vcpu, &event.registers)?;
         }
         match self.sort(event, home)? {
-            Sorted::Wanted(pending) => Ok(Some(pending)),
+            Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
                 self.go_on(event, home, course, None)?;
-                Ok(None)
+                Ok(false)
             }
         }
     }
@@ -202,11 +206,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if !is_wanted {
             return Sorted::Answer(course);
         }
-        let wants = |id: &TapId| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted);
-        let wanted = owners.iter().copied().filter(wants).collect();
+        owners.retain(|id| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        // Given back by `finish`.
+        let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
         let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);
-        pending.questions = std::mem::take(questions);
-        Sorted::Wanted(Box::new(pending))
+        pending.questions = questions;
+        self.pending = Some(pending);
+        Sorted::Wanted
     }
 
     fn pending(
@@ -246,7 +252,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let at = (va.unwrap_or_default(), pa);
                 let mut pending = Self::pending(event, home, Course::Write, at, access, Vec::new());
                 pending.asking = Some(tap);
-                Ok(Sorted::Wanted(Box::new(pending)))
+                self.pending = Some(pending);
+                Ok(Sorted::Wanted)
             }
             (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
             _ => {
@@ -277,7 +284,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
         let mut pending = Self::pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
         pending.step = done;
-        Sorted::Wanted(Box::new(pending))
+        self.pending = Some(pending);
+        Sorted::Wanted
     }
 
     /// The next tap to be told of the event in hand.
@@ -411,11 +419,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if done.is_err() {
             self.rescue(&pending.event);
         }
+        self.owners = pending.wanted;
         done.and(self.settle())
     }
 
     fn note_hold(&mut self, pending: &Pending) {
-        let held = pending.received.elapsed();
+        let now = Instant::now();
+        let held = now.saturating_duration_since(pending.received);
+        self.answered_at = Some(now);
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());

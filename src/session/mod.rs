@@ -59,6 +59,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     owners: Vec<TapId>,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
+    /// When a hit was answered, for a `poll` right after it.
+    answered_at: Option<Instant>,
     stats: Stats,
     recording: Recording,
     /// The row that is being filled; kept to spare allocations.
@@ -126,6 +128,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             sink: None,
             returns: Returns::default(),
             began,
+            answered_at: None,
             stats: Stats::default(),
             on_write,
             detached: false,

@@ -106,7 +106,7 @@ impl BreakpointController {
         let shadows = &mut self.shadows;
         left.note(shadows.clear(vmi), || "shadow pages".to_owned());
         left.note(self.rights.clear_but(vmi, |view, gfn| shadows.contains(view, gfn)), || "access rights".to_owned());
-        self.monitors.retain(|(view, gfn), _| shadows.contains(*view, *gfn));
+        self.monitors.retain(|view, gfn| shadows.contains(view, gfn));
         left.done()
     }
 
@@ -130,42 +130,45 @@ impl TapEvents for BreakpointController {
 
 impl<D: VmiDriver + ?Sized> TapController<D> for BreakpointController {
     fn insert_breakpoint(&mut self, vmi: &mut VmiCore<D>, pa: Pa, view: View) -> Result<()> {
-        self.insert_page(vmi, pa.gfn(), &[pa.page_offset() as u16], view)
+        self.insert_many(vmi, &[(view, pa)])
     }
 
     fn remove_breakpoint(&mut self, vmi: &mut VmiCore<D>, pa: Pa, view: View) -> Result<()> {
-        self.shadows.remove(vmi, &mut self.rights, view, pa)
+        self.remove_many(vmi, &[(view, pa)])
     }
 
     fn monitor(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, view: View) -> Result<()> {
-        Self::check(vmi, gfn, view, "monitor")?;
-        self.rights.deny(vmi, gfn, view, MemoryAccess::RW)?;
-        *self.monitors.entry((view, gfn)).or_default() += 1;
-        Ok(())
+        self.monitor_many(vmi, &[(view, gfn)])
     }
 
     fn unmonitor(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, view: View) -> Result<()> {
-        super::check_monitored(&self.monitors, gfn, view)?;
-        self.rights.allow(vmi, gfn, view, MemoryAccess::RW)?;
-        super::count_down(&mut self.monitors, (view, gfn));
+        self.unmonitor_many(vmi, &[(view, gfn)])
+    }
+
+    fn insert_many(&mut self, vmi: &mut VmiCore<D>, points: &[(View, Pa)]) -> Result<()> {
+        let mut points = points.to_vec();
+        points.sort_unstable();
+        points.iter().try_for_each(|(view, pa)| Self::check(vmi, pa.gfn(), *view, "insert_breakpoint"))?;
+        self.shadows.insert(vmi, &mut self.rights, &points)
+    }
+
+    fn remove_many(&mut self, vmi: &mut VmiCore<D>, points: &[(View, Pa)]) -> Result<()> {
+        let mut points = points.to_vec();
+        points.sort_unstable();
+        self.shadows.remove(vmi, &mut self.rights, &points)
+    }
+
+    fn monitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+        pages.iter().try_for_each(|(view, gfn)| Self::check(vmi, *gfn, *view, "monitor"))?;
+        self.rights.deny_many(vmi, pages, MemoryAccess::RW)?;
+        self.monitors.add(pages);
         Ok(())
     }
 
-    fn insert_page(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, offsets: &[u16], view: View) -> Result<()> {
-        Self::check(vmi, gfn, view, "insert_breakpoint")?;
-        if let Some(offset) = offsets.iter().find(|offset| u64::from(**offset) >= crate::addr::PAGE_SIZE) {
-            let reason = format!("{offset:#x} is not inside a page");
-            return Err(VmiError::InvalidArgument { what: "offsets", reason });
-        }
-        self.shadows.insert(vmi, &mut self.rights, view, gfn, offsets)
-    }
-
-    fn monitor_many(&mut self, vmi: &mut VmiCore<D>, gfns: &[Gfn], view: View) -> Result<()> {
-        gfns.iter().try_for_each(|gfn| Self::check(vmi, *gfn, view, "monitor"))?;
-        self.rights.deny_many(vmi, gfns, view, MemoryAccess::RW)?;
-        for gfn in gfns {
-            *self.monitors.entry((view, *gfn)).or_default() += 1;
-        }
+    fn unmonitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+        self.monitors.check(pages)?;
+        self.rights.allow_many(vmi, pages, MemoryAccess::RW)?;
+        self.monitors.remove(pages);
         Ok(())
     }
 }

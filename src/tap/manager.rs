@@ -5,6 +5,7 @@
 use std::hash::Hash;
 
 use super::books::{Books, Entry, Mapping, Place, id_hash};
+use super::guarded::guarded;
 use super::{Left, TapController, TapEvents};
 use crate::addr::{Gfn, Pa, Va, View};
 use crate::arch::amd64::AddressContext;
@@ -137,6 +138,23 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         self.insert_all(vmi, controller, breakpoints.into_iter().map(|breakpoint| (breakpoint, Where::Translate)))
     }
 
+    /// As [`Self::insert_many`], with the physical addresses as the caller knows them: `None` where the page is not there.
+    ///
+    /// # Errors
+    /// As [`Self::insert_with_hint`], the first one's.
+    pub fn insert_many_with_hints<D, C>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        controller: &mut C,
+        breakpoints: Vec<(Breakpoint<K, T>, Option<Pa>)>,
+    ) -> Result<Vec<bool>>
+    where
+        D: VmiDriver + ?Sized,
+        C: TapController<D> + ?Sized,
+    {
+        self.insert_all(vmi, controller, breakpoints.into_iter().map(|(breakpoint, pa)| (breakpoint, Where::Given(pa))))
+    }
+
     fn insert_all<D, C>(
         &mut self,
         vmi: &mut VmiCore<D>,
@@ -157,15 +175,13 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
                 break;
             }
         }
-        match result.and_then(|()| self.plant(vmi, controller, &mut steps)) {
-            Ok(()) => Ok(new),
-            Err(error) => {
-                for (id, is_new) in recorded.into_iter().rev() {
-                    self.books.unrecord(id, is_new);
-                }
-                Err(error)
+        guarded(controller, |controller| {
+            let Err(error) = result.and_then(|()| self.plant(vmi, controller, &mut steps)) else { return Ok(new) };
+            for (id, is_new) in recorded.into_iter().rev() {
+                self.books.unrecord(id, is_new);
             }
-        }
+            Err(error)
+        })
     }
 
     fn record_one<D: VmiDriver + ?Sized>(
@@ -353,16 +369,18 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             }
         }
         let mut places: Vec<_> = steps.iter().map(|(view, pa, _)| (*view, *pa)).collect();
-        if let Err(error) = self.unplant(vmi, controller, &mut places) {
-            for (id, _, old) in moved {
-                self.books.set_mapping(id, root, old);
+        guarded(controller, |controller| {
+            if let Err(error) = self.unplant(vmi, controller, &mut places) {
+                for (id, _, old) in moved {
+                    self.books.set_mapping(id, root, old);
+                }
+                return Err(error);
             }
-            return Err(error);
-        }
-        for (view, pa, id) in steps {
-            self.books.detach(view, pa, id);
-        }
-        Ok(moved.len())
+            for (view, pa, id) in steps {
+                self.books.detach(view, pa, id);
+            }
+            Ok(moved.len())
+        })
     }
 
     /// A page came: what waits at `va` under `root` is planted at `pa`, in every view. Returns how many were planted.
@@ -382,16 +400,18 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             self.books.attach(*view, pa, *id);
         }
         let mut steps: Vec<_> = fresh.iter().map(|(_, view)| (*view, pa)).collect();
-        if let Err(error) = self.plant(vmi, controller, &mut steps) {
-            for (id, view) in fresh {
-                self.books.detach(view, pa, id);
+        guarded(controller, |controller| {
+            if let Err(error) = self.plant(vmi, controller, &mut steps) {
+                for (id, view) in fresh {
+                    self.books.detach(view, pa, id);
+                }
+                for (id, _, old) in moved {
+                    self.books.set_mapping(id, root, old);
+                }
+                return Err(error);
             }
-            for (id, _, old) in moved {
-                self.books.set_mapping(id, root, old);
-            }
-            return Err(error);
-        }
-        Ok(moved.len())
+            Ok(moved.len())
+        })
     }
 
     /// The breakpoint of `key` that `event` hit: one of the event's root before a global one.
@@ -483,16 +503,21 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         C: TapController<D> + ?Sized,
     {
         let mut steps: Vec<_> = ids.iter().flat_map(|id| self.books.places(*id)).collect();
-        self.unplant(vmi, controller, &mut steps)?;
+        guarded(controller, |controller| self.unplant(vmi, controller, &mut steps))?;
         for id in ids {
             self.books.forget(*id);
         }
         Ok(())
     }
 
-    /// Whether the places that begin at `steps`, all on one page, are everything the books have on that page.
-    fn is_all_of_page(&self, page: &[(View, Pa)]) -> bool {
-        page.first().is_some_and(|(view, pa)| self.count_on_page(*view, pa.gfn()) == page.len())
+    /// Of sorted places, the pages on which the books have nothing else.
+    fn whole_pages(&self, steps: &[(View, Pa)]) -> Vec<(View, Gfn)> {
+        let pages = steps.chunk_by(|a, b| a.0 == b.0 && a.1.gfn() == b.1.gfn());
+        let whole = pages.filter_map(|page| {
+            let (view, pa) = page.first()?;
+            (self.count_on_page(*view, pa.gfn()) == page.len()).then_some((*view, pa.gfn()))
+        });
+        whole.collect()
     }
 
     /// Plants what the books already have at `steps`: pages that had nothing are monitored first.
@@ -502,7 +527,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         C: TapController<D> + ?Sized,
     {
         if let [(view, pa)] = *steps {
-            let is_first = self.is_all_of_page(steps);
+            let is_first = self.count_on_page(view, pa.gfn()) == 1;
             if is_first {
                 controller.monitor(vmi, pa.gfn(), view)?;
             }
@@ -515,84 +540,38 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             });
         }
         steps.sort_unstable();
-        let mut monitored = Vec::new();
-        let mut planted = 0;
-        let mut result = Ok(());
-        for in_view in steps.chunk_by(|a, b| a.0 == b.0) {
-            let Some((view, _)) = in_view.first().copied() else { continue };
-            let pages = in_view.chunk_by(|a, b| a.1.gfn() == b.1.gfn()).filter(|page| self.is_all_of_page(page));
-            let gfns: Vec<Gfn> = pages.filter_map(|page| page.first()).map(|(_, pa)| pa.gfn()).collect();
-            result = if gfns.is_empty() { Ok(()) } else { controller.monitor_many(vmi, &gfns, view) };
-            if result.is_err() {
-                break;
-            }
-            monitored.push((view, gfns));
-        }
-        if result.is_ok() {
-            for page in steps.chunk_by(|a, b| a.0 == b.0 && a.1.gfn() == b.1.gfn()) {
-                let Some((view, pa)) = page.first().copied() else { continue };
-                let offsets: Vec<u16> = page.iter().map(|(_, pa)| pa.page_offset() as u16).collect();
-                result = controller.insert_page(vmi, pa.gfn(), &offsets, view);
-                if result.is_err() {
-                    break;
-                }
-                planted += page.len();
-            }
-        }
-        result.map_err(|cause| {
+        let fresh = self.whole_pages(steps);
+        controller.monitor_many(vmi, &fresh)?;
+        controller.insert_many(vmi, steps).map_err(|cause| {
             let mut left = Left::default();
-            for (view, pa) in steps.get(..planted).unwrap_or_default().iter().rev() {
-                left.note(controller.remove_breakpoint(vmi, *pa, *view), || format!("a breakpoint at {pa} in view {view}"));
-            }
-            for (view, gfns) in monitored.iter().rev() {
-                for gfn in gfns.iter().rev() {
-                    left.note(controller.unmonitor(vmi, *gfn, *view), || format!("{gfn} monitored in view {view}"));
-                }
-            }
+            left.note(controller.unmonitor_many(vmi, &fresh), || format!("{} pages monitored", fresh.len()));
             left.after(cause)
         })
     }
 
-    /// Removes what the books still have at `steps`: pages that keep nothing are no longer monitored then. The last page
-    /// goes first, so that undoing, which goes the other way, gets the frames in the order they were taken.
+    /// Removes what the books still have at `steps`: pages that keep nothing are no longer monitored then.
     fn unplant<D, C>(&self, vmi: &mut VmiCore<D>, controller: &mut C, steps: &mut [(View, Pa)]) -> Result<()>
     where
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
-        steps.sort_unstable_by(|a, b| b.cmp(a));
-        let same_page = |a: &(View, Pa), b: &(View, Pa)| a.0 == b.0 && a.1.gfn() == b.1.gfn();
-        let mut removed = 0;
-        let mut unmonitored = Vec::new();
-        let mut result = Ok(());
-        'pages: for page in steps.chunk_by(same_page) {
-            for (view, pa) in page {
-                result = controller.remove_breakpoint(vmi, *pa, *view);
-                if result.is_err() {
-                    break 'pages;
-                }
-                removed += 1;
+        if let [(view, pa)] = *steps {
+            controller.remove_breakpoint(vmi, pa, view)?;
+            if self.count_on_page(view, pa.gfn()) > 1 {
+                return Ok(());
             }
-            if let Some((view, pa)) = page.first().filter(|_| self.is_all_of_page(page)) {
-                result = controller.unmonitor(vmi, pa.gfn(), *view);
-                if result.is_err() {
-                    break;
-                }
-                unmonitored.push((*view, pa.gfn()));
-            }
+            return controller.unmonitor(vmi, pa.gfn(), view).map_err(|cause| {
+                let mut left = Left::default();
+                left.note(controller.insert_breakpoint(vmi, pa, view), || format!("no breakpoint at {pa} in view {view}"));
+                left.after(cause)
+            });
         }
-        result.map_err(|cause| {
+        steps.sort_unstable();
+        let last = self.whole_pages(steps);
+        controller.remove_many(vmi, steps)?;
+        controller.unmonitor_many(vmi, &last).map_err(|cause| {
             let mut left = Left::default();
-            for page in steps.get(..removed).unwrap_or_default().chunk_by(same_page).rev() {
-                let Some((view, pa)) = page.first() else { continue };
-                if unmonitored.pop_if(|last| *last == (*view, pa.gfn())).is_some() {
-                    let what = || format!("{} not monitored in view {view}", pa.gfn());
-                    left.note(controller.monitor(vmi, pa.gfn(), *view), what);
-                }
-                for (view, pa) in page.iter().rev() {
-                    left.note(controller.insert_breakpoint(vmi, *pa, *view), || format!("no breakpoint at {pa} in view {view}"));
-                }
-            }
+            left.note(controller.insert_many(vmi, steps), || format!("{} breakpoints missing", steps.len()));
             left.after(cause)
         })
     }

@@ -2,7 +2,7 @@
 
 use rustc_hash::FxHashMap;
 
-use super::{Rights, TapController, TapEvents};
+use super::{Monitors, Rights, TapController, TapEvents};
 use crate::addr::{Gfn, MemoryAccess, Pa, View};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
@@ -15,7 +15,7 @@ use crate::event::{EventReason, VmiEvent};
 #[derive(Default)]
 pub struct MemoryController {
     rights: Rights,
-    monitors: FxHashMap<(View, Gfn), u32>,
+    monitors: Monitors,
     references: FxHashMap<(View, Pa), u32>,
 }
 
@@ -68,25 +68,24 @@ impl<D: VmiDriver + ?Sized> TapController<D> for MemoryController {
     }
 
     fn monitor(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, view: View) -> Result<()> {
-        super::check_page(vmi, gfn)?;
-        self.rights.deny(vmi, gfn, view, MemoryAccess::X)?;
-        *self.monitors.entry((view, gfn)).or_default() += 1;
-        Ok(())
+        self.monitor_many(vmi, &[(view, gfn)])
     }
 
     fn unmonitor(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, view: View) -> Result<()> {
-        super::check_monitored(&self.monitors, gfn, view)?;
-        self.rights.allow(vmi, gfn, view, MemoryAccess::X)?;
-        super::count_down(&mut self.monitors, (view, gfn));
+        self.unmonitor_many(vmi, &[(view, gfn)])
+    }
+
+    fn monitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+        pages.iter().try_for_each(|(_, gfn)| super::check_page(vmi, *gfn))?;
+        self.rights.deny_many(vmi, pages, MemoryAccess::X)?;
+        self.monitors.add(pages);
         Ok(())
     }
 
-    fn monitor_many(&mut self, vmi: &mut VmiCore<D>, gfns: &[Gfn], view: View) -> Result<()> {
-        gfns.iter().try_for_each(|gfn| super::check_page(vmi, *gfn))?;
-        self.rights.deny_many(vmi, gfns, view, MemoryAccess::X)?;
-        for gfn in gfns {
-            *self.monitors.entry((view, *gfn)).or_default() += 1;
-        }
+    fn unmonitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+        self.monitors.check(pages)?;
+        self.rights.allow_many(vmi, pages, MemoryAccess::X)?;
+        self.monitors.remove(pages);
         Ok(())
     }
 }

@@ -2,6 +2,8 @@
 
 mod books;
 mod breakpoint;
+mod frames;
+mod guarded;
 mod manager;
 mod memory;
 mod policy;
@@ -16,6 +18,8 @@ pub use rights::Rights;
 
 use rustc_hash::FxHashMap;
 
+use guarded::{Guarded, guarded};
+
 use crate::addr::{Gfn, PAGE_SIZE, Pa, View};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
@@ -29,6 +33,8 @@ pub trait TapEvents {
 }
 
 /// How execution at an address is caught. Every call does all it is asked for, or fails with nothing changed.
+///
+/// A [`BreakpointManager`] takes a call that panics for one that failed: it undoes what it had done before, and the panic goes on then.
 pub trait TapController<D: VmiDriver + ?Sized>: TapEvents {
     /// Catches execution at `pa` in `view`, or counts one more reference there.
     fn insert_breakpoint(&mut self, vmi: &mut VmiCore<D>, pa: Pa, view: View) -> Result<()>;
@@ -45,34 +51,58 @@ pub trait TapController<D: VmiDriver + ?Sized>: TapEvents {
     /// Takes one [`Self::monitor`] back; the last one restores the rights that were found. To be called after the last remove.
     fn unmonitor(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, view: View) -> Result<()>;
 
-    /// [`Self::insert_breakpoint`] at every offset of one page; one that is there twice counts twice. All or none.
-    fn insert_page(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, offsets: &[u16], view: View) -> Result<()> {
-        for (index, offset) in offsets.iter().enumerate() {
-            if let Err(cause) = self.insert_breakpoint(vmi, gfn.pa(u64::from(*offset)), view) {
-                let mut left = Left::default();
-                for offset in offsets.get(..index).unwrap_or_default().iter().rev() {
-                    let pa = gfn.pa(u64::from(*offset));
-                    left.note(self.remove_breakpoint(vmi, pa, view), || format!("a breakpoint at {pa} in view {view}"));
-                }
-                return Err(left.after(cause));
-            }
-        }
-        Ok(())
+    /// [`Self::insert_breakpoint`] at every point; one that is there twice counts twice. All or none.
+    fn insert_many(&mut self, vmi: &mut VmiCore<D>, points: &[(View, Pa)]) -> Result<()> {
+        let what = |(view, pa): &(View, Pa)| format!("a breakpoint at {pa} in view {view}");
+        all_or_none(points.iter(), what, self, |controller, (view, pa), forward| {
+            if forward { controller.insert_breakpoint(vmi, *pa, *view) } else { controller.remove_breakpoint(vmi, *pa, *view) }
+        })
+    }
+
+    /// [`Self::remove_breakpoint`] at every point, the last one first. All or none.
+    fn remove_many(&mut self, vmi: &mut VmiCore<D>, points: &[(View, Pa)]) -> Result<()> {
+        let what = |(view, pa): &(View, Pa)| format!("no breakpoint at {pa} in view {view}");
+        all_or_none(points.iter().rev(), what, self, |controller, (view, pa), forward| {
+            if forward { controller.remove_breakpoint(vmi, *pa, *view) } else { controller.insert_breakpoint(vmi, *pa, *view) }
+        })
     }
 
     /// [`Self::monitor`] of every page. All or none.
-    fn monitor_many(&mut self, vmi: &mut VmiCore<D>, gfns: &[Gfn], view: View) -> Result<()> {
-        for (index, gfn) in gfns.iter().enumerate() {
-            if let Err(cause) = self.monitor(vmi, *gfn, view) {
-                let mut left = Left::default();
-                for gfn in gfns.get(..index).unwrap_or_default().iter().rev() {
-                    left.note(self.unmonitor(vmi, *gfn, view), || format!("a monitored frame {gfn} in view {view}"));
-                }
-                return Err(left.after(cause));
+    fn monitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+        let what = |(view, gfn): &(View, Gfn)| format!("frame {gfn} monitored in view {view}");
+        all_or_none(pages.iter(), what, self, |controller, (view, gfn), forward| {
+            if forward { controller.monitor(vmi, *gfn, *view) } else { controller.unmonitor(vmi, *gfn, *view) }
+        })
+    }
+
+    /// [`Self::unmonitor`] of every page, the last one first. All or none.
+    fn unmonitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+        let what = |(view, gfn): &(View, Gfn)| format!("frame {gfn} not monitored in view {view}");
+        all_or_none(pages.iter().rev(), what, self, |controller, (view, gfn), forward| {
+            if forward { controller.unmonitor(vmi, *gfn, *view) } else { controller.monitor(vmi, *gfn, *view) }
+        })
+    }
+}
+
+/// Does `step` for one item after the other; on an error, or a panic of the controller's, back again (then the last argument is
+/// false), the last one first.
+fn all_or_none<T: Copy, C: ?Sized>(
+    items: impl DoubleEndedIterator<Item = T> + ExactSizeIterator + Clone,
+    what: impl Fn(T) -> String,
+    controller: &mut C,
+    mut step: impl FnMut(&mut Guarded<'_, C>, T, bool) -> Result<()>,
+) -> Result<()> {
+    guarded(controller, |controller| {
+        for (index, item) in items.clone().enumerate() {
+            let Err(cause) = step(controller, item, true) else { continue };
+            let mut left = Left::default();
+            for done in items.take(index).rev() {
+                left.note(step(controller, done, false), || what(done));
             }
+            return Err(left.after(cause));
         }
         Ok(())
-    }
+    })
 }
 
 macro_rules! forward {
@@ -101,12 +131,20 @@ macro_rules! forward {
                 (**self).unmonitor(vmi, gfn, view)
             }
 
-            fn insert_page(&mut self, vmi: &mut VmiCore<D>, gfn: Gfn, offsets: &[u16], view: View) -> Result<()> {
-                (**self).insert_page(vmi, gfn, offsets, view)
+            fn insert_many(&mut self, vmi: &mut VmiCore<D>, points: &[(View, Pa)]) -> Result<()> {
+                (**self).insert_many(vmi, points)
             }
 
-            fn monitor_many(&mut self, vmi: &mut VmiCore<D>, gfns: &[Gfn], view: View) -> Result<()> {
-                (**self).monitor_many(vmi, gfns, view)
+            fn remove_many(&mut self, vmi: &mut VmiCore<D>, points: &[(View, Pa)]) -> Result<()> {
+                (**self).remove_many(vmi, points)
+            }
+
+            fn monitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+                (**self).monitor_many(vmi, pages)
+            }
+
+            fn unmonitor_many(&mut self, vmi: &mut VmiCore<D>, pages: &[(View, Gfn)]) -> Result<()> {
+                (**self).unmonitor_many(vmi, pages)
             }
         }
     };
@@ -160,21 +198,47 @@ fn check_page<D: VmiDriver + ?Sized>(vmi: &VmiCore<D>, gfn: Gfn) -> Result<()> {
 }
 
 /// How often pages are monitored.
-type Monitors = FxHashMap<(View, Gfn), u32>;
+#[derive(Default)]
+struct Monitors(FxHashMap<(View, Gfn), u32>);
 
-/// An error unless the page is monitored: taking back what one does not hold would take it from somebody else.
-fn check_monitored(monitors: &Monitors, gfn: Gfn, view: View) -> Result<()> {
-    if monitors.contains_key(&(view, gfn)) {
-        return Ok(());
-    }
-    Err(VmiError::InvalidArgument { what: "gfn", reason: format!("frame {gfn} is not monitored in view {view}") })
-}
-
-fn count_down(monitors: &mut Monitors, page: (View, Gfn)) {
-    if let Some(count) = monitors.get_mut(&page) {
-        *count -= 1;
-        if *count == 0 {
-            monitors.remove(&page);
+impl Monitors {
+    fn add(&mut self, pages: &[(View, Gfn)]) {
+        for page in pages {
+            *self.0.entry(*page).or_default() += 1;
         }
+    }
+
+    /// An error unless each page is monitored as often as it is in `pages`: taking back what one does not hold would take it from
+    /// somebody else.
+    fn check(&self, pages: &[(View, Gfn)]) -> Result<()> {
+        let mut sorted = pages.to_vec();
+        sorted.sort_unstable();
+        for same in sorted.chunk_by(PartialEq::eq) {
+            let Some((view, gfn)) = same.first() else { continue };
+            if self.0.get(&(*view, *gfn)).is_none_or(|count| (*count as usize) < same.len()) {
+                let reason = format!("frame {gfn} is not monitored in view {view}");
+                return Err(VmiError::InvalidArgument { what: "gfn", reason });
+            }
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self, pages: &[(View, Gfn)]) {
+        for page in pages {
+            if let Some(count) = self.0.get_mut(page) {
+                *count -= 1;
+                if *count == 0 {
+                    self.0.remove(page);
+                }
+            }
+        }
+    }
+
+    fn retain(&mut self, keep: impl Fn(View, Gfn) -> bool) {
+        self.0.retain(|(view, gfn), _| keep(*view, *gfn));
+    }
+
+    fn clear(&mut self) {
+        self.0.clear();
     }
 }

@@ -1,6 +1,6 @@
 //! Who denies which access on which page, counted, so that several users of one page compose.
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashMap;
 
 use super::Left;
 use crate::addr::{Gfn, MemoryAccess, View};
@@ -25,9 +25,17 @@ impl Page {
         taken.fold(MemoryAccess::NONE, |all, (bit, _)| all | *bit)
     }
 
+    /// Whether nobody denies anything.
+    fn is_free(&self) -> bool {
+        self.counts == [0; 3]
+    }
+
     /// What is left. Second-level tables know no page that is writable and not readable (Intel SDM vol. 3, "EPT
     /// Misconfigurations"), so whoever takes R takes W with it.
     fn left(&self) -> MemoryAccess {
+        if self.is_free() {
+            return self.found;
+        }
         let left = self.found.without(self.denied());
         if left.contains(MemoryAccess::R) { left } else { left.without(MemoryAccess::W) }
     }
@@ -47,6 +55,43 @@ impl Page {
         }
         Some(self)
     }
+}
+
+/// What a page is to become.
+struct Change {
+    at: (View, Gfn),
+    before: MemoryAccess,
+    page: Page,
+}
+
+/// Sets the rights of all pages whose rights change, or on an error of none. They are in the order of their views.
+fn set_rights<D: VmiDriver + ?Sized>(vmi: &mut VmiCore<D>, changes: &[Change]) -> Result<()> {
+    let multi = vmi.driver().caps().multi_access;
+    let mut done: Vec<((View, Gfn), MemoryAccess)> = Vec::new();
+    for in_view in changes.chunk_by(|a, b| a.at.0 == b.at.0) {
+        let changed = || in_view.iter().filter(|change| change.page.left() != change.before);
+        let Some(view) = changed().next().map(|change| change.at.0) else { continue };
+        let result = if multi && changed().nth(1).is_some() {
+            let pages: Vec<_> = changed().map(|change| (change.at.1, change.page.left())).collect();
+            let result = vmi.driver_mut().set_memory_access_multi(view, &pages);
+            result.map(|()| done.extend(changed().map(|change| (change.at, change.before))))
+        } else {
+            changed().try_for_each(|change| {
+                vmi.driver_mut().set_memory_access(view, change.at.1, change.page.left())?;
+                done.push((change.at, change.before));
+                Ok(())
+            })
+        };
+        if let Err(cause) = result {
+            let mut left = Left::default();
+            for ((view, gfn), before) in done.into_iter().rev() {
+                let what = || format!("frame {gfn} in view {view} without its access {before}");
+                left.note(vmi.driver_mut().set_memory_access(view, gfn, before), what);
+            }
+            return Err(left.after(cause));
+        }
+    }
+    Ok(())
 }
 
 /// The pages whose rights were taken away, by how many, and what they had before.
@@ -74,27 +119,7 @@ impl Rights {
         view: View,
         access: MemoryAccess,
     ) -> Result<()> {
-        let (before, page) = self.denied_once_more(vmi, gfn, view, access)?;
-        if page.left() != before {
-            vmi.driver_mut().set_memory_access(view, gfn, page.left())?;
-        }
-        self.pages.insert((view, gfn), page);
-        Ok(())
-    }
-
-    /// The rights the page has now, and what it would be with one more denial.
-    fn denied_once_more<D: VmiDriver + ?Sized>(
-        &self,
-        vmi: &VmiCore<D>,
-        gfn: Gfn,
-        view: View,
-        access: MemoryAccess,
-    ) -> Result<(MemoryAccess, Page)> {
-        if let Some(page) = self.pages.get(&(view, gfn)) {
-            return Ok((page.left(), page.deny(access)));
-        }
-        let found = vmi.driver().memory_access(view, gfn)?;
-        Ok((found, Page { found, counts: [0; 3] }.deny(access)))
+        self.deny_many(vmi, &[(view, gfn)], access)
     }
 
     /// Takes one denial of `access` back. The last one restores the rights that were found, and forgets the page.
@@ -108,60 +133,72 @@ impl Rights {
         view: View,
         access: MemoryAccess,
     ) -> Result<()> {
-        let held = self.pages.get(&(view, gfn));
-        let after = held.and_then(|page| Some((page.left(), page.allow(access)?)));
-        let Some((before, page)) = after else {
-            let reason = format!("{access} is not denied on frame {gfn} in view {view}");
-            return Err(VmiError::InvalidArgument { what: "access", reason });
-        };
-        let last = page.counts == [0; 3];
-        let rights = if last { page.found } else { page.left() };
-        if rights != before {
-            vmi.driver_mut().set_memory_access(view, gfn, rights)?;
-        }
-        if last {
-            self.pages.remove(&(view, gfn));
-        } else {
-            self.pages.insert((view, gfn), page);
-        }
-        Ok(())
+        self.allow_many(vmi, &[(view, gfn)], access)
     }
 
-    /// As [`Self::deny`] for many pages, all or none: one call sets the rights of all of them where the driver has such a call.
+    /// As [`Self::deny`] for many pages, all or none: one call a view sets the rights of all of them where the driver has such a
+    /// call. A page that is there twice counts twice.
     ///
     /// # Errors
     /// The driver's, with nothing changed; [`VmiError::UndoFailed`] if putting back failed.
     pub fn deny_many<D: VmiDriver + ?Sized>(
         &mut self,
         vmi: &mut VmiCore<D>,
-        gfns: &[Gfn],
-        view: View,
+        pages: &[(View, Gfn)],
         access: MemoryAccess,
     ) -> Result<()> {
-        let distinct = || gfns.iter().collect::<FxHashSet<_>>().len() == gfns.len();
-        if gfns.len() > 1 && vmi.driver().caps().multi_access && distinct() {
-            let mut pages = Vec::with_capacity(gfns.len());
-            let mut changes = Vec::new();
-            for &gfn in gfns {
-                let (before, page) = self.denied_once_more(vmi, gfn, view, access)?;
-                if page.left() != before {
-                    changes.push((gfn, page.left()));
-                }
-                pages.push(((view, gfn), page));
+        self.change_many(vmi, pages, |vmi, (view, gfn), held| {
+            if let Some(page) = held {
+                return Ok((page.left(), page.deny(access)));
             }
-            if !changes.is_empty() {
-                vmi.driver_mut().set_memory_access_multi(view, &changes)?;
+            let found = vmi.driver().memory_access(view, gfn)?;
+            Ok((found, Page { found, counts: [0; 3] }.deny(access)))
+        })
+    }
+
+    /// As [`Self::allow`] for many pages, all or none, with calls as [`Self::deny_many`].
+    ///
+    /// # Errors
+    /// As [`Self::allow`]; [`VmiError::UndoFailed`] if putting back failed.
+    pub fn allow_many<D: VmiDriver + ?Sized>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        pages: &[(View, Gfn)],
+        access: MemoryAccess,
+    ) -> Result<()> {
+        self.change_many(vmi, pages, |_, (view, gfn), held| {
+            let after = held.and_then(|page| Some((page.left(), page.allow(access)?)));
+            after.ok_or_else(|| {
+                let reason = format!("{access} is not denied on frame {gfn} in view {view}");
+                VmiError::InvalidArgument { what: "access", reason }
+            })
+        })
+    }
+
+    /// Finds out what becomes of each page, then asks the driver, and only then notes it down.
+    fn change_many<D: VmiDriver + ?Sized>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        pages: &[(View, Gfn)],
+        step: impl Fn(&VmiCore<D>, (View, Gfn), Option<Page>) -> Result<(MemoryAccess, Page)>,
+    ) -> Result<()> {
+        let mut sorted = pages.to_vec();
+        sorted.sort_unstable();
+        let mut changes = Vec::with_capacity(sorted.len());
+        for same in sorted.chunk_by(PartialEq::eq) {
+            let Some(at) = same.first().copied() else { continue };
+            let (before, mut page) = step(vmi, at, self.pages.get(&at).copied())?;
+            for _ in same.iter().skip(1) {
+                page = step(vmi, at, Some(page))?.1;
             }
-            self.pages.extend(pages);
-            return Ok(());
+            changes.push(Change { at, before, page });
         }
-        for (index, &gfn) in gfns.iter().enumerate() {
-            if let Err(cause) = self.deny(vmi, gfn, view, access) {
-                let mut left = Left::default();
-                for &gfn in gfns.get(..index).unwrap_or_default().iter().rev() {
-                    left.note(self.allow(vmi, gfn, view, access), || format!("{access} denied on {gfn} in view {view}"));
-                }
-                return Err(left.after(cause));
+        set_rights(vmi, &changes)?;
+        for Change { at, page, .. } in changes {
+            if page.is_free() {
+                self.pages.remove(&at);
+            } else {
+                self.pages.insert(at, page);
             }
         }
         Ok(())

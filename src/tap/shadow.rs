@@ -2,6 +2,7 @@
 
 use rustc_hash::FxHashMap;
 
+use super::frames::FramePool;
 use super::{Left, Rights};
 use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, View};
 use crate::core::VmiCore;
@@ -54,6 +55,43 @@ fn with(points: &[Point], offsets: &[u16]) -> Box<[Point]> {
     points.into_boxed_slice()
 }
 
+/// The points with one reference less at each of `offsets`; the offset that has none on an error.
+fn without(points: &[Point], offsets: &[u16]) -> std::result::Result<Box<[Point]>, u16> {
+    let mut points = points.to_vec();
+    for &offset in offsets {
+        let index = points.binary_search_by_key(&offset, |point| point.offset).map_err(|_| offset)?;
+        let point = points.get_mut(index).ok_or(offset)?;
+        point.count = point.count.checked_sub(1).ok_or(offset)?;
+    }
+    points.retain(|point| point.count > 0);
+    Ok(points.into_boxed_slice())
+}
+
+/// Cuts sorted points into pages, each with its offsets.
+fn pages_of(points: &[(View, Pa)]) -> impl Iterator<Item = ((View, Gfn), Vec<u16>)> {
+    let pages = points.chunk_by(|a, b| a.0 == b.0 && a.1.gfn() == b.1.gfn());
+    pages.filter_map(|page| {
+        let (view, pa) = page.first()?;
+        Some(((*view, pa.gfn()), page.iter().map(|(_, pa)| pa.page_offset() as u16).collect()))
+    })
+}
+
+/// Frames that are ascending, in words.
+fn frames(frames: &[Gfn]) -> String {
+    frames.first().map_or_else(String::new, |first| format!("{} frames from frame {first} on", frames.len()))
+}
+
+/// How one page was.
+struct Undo {
+    at: (View, Gfn),
+    /// The frame it has or had.
+    frame: Gfn,
+    /// The breakpoints it had; `None` if it showed itself.
+    points: Option<Box<[Point]>>,
+    /// Bytes of the frame that were written over.
+    old: Option<(Pa, Vec<u8>)>,
+}
+
 /// All shadow pages. Every call does all it is asked for, or fails with nothing changed.
 ///
 /// While a page has a shadow, the shadow itself holds a denial of reads and writes on it, whether or not anyone monitors the page:
@@ -63,8 +101,7 @@ pub(super) struct ShadowPages {
     pages: FxHashMap<(View, Gfn), Shadow>,
     /// The views that have shadow pages, and how many.
     views: Vec<(View, usize)>,
-    /// Frames that could not be given back when everything was cleared.
-    orphans: Vec<Gfn>,
+    frames: FramePool,
 }
 
 impl ShadowPages {
@@ -91,7 +128,7 @@ impl ShadowPages {
     }
 
     pub(super) fn frames(&self) -> usize {
-        self.pages.len() + self.orphans.len()
+        self.pages.len() + self.frames.spare()
     }
 
     fn add(&mut self, view: View, gfn: Gfn, shadow: Shadow) {
@@ -102,10 +139,9 @@ impl ShadowPages {
         }
     }
 
-    fn forget(&mut self, view: View, gfn: Gfn) {
-        if self.pages.remove(&(view, gfn)).is_none() {
-            return;
-        }
+    /// Forgets a page; what was on it.
+    fn forget(&mut self, view: View, gfn: Gfn) -> Option<Box<[Point]>> {
+        let shadow = self.pages.remove(&(view, gfn))?;
         if let Some(index) = self.views.iter().position(|(known, _)| *known == view)
             && let Some((_, count)) = self.views.get_mut(index)
         {
@@ -114,79 +150,180 @@ impl ShadowPages {
                 self.views.swap_remove(index);
             }
         }
+        Some(shadow.points)
     }
 
-    /// One reference more at each of `offsets`.
+    /// One reference more at each of `points`, which are sorted.
     pub(super) fn insert<D: VmiDriver + ?Sized>(
         &mut self,
         vmi: &mut VmiCore<D>,
         rights: &mut Rights,
-        view: View,
-        gfn: Gfn,
-        offsets: &[u16],
+        points: &[(View, Pa)],
     ) -> Result<()> {
-        if offsets.is_empty() {
-            return Ok(());
-        }
+        let new: Vec<_> = pages_of(points).map(|(at, _)| at).filter(|at| !self.pages.contains_key(at)).collect();
+        let fresh = self.frames.reserve(vmi, new.len())?;
+        let mut undo = Vec::new();
+        // The pages stop being readable before they show what must not be read.
+        let result = rights.deny_many(vmi, &new, MemoryAccess::RW).and_then(|()| {
+            let result = pages_of(points).try_for_each(|(at, offsets)| self.insert_page(vmi, at, &offsets, &mut undo));
+            result.map_err(|cause| {
+                let mut left = self.undo(vmi, undo);
+                // What could not be hidden again must not be readable.
+                let hidden: Vec<_> = new.iter().copied().filter(|at| !self.pages.contains_key(at)).collect();
+                left.note(rights.allow_many(vmi, &hidden, MemoryAccess::RW), || format!("{} pages execute-only", hidden.len()));
+                left.after(cause)
+            })
+        });
+        result.map_err(|cause| {
+            let mut left = Left::default();
+            left.note(self.frames.release(vmi, &fresh), || frames(&fresh));
+            left.after(cause)
+        })
+    }
+
+    fn insert_page<D: VmiDriver + ?Sized>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        (view, gfn): (View, Gfn),
+        offsets: &[u16],
+        undo: &mut Vec<Undo>,
+    ) -> Result<()> {
         let Some(shadow) = self.pages.get_mut(&(view, gfn)) else {
             let points = with(&[], offsets);
-            // The page stops being readable before it shows what must not be read.
-            rights.deny(vmi, gfn, view, MemoryAccess::RW)?;
-            let frame = build(vmi, view, gfn, &points).map_err(|cause| {
-                let mut left = Left::default();
-                left.note(rights.allow(vmi, gfn, view, MemoryAccess::RW), || format!("frame {gfn} execute-only in view {view}"));
-                left.after(cause)
-            })?;
+            let mut bytes = [0; PAGE_SIZE as usize];
+            vmi.read_pa(gfn.pa(0), &mut bytes)?;
+            Shadow::plant(&points, 0, &mut bytes);
+            let none = VmiError::Driver { op: "allocating frames", errno: 0, detail: "fewer came than were wanted".to_owned() };
+            let frame = self.frames.take().ok_or(none)?;
+            let shown = vmi.write_pa(frame.pa(0), &bytes).and_then(|()| vmi.driver_mut().remap(view, gfn, Some(frame)));
+            if let Err(cause) = shown {
+                self.frames.put(frame);
+                return Err(cause);
+            }
             self.add(view, gfn, Shadow { frame, points });
+            undo.push(Undo { at: (view, gfn), frame, points: None, old: None });
             return Ok(());
         };
-        let is_new = |offset: &&u16| shadow.points.binary_search_by_key(*offset, |point| point.offset).is_err();
-        let first = offsets.iter().filter(is_new).min().copied();
-        let last = offsets.iter().filter(is_new).max().copied();
         let points = with(&shadow.points, offsets);
-        if let (Some(first), Some(last)) = (first, last) {
-            // One write from the first new byte to the last: what lies between is written as it is.
-            let mut bytes = vec![INT3; usize::from(last - first) + 1];
-            if bytes.len() > 1 {
-                vmi.read_pa(shadow.frame.pa(first.into()), &mut bytes)?;
-                Shadow::plant(&points, first.into(), &mut bytes);
+        let is_new = |offset: &&u16| shadow.points.binary_search_by_key(*offset, |point| point.offset).is_err();
+        let new = offsets.iter().filter(is_new);
+        // One write from the first new byte to the last: what lies between is written as it is.
+        let old = match (new.clone().min(), new.max()) {
+            (Some(first), Some(last)) => {
+                let at = shadow.frame.pa(u64::from(*first));
+                let mut bytes = vec![0; usize::from(last - first) + 1];
+                vmi.read_pa(at, &mut bytes)?;
+                let old = bytes.clone();
+                Shadow::plant(&points, u64::from(*first), &mut bytes);
+                vmi.write_pa(at, &bytes)?;
+                Some((at, old))
             }
-            vmi.write_pa(shadow.frame.pa(first.into()), &bytes)?;
-        }
-        shadow.points = points;
+            _ => None,
+        };
+        let before = std::mem::replace(&mut shadow.points, points);
+        undo.push(Undo { at: (view, gfn), frame: shadow.frame, points: Some(before), old });
         Ok(())
     }
 
-    /// One reference less at `pa`.
+    /// One reference less at each of `points`, which are sorted.
     pub(super) fn remove<D: VmiDriver + ?Sized>(
         &mut self,
         vmi: &mut VmiCore<D>,
         rights: &mut Rights,
-        view: View,
-        pa: Pa,
+        points: &[(View, Pa)],
     ) -> Result<()> {
-        let gfn = pa.gfn();
-        let missing = || VmiError::BreakpointNotFound { pa, view };
-        let shadow = self.pages.get_mut(&(view, gfn)).ok_or_else(missing)?;
-        let offset = pa.page_offset() as u16;
-        let index = shadow.points.binary_search_by_key(&offset, |point| point.offset).map_err(|_| missing())?;
-        let point = shadow.points.get_mut(index).ok_or_else(missing)?;
-        if point.count > 1 {
-            point.count -= 1;
-            return Ok(());
+        let mut pages = Vec::new();
+        for ((view, gfn), offsets) in pages_of(points) {
+            let held = self.pages.get(&(view, gfn)).map_or(&[] as &[Point], |shadow| &shadow.points);
+            let after = without(held, &offsets);
+            pages.push(((view, gfn), after.map_err(|offset| VmiError::BreakpointNotFound { pa: gfn.pa(offset.into()), view })?));
         }
-        if shadow.points.len() > 1 {
-            // What the guest has there now, which may be newer than the breakpoint.
-            let mut byte = [0];
-            vmi.read_pa(pa, &mut byte)?;
-            vmi.write_pa(shadow.frame.pa(pa.page_offset()), &byte)?;
-            shadow.points = shadow.points.iter().filter(|point| point.offset != offset).copied().collect();
-            return Ok(());
-        }
+        let last: Vec<_> = pages.iter().filter(|(_, after)| after.is_empty()).map(|(at, _)| *at).collect();
+        let mut undo = Vec::new();
+        // From the last page to the first, so that undoing, which goes the other way, gives each page the frame it had.
+        let gone = pages.into_iter().rev().try_for_each(|(at, after)| self.remove_page(vmi, at, after, &mut undo));
+        let allowed = gone.and_then(|()| rights.allow_many(vmi, &last, MemoryAccess::RW));
+        let result = allowed.and_then(|()| {
+            self.frames.trim(vmi, self.pages.len()).map_err(|cause| {
+                let mut left = Left::default();
+                if left.note(rights.deny_many(vmi, &last, MemoryAccess::RW), || format!("{} pages readable", last.len())) {
+                    // Without the denial the breakpoints must not be shown again.
+                    undo.retain(|step| self.pages.contains_key(&step.at));
+                }
+                left.after(cause)
+            })
+        });
+        result.map_err(|cause| self.undo(vmi, undo).after(cause))
+    }
+
+    fn remove_page<D: VmiDriver + ?Sized>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        (view, gfn): (View, Gfn),
+        after: Box<[Point]>,
+        undo: &mut Vec<Undo>,
+    ) -> Result<()> {
+        let Some(shadow) = self.pages.get_mut(&(view, gfn)) else { return Ok(()) };
         let frame = shadow.frame;
-        unmap(vmi, rights, view, gfn, frame)?;
-        self.forget(view, gfn);
+        if after.is_empty() {
+            vmi.driver_mut().remap(view, gfn, None)?;
+            let points = self.forget(view, gfn);
+            self.frames.put(frame);
+            undo.push(Undo { at: (view, gfn), frame, points, old: None });
+            return Ok(());
+        }
+        let is_gone = |point: &&Point| after.binary_search_by_key(&point.offset, |point| point.offset).is_err();
+        let mut gone = shadow.points.iter().filter(is_gone).map(|point| point.offset);
+        let old = match gone.next() {
+            Some(first) => {
+                // What the guest has there now, which may be newer than the breakpoint.
+                let last = gone.next_back().unwrap_or(first);
+                let mut bytes = vec![0; usize::from(last - first) + 1];
+                vmi.read_pa(gfn.pa(first.into()), &mut bytes)?;
+                let mut old = bytes.clone();
+                Shadow::plant(&after, first.into(), &mut bytes);
+                Shadow::plant(&shadow.points, first.into(), &mut old);
+                let at = frame.pa(first.into());
+                vmi.write_pa(at, &bytes)?;
+                Some((at, old))
+            }
+            None => None,
+        };
+        let points = std::mem::replace(&mut shadow.points, after);
+        undo.push(Undo { at: (view, gfn), frame, points: Some(points), old });
         Ok(())
+    }
+
+    /// Takes steps back, the last one first.
+    fn undo<D: VmiDriver + ?Sized>(&mut self, vmi: &mut VmiCore<D>, steps: Vec<Undo>) -> Left {
+        let mut left = Left::default();
+        for Undo { at: (view, gfn), frame, points, old } in steps.into_iter().rev() {
+            let is_shown = self.pages.contains_key(&(view, gfn));
+            match points {
+                None => {
+                    if !left.note(vmi.driver_mut().remap(view, gfn, None), || format!("breakpoints on {gfn} in view {view}")) {
+                        self.forget(view, gfn);
+                        self.frames.put(frame);
+                    }
+                }
+                Some(points) if !is_shown => {
+                    let shown = vmi.driver_mut().remap(view, gfn, Some(frame));
+                    if !left.note(shown, || format!("no breakpoints on {gfn} in view {view}")) {
+                        self.frames.take();
+                        self.add(view, gfn, Shadow { frame, points });
+                    }
+                }
+                Some(points) => {
+                    if let Some((pa, bytes)) = old {
+                        left.note(vmi.write_pa(pa, &bytes), || format!("changed breakpoints on {gfn} in view {view}"));
+                    }
+                    if let Some(shadow) = self.pages.get_mut(&(view, gfn)) {
+                        shadow.points = points;
+                    }
+                }
+            }
+        }
+        left
     }
 
     /// Copies the original frame into every shadow of it again, with the breakpoints in it.
@@ -240,66 +377,19 @@ impl ShadowPages {
     /// Takes every shadow page back, as far as the driver lets us. The rights are left to the caller.
     pub(super) fn clear<D: VmiDriver + ?Sized>(&mut self, vmi: &mut VmiCore<D>) -> Result<()> {
         let mut left = Left::default();
-        self.orphans.retain(|frame| left.note(vmi.driver_mut().free_frame(*frame), || format!("frame {frame}")));
-        let orphans = &mut self.orphans;
-        self.pages.retain(|&(view, gfn), shadow| {
-            let frame = shadow.frame;
-            let shown = vmi.driver_mut().remap(view, gfn, None);
-            if left.note(shown, || format!("frame {frame} at {gfn} in view {view}")) {
-                return true;
-            }
-            if left.note(vmi.driver_mut().free_frame(frame), || format!("frame {frame}")) {
-                orphans.push(frame);
-            }
-            false
-        });
-        self.views.clear();
-        for (view, _) in self.pages.keys() {
-            match self.views.iter_mut().find(|(known, _)| known == view) {
-                Some((_, count)) => *count += 1,
-                None => self.views.push((*view, 1)),
+        let mut at: Vec<_> = self.pages.keys().copied().collect();
+        at.sort_unstable();
+        for (view, gfn) in at {
+            let Some(frame) = self.pages.get(&(view, gfn)).map(|shadow| shadow.frame) else { continue };
+            let hidden = vmi.driver_mut().remap(view, gfn, None);
+            if !left.note(hidden, || format!("frame {frame} at {gfn} in view {view}")) {
+                self.forget(view, gfn);
+                self.frames.put(frame);
             }
         }
+        left.note(self.frames.trim(vmi, 0), || format!("{} frames", self.frames.spare()));
         left.done()
     }
-}
-
-/// Makes a copy of the original frame with the breakpoints in it, and only then shows it.
-fn build<D: VmiDriver + ?Sized>(vmi: &mut VmiCore<D>, view: View, gfn: Gfn, points: &[Point]) -> Result<Gfn> {
-    let mut bytes = [0; PAGE_SIZE as usize];
-    vmi.read_pa(gfn.pa(0), &mut bytes)?;
-    Shadow::plant(points, 0, &mut bytes);
-    let frame = vmi.driver_mut().allocate_frame()?;
-    let shown = vmi.write_pa(frame.pa(0), &bytes).and_then(|()| vmi.driver_mut().remap(view, gfn, Some(frame)));
-    match shown {
-        Ok(()) => Ok(frame),
-        Err(cause) => {
-            let mut left = Left::default();
-            left.note(vmi.driver_mut().free_frame(frame), || format!("frame {frame}"));
-            Err(left.after(cause))
-        }
-    }
-}
-
-/// Shows the original frame, gives its rights back and then the shadow's frame.
-fn unmap<D: VmiDriver + ?Sized>(vmi: &mut VmiCore<D>, rights: &mut Rights, view: View, gfn: Gfn, frame: Gfn) -> Result<()> {
-    vmi.driver_mut().remap(view, gfn, None)?;
-    let mut left = Left::default();
-    let cause = match rights.allow(vmi, gfn, view, MemoryAccess::RW) {
-        Err(cause) => cause,
-        Ok(()) => match vmi.driver_mut().free_frame(frame) {
-            Ok(()) => return Ok(()),
-            Err(cause) => {
-                // Without the denial the breakpoints must not be shown again.
-                if left.note(rights.deny(vmi, gfn, view, MemoryAccess::RW), || format!("frame {gfn} readable in view {view}")) {
-                    return Err(left.after(cause));
-                }
-                cause
-            }
-        },
-    };
-    left.note(vmi.driver_mut().remap(view, gfn, Some(frame)), || format!("no breakpoints on {gfn} in view {view}"));
-    Err(left.after(cause))
 }
 
 /// Writes back what was there before `cause`.

@@ -348,6 +348,15 @@ fn hostile_calls_are_errors_and_change_nothing() {
     vm.remap(view, gfn, None).unwrap();
     vm.free_frame(frame).unwrap();
     assert!(vm.free_frame(frame).is_err());
+    // By the batch: all or none, the lowest first, without a gap.
+    let batch: Vec<Gfn> = (frame.0..frame.0 + 3).map(Gfn).collect();
+    assert_eq!(vm.allocate_frames(3).unwrap(), batch);
+    assert!(vm.allocate_frames(1 << 18).is_err() && vm.allocate_frames(usize::MAX).is_err());
+    assert!(vm.free_frames(&[batch[0], batch[0]]).is_err() && vm.free_frames(&[batch[0], gfn]).is_err());
+    assert_eq!(vm.frames_in_use(), 3);
+    vm.free_frames(&[batch[2], batch[0]]).unwrap();
+    assert_eq!(vm.allocate_frames(2).unwrap(), [batch[0], batch[2]]);
+    vm.free_frames(&batch).unwrap();
     let mut word = [0; 8];
     assert!(vm.read(frame.pa(0), &mut word).is_err() && vm.read(Pa((8 << 20) - 4), &mut word).is_err());
     assert!(vm.read(Pa(u64::MAX - 3), &mut word).is_err() && vm.write(Pa(u64::MAX), &word).is_err());

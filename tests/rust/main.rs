@@ -7,18 +7,23 @@
     reason = "a test that cannot go on panics, also in its helper functions"
 )]
 
+mod atomic;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
+#[cfg(feature = "emu")]
+mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
 mod filter;
 #[cfg(feature = "emu")]
 mod guest;
+mod harness;
 mod image;
 mod layering;
 mod mock;
 mod paging;
+mod repair;
 mod session;
 mod tap;
 mod tap_manager;

@@ -18,7 +18,7 @@ fn event(vcpu: u16, rip: u64) -> VmiEvent {
 
 #[test]
 fn a_call_that_fails_is_recorded_and_changes_nothing() {
-    for (n, op) in [(1, "create_view"), (2, "allocate_frame"), (3, "remap")] {
+    for (n, op) in [(1, "create_view"), (2, "allocate_frames"), (3, "remap")] {
         let mut driver = MockDriver::new(0x4000, 1);
         let run = |driver: &mut MockDriver| {
             let view = driver.create_view(MemoryAccess::RWX)?;
@@ -39,7 +39,7 @@ fn a_call_that_fails_is_recorded_and_changes_nothing() {
 #[test]
 fn a_fault_of_one_kind_waits_for_that_kind() {
     let mut driver = MockDriver::new(0x4000, 1);
-    driver.fail_nth_of(CallKind::AllocateFrame, 2);
+    driver.fail_nth_of(CallKind::AllocateFrames, 2);
     driver.allocate_frame().unwrap();
     driver.write(Pa(0), &[1]).unwrap();
     assert_eq!(driver.faults_left(), 1);
@@ -144,6 +144,23 @@ fn wrong_arguments_are_refused_with_what_was_wrong() {
     assert_eq!(driver.snapshot(), before);
     driver.switch_to_view(view).unwrap();
     assert!(driver.destroy_view(view).is_err(), "a vCPU is in it");
+}
+
+#[test]
+fn frames_come_and_go_by_the_batch_all_or_none_and_the_lowest_first() {
+    let mut driver = MockDriver::new(0x4000, 1);
+    driver.set_frame_limit(5);
+    let all = [4, 5, 6, 7].map(Gfn);
+    assert_eq!(driver.allocate_frames(4).unwrap(), all);
+    assert!(driver.allocate_frames(2).is_err());
+    for wrong in [&[Gfn(5), Gfn(9)][..], &[Gfn(5), Gfn(5)]] {
+        assert!(driver.free_frames(wrong).is_err());
+        assert_eq!(driver.frames_in_use(), 4);
+    }
+    driver.free_frames(&[Gfn(6), Gfn(4)]).unwrap();
+    assert_eq!(driver.allocate_frames(3).unwrap(), [4, 6, 8].map(Gfn));
+    driver.free_frames(&[7, 8, 4, 5, 6].map(Gfn)).unwrap();
+    assert_eq!((driver.frames_in_use(), driver.frames_peak()), (0, 5));
 }
 
 #[test]

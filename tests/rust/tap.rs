@@ -1,15 +1,14 @@
 //! Breakpoints in shadow pages and counted rights, on the mock driver.
 
-use vmitap::arch::amd64::Registers;
+use vmitap::arch::amd64::{AddressContext, Registers};
 use vmitap::core::VmiCore;
-use vmitap::driver::mock::{Call, GuestState, MockDriver};
-use vmitap::driver::{VmiFrames, VmiProtection, VmiViews};
+use vmitap::driver::mock::{Call, CallKind, MockDriver};
+use vmitap::driver::{Caps, VmiFrames, VmiInfo, VmiProtection, VmiViews};
 use vmitap::event::{EventReason, VmiEvent};
-use vmitap::tap::{BreakpointController, MemoryController, Rights, TapController, TapEvents};
-use vmitap::{Gfn, MemoryAccess, Pa, Result, VcpuId, View, VmiError};
+use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager, MemoryController, Rights, TapController, TapEvents};
+use vmitap::{Gfn, MemoryAccess, Pa, Va, VcpuId, View, VmiError};
 
 type Vmi = VmiCore<MockDriver>;
-type World = (View, BreakpointController);
 const GFN: Gfn = Gfn(2);
 
 fn guest() -> (Vmi, View) {
@@ -33,30 +32,13 @@ fn planted() -> (Vmi, View, View, BreakpointController) {
     (vmi, view, other, controller)
 }
 
-fn shown(vmi: &Vmi, view: View) -> Vec<u8> {
-    vmi.driver().peek_in_view(view, Pa(0x2000), 0x2000).unwrap()
+/// Points on the page `GFN`.
+fn on_page(view: View, offsets: &[u64]) -> Vec<(View, Pa)> {
+    offsets.iter().map(|offset| (view, GFN.pa(*offset))).collect()
 }
 
-/// Fails every call of `op` in turn, reads too. After each failure the guest is as before, and the retry does all of it.
-fn each_call_failing<W>(make: impl Fn() -> (Vmi, W), op: impl Fn(&mut Vmi, &mut W) -> Result<()>) {
-    let (mut vmi, mut world) = make();
-    op(&mut vmi, &mut world).unwrap();
-    let wanted: GuestState = vmi.driver().snapshot();
-    for n in 1.. {
-        let (mut vmi, mut world) = make();
-        let before = vmi.driver().snapshot();
-        vmi.driver_mut().record_reads(true);
-        vmi.driver_mut().fail_nth(n);
-        let result = op(&mut vmi, &mut world);
-        if vmi.driver().faults_left() > 0 {
-            assert!(n > 1, "it makes no call");
-            return result.unwrap();
-        }
-        assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
-        assert_eq!(vmi.driver().snapshot().differences(&before), [] as [String; 0], "call {n}");
-        op(&mut vmi, &mut world).unwrap();
-        assert_eq!(vmi.driver().snapshot().differences(&wanted), [] as [String; 0], "retry of call {n}");
-    }
+fn shown(vmi: &Vmi, view: View) -> Vec<u8> {
+    vmi.driver().peek_in_view(view, Pa(0x2000), 0x2000).unwrap()
 }
 
 #[test]
@@ -94,21 +76,20 @@ fn a_page_is_execute_only_from_before_its_copy_is_shown_until_after_it_is_gone()
     for monitored in [true, false] {
         let (mut vmi, view) = guest();
         let mut controller = BreakpointController::new();
-        let denied = [Call::MemoryAccess { view, gfn: GFN }, Call::SetMemoryAccess { view, gfn: GFN, access: MemoryAccess::X }];
+        let denied =
+            vec![Call::MemoryAccess { view, gfn: GFN }, Call::SetMemoryAccess { view, gfn: GFN, access: MemoryAccess::X }];
         let frame = Gfn(8);
         let mut page = vec![0; 4096];
         page[..4].copy_from_slice(&[1, 2, 0xcc, 4]);
-        let built = [
-            Call::AllocateFrame,
-            Call::Write { pa: frame.pa(0), bytes: page },
-            Call::Remap { view, gfn: GFN, frame: Some(frame) },
-        ];
+        let allocated = vec![Call::AllocateFrames { count: 1 }];
+        let built = vec![Call::Write { pa: frame.pa(0), bytes: page }, Call::Remap { view, gfn: GFN, frame: Some(frame) }];
         let allowed = Call::SetMemoryAccess { view, gfn: GFN, access: MemoryAccess::RWX };
         if monitored {
             controller.monitor(&mut vmi, GFN, view).unwrap();
         }
         controller.insert_breakpoint(&mut vmi, Pa(0x2002), view).unwrap();
-        assert_eq!(vmi.driver_mut().take_calls(), [&denied[..], &built[..]].concat());
+        let order = if monitored { [denied, allocated, built] } else { [allocated, denied, built] };
+        assert_eq!(vmi.driver_mut().take_calls(), order.concat());
         if monitored {
             // In the wrong order nothing is exposed either.
             controller.unmonitor(&mut vmi, GFN, view).unwrap();
@@ -116,7 +97,7 @@ fn a_page_is_execute_only_from_before_its_copy_is_shown_until_after_it_is_gone()
             assert!(controller.unmonitor(&mut vmi, GFN, view).is_err());
         }
         controller.remove_breakpoint(&mut vmi, Pa(0x2002), view).unwrap();
-        let taken = [Call::Remap { view, gfn: GFN, frame: None }, allowed, Call::FreeFrame { frame }];
+        let taken = [Call::Remap { view, gfn: GFN, frame: None }, allowed, Call::FreeFrames { frames: vec![frame] }];
         assert_eq!(vmi.driver_mut().take_calls(), taken);
     }
 }
@@ -154,43 +135,6 @@ fn denying_reads_denies_writes_too_because_no_machine_has_write_only_pages() {
     rights.clear(&mut vmi).unwrap();
     assert_eq!(vmi.driver().memory_access(view, GFN).unwrap(), MemoryAccess::RWX);
     assert!(rights.is_empty());
-}
-
-#[test]
-fn whichever_call_fails_nothing_has_changed_and_a_retry_does_it() {
-    let with = || {
-        let (vmi, view, _, controller) = planted();
-        (vmi, (view, controller))
-    };
-    let empty = || {
-        let (vmi, view) = guest();
-        (vmi, (view, BreakpointController::new()))
-    };
-    each_call_failing(empty, |vmi, (view, c): &mut World| c.insert_breakpoint(vmi, Pa(0x2001), *view));
-    each_call_failing(empty, |vmi, (view, c): &mut World| c.monitor(vmi, GFN, *view));
-    each_call_failing(empty, |vmi, (view, c): &mut World| c.monitor_many(vmi, &[GFN, Gfn(3), Gfn(4)], *view));
-    each_call_failing(empty, |vmi, (view, c): &mut World| c.monitor_many(vmi, &[GFN, Gfn(3), GFN], *view));
-    each_call_failing(empty, |vmi, (view, c): &mut World| c.insert_page(vmi, GFN, &[5, 4095, 5, 0], *view));
-    each_call_failing(with, |vmi, (view, c): &mut World| c.insert_page(vmi, GFN, &[5, 1, 9], *view));
-    each_call_failing(with, |vmi, (view, c): &mut World| c.remove_breakpoint(vmi, Pa(0x2001), *view));
-    // The last of a page that nobody monitors.
-    each_call_failing(with, |vmi, (view, c): &mut World| c.remove_breakpoint(vmi, Pa(0x3000), *view));
-    let written = || {
-        let (mut vmi, world) = with();
-        vmi.driver_mut().poke(Pa(0x2000), &[9; 8]).unwrap();
-        (vmi, world)
-    };
-    each_call_failing(written, |vmi, (_, c): &mut World| c.refresh(vmi, GFN));
-    each_call_failing(with, |vmi, (_, c): &mut World| c.write(vmi, Pa(0x2ffe), &[7; 4]));
-    each_call_failing(
-        || {
-            let (mut vmi, view) = guest();
-            let mut controller = BreakpointController::new();
-            controller.monitor(&mut vmi, GFN, view).unwrap();
-            (vmi, (view, controller))
-        },
-        |vmi, (view, c): &mut World| c.unmonitor(vmi, GFN, *view),
-    );
 }
 
 #[test]
@@ -252,15 +196,71 @@ fn frames_go_back_after_every_last_breakpoint() {
 }
 
 #[test]
+fn beside_others_putting_one_in_and_taking_it_out_costs_no_frame_and_the_last_gives_all_back() {
+    let (mut vmi, view) = guest();
+    let mut controller = BreakpointController::new();
+    let pages: Vec<_> = (0..6).map(|gfn| (view, Gfn(gfn).pa(5))).collect();
+    controller.insert_many(&mut vmi, &pages).unwrap();
+    assert_eq!(vmi.driver().count_of(CallKind::AllocateFrames), 1);
+    vmi.driver_mut().take_calls();
+    for _ in 0..1000 {
+        controller.remove_many(&mut vmi, &pages[3..]).unwrap();
+        controller.insert_many(&mut vmi, &pages[3..]).unwrap();
+    }
+    let frame_calls = |vmi: &Vmi| vmi.driver().count_of(CallKind::AllocateFrames) + vmi.driver().count_of(CallKind::FreeFrames);
+    assert_eq!((frame_calls(&vmi), vmi.driver().frames_in_use()), (0, 6));
+    // Never more spare ones than are in use, and those that lie highest go first.
+    controller.remove_many(&mut vmi, &pages[2..]).unwrap();
+    assert_eq!((vmi.driver().frames_in_use(), vmi.driver().peek(Gfn(8 + 4).pa(0), 1).is_err()), (4, true));
+    controller.remove_many(&mut vmi, &pages[..2]).unwrap();
+    assert_eq!((vmi.driver().frames_in_use(), vmi.driver().frames_peak(), controller.shadow_frames()), (0, 6, 0));
+}
+
+#[test]
+fn sixty_thousand_on_fifteen_thousand_pages_cost_a_remap_and_at_most_one_access_call_a_page() {
+    for (multi_access, pages) in [(true, 15_000), (false, 1_500)] {
+        let mut driver = MockDriver::new((pages as u64 + 1) << 12, 1);
+        let view = driver.create_view(MemoryAccess::RWX).unwrap();
+        driver.set_caps(Caps { multi_access, ..driver.caps() });
+        let before = driver.snapshot();
+        let mut vmi = VmiCore::new(Box::new(driver));
+        let mut controller = BreakpointController::new();
+        let mut manager = BreakpointManager::new();
+        let points = (0..4 * pages as u64).map(|n| {
+            let pa = Pa((n % pages as u64) << 12 | (n / pages as u64) << 8);
+            let context = AddressContext::new(Pa(0));
+            (Breakpoint { view, va: Va(pa.0), context, key: 1, tag: (), global: true }, Some(pa))
+        });
+        let new = manager.insert_many_with_hints(&mut vmi, &mut controller, points.collect()).unwrap();
+        assert_eq!(new.into_iter().filter(|new| *new).count(), 4 * pages);
+        let count = |vmi: &Vmi, kind| vmi.driver().count_of(kind);
+        let costs = |vmi: &Vmi| {
+            let kinds = [CallKind::Remap, CallKind::SetMemoryAccess, CallKind::SetMemoryAccessMulti, CallKind::AllocateFrames];
+            kinds.map(|kind| count(vmi, kind))
+        };
+        let access = if multi_access { [0, 1] } else { [pages, 0] };
+        assert_eq!(costs(&vmi), [pages, access[0], access[1], 1]);
+        // What the rights were is asked once, and a page's copy is written once.
+        assert_eq!((count(&vmi, CallKind::MemoryAccess), count(&vmi, CallKind::Write)), (pages, pages));
+        assert_eq!(vmi.driver().frames_in_use(), pages);
+        vmi.driver_mut().take_calls();
+        assert_eq!(manager.remove_by_view(&mut vmi, &mut controller, view).unwrap(), 4 * pages);
+        assert_eq!(costs(&vmi), [pages, access[0], access[1], 0]);
+        assert_eq!((count(&vmi, CallKind::FreeFrames), count(&vmi, CallKind::Write)), (1, 0));
+        assert_eq!(vmi.driver().snapshot().differences(&before), [] as [String; 0]);
+    }
+}
+
+#[test]
 fn many_on_one_page_cost_one_copy_and_one_remap() {
     let (mut vmi, view) = guest();
     let mut controller = BreakpointController::new();
-    controller.monitor_many(&mut vmi, &[GFN, Gfn(3)], view).unwrap();
+    controller.monitor_many(&mut vmi, &[(view, GFN), (view, Gfn(3))]).unwrap();
     let pages = vec![(GFN, MemoryAccess::X), (Gfn(3), MemoryAccess::X)];
     assert_eq!(vmi.driver_mut().take_calls()[2..], [Call::SetMemoryAccessMulti { view, pages }]);
-    controller.insert_page(&mut vmi, GFN, &(0..2048).collect::<Vec<_>>(), view).unwrap();
+    controller.insert_many(&mut vmi, &on_page(view, &(0..2048).collect::<Vec<_>>())).unwrap();
     assert_eq!(vmi.driver_mut().take_calls().len(), 3);
-    controller.insert_page(&mut vmi, GFN, &[0, 3000, 3002], view).unwrap();
+    controller.insert_many(&mut vmi, &on_page(view, &[0, 3000, 3002])).unwrap();
     assert_eq!(vmi.driver_mut().take_calls(), [Call::Write { pa: Gfn(8).pa(3000), bytes: vec![0xcc, 0, 0xcc] }]);
     assert_eq!(controller.breakpoints_on(view, GFN).count(), 2050);
 }
@@ -310,8 +310,8 @@ fn what_cannot_be_tapped_is_refused_without_a_change() {
     assert_eq!(controller.monitor(&mut vmi, GFN, View(9)), missing);
     assert!(matches!(controller.insert_breakpoint(&mut vmi, Pa(0x8000), view), Err(VmiError::OutOfRange { .. })));
     assert!(matches!(controller.insert_breakpoint(&mut vmi, Pa(u64::MAX), view), Err(VmiError::OutOfRange { .. })));
-    assert!(matches!(controller.monitor_many(&mut vmi, &[GFN, Gfn(8)], view), Err(VmiError::OutOfRange { .. })));
-    assert!(controller.insert_page(&mut vmi, GFN, &[1, 4096], view).is_err());
+    assert!(matches!(controller.monitor_many(&mut vmi, &[(view, GFN), (view, Gfn(8))]), Err(VmiError::OutOfRange { .. })));
+    assert!(controller.insert_many(&mut vmi, &[(view, Pa(0x2001)), (View::DEFAULT, Pa(0x2001))]).is_err());
     assert_eq!(vmi.driver().snapshot(), before);
     assert!(controller.rights().is_empty());
 }

@@ -5,48 +5,61 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use vmitap::arch::amd64::{AddressContext, Registers, pte};
 use vmitap::core::VmiCore;
-use vmitap::driver::mock::{GuestState, MockDriver, PageSize};
+use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::driver::{VmiFrames, VmiViews};
 use vmitap::event::{EventReason, VmiEvent};
 use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager, MemoryController, TapController, TapEvents};
 use vmitap::{Gfn, MemoryAccess, Pa, Result, Va, VcpuId, View, VmiError};
 
-type Vmi = VmiCore<MockDriver>;
+use super::harness::{Faulty, each_call_failing, each_call_panicking};
+
+type Vmi = VmiCore<Faulty<MockDriver>>;
 type Point = Breakpoint<u32, &'static str>;
 const V1: View = View(1);
 const V2: View = View(2);
 const CODE: Va = Va(0x40_0000);
 const CODE_PA: Pa = Pa(0x3000);
 
-/// Passes everything on, and remembers what.
+/// Passes everything on, one by one, and remembers what. Panics at a call that it is told.
 #[derive(Default)]
-struct Logging(BreakpointController, Vec<(&'static str, u64)>);
+struct Logging {
+    inner: BreakpointController,
+    log: Vec<(&'static str, u64)>,
+    panics_in: usize,
+}
 
-impl TapEvents for Logging {
-    fn check_event(&self, event: &VmiEvent) -> Option<(View, Gfn)> {
-        self.0.check_event(event)
+impl Logging {
+    fn call(&mut self, what: &'static str, at: u64) -> &mut BreakpointController {
+        if self.panics_in > 0 {
+            self.panics_in -= 1;
+            assert!(self.panics_in > 0, "a controller that panics");
+        }
+        self.log.push((what, at));
+        &mut self.inner
     }
 }
 
-impl TapController<MockDriver> for Logging {
+impl TapEvents for Logging {
+    fn check_event(&self, event: &VmiEvent) -> Option<(View, Gfn)> {
+        self.inner.check_event(event)
+    }
+}
+
+impl TapController<Faulty<MockDriver>> for Logging {
     fn insert_breakpoint(&mut self, vmi: &mut Vmi, pa: Pa, view: View) -> Result<()> {
-        self.1.push(("insert", pa.0));
-        self.0.insert_breakpoint(vmi, pa, view)
+        self.call("insert", pa.0).insert_breakpoint(vmi, pa, view)
     }
 
     fn remove_breakpoint(&mut self, vmi: &mut Vmi, pa: Pa, view: View) -> Result<()> {
-        self.1.push(("remove", pa.0));
-        self.0.remove_breakpoint(vmi, pa, view)
+        self.call("remove", pa.0).remove_breakpoint(vmi, pa, view)
     }
 
     fn monitor(&mut self, vmi: &mut Vmi, gfn: Gfn, view: View) -> Result<()> {
-        self.1.push(("monitor", gfn.0));
-        self.0.monitor(vmi, gfn, view)
+        self.call("monitor", gfn.0).monitor(vmi, gfn, view)
     }
 
     fn unmonitor(&mut self, vmi: &mut Vmi, gfn: Gfn, view: View) -> Result<()> {
-        self.1.push(("unmonitor", gfn.0));
-        self.0.unmonitor(vmi, gfn, view)
+        self.call("unmonitor", gfn.0).unmonitor(vmi, gfn, view)
     }
 }
 
@@ -74,7 +87,7 @@ fn world() -> World {
         driver.create_view(MemoryAccess::RWX).unwrap();
     }
     driver.take_calls();
-    World { vmi: VmiCore::new(Box::new(driver)), roots, c: Logging::default(), m: BreakpointManager::new() }
+    World { vmi: VmiCore::new(Box::new(Faulty::new(driver))), roots, c: Logging::default(), m: BreakpointManager::new() }
 }
 
 fn va(offset: u64) -> Va {
@@ -104,7 +117,7 @@ impl World {
     }
 
     fn log(&mut self) -> Vec<(&'static str, u64)> {
-        std::mem::take(&mut self.c.1)
+        std::mem::take(&mut self.c.log)
     }
 
     /// The keys hit at `offset` under that root with `pa`, and how many are there.
@@ -123,7 +136,7 @@ impl World {
 
     fn unmap(&mut self, offset: u64, root: usize) {
         let context = self.roots[root];
-        self.vmi.driver_mut().unmap(context, va(offset), 1).unwrap();
+        self.vmi.driver_mut().inner().unmap(context, va(offset), 1).unwrap();
     }
 
     fn books(&self) -> Vec<String> {
@@ -134,6 +147,19 @@ impl World {
             [V1, V2].map(|view| (0..0x30).map(|gfn| self.m.count_on_page(view, Gfn(gfn))).collect::<Vec<_>>())
         ));
         all
+    }
+}
+
+impl super::harness::World for World {
+    type Driver = MockDriver;
+
+    fn driver(&self) -> Faulty<MockDriver> {
+        self.vmi.driver().clone()
+    }
+
+    fn books(&self) -> Vec<String> {
+        assert_eq!(self.vmi.driver().frames_in_use(), self.c.inner.shadow_frames());
+        World::books(self)
     }
 }
 
@@ -157,10 +183,10 @@ fn a_duplicate_makes_no_call_and_keeps_the_first_tag() {
     for point in [w.point(V1, 0x10, 0, 1), w.point(V1, 0x4000, 1, 1)] {
         assert!(w.insert(point).unwrap());
         w.log();
-        w.vmi.driver_mut().record_reads(true);
-        w.vmi.driver_mut().take_calls();
+        w.vmi.driver_mut().inner().record_reads(true);
+        w.vmi.driver_mut().inner().take_calls();
         assert!(!w.insert(Breakpoint { tag: "second", ..point }).unwrap());
-        assert_eq!((w.log(), w.vmi.driver_mut().take_calls()), (vec![], vec![]));
+        assert_eq!((w.log(), w.vmi.driver_mut().inner().take_calls()), (vec![], vec![]));
         let conflict = w.insert(Breakpoint { global: true, ..point });
         assert_eq!(conflict, Err(VmiError::BreakpointConflict { va: point.va }));
     }
@@ -199,13 +225,13 @@ fn what_is_not_mapped_waits_and_what_cannot_be_mapped_is_refused() {
 #[test]
 fn removing_goes_by_what_is_planted_and_not_by_what_is_mapped_today() {
     let mut w = world();
-    let before = w.vmi.driver().snapshot();
+    let before = w.vmi.driver().inner().snapshot();
     w.insert(w.point(V1, 0x10, 0, 1)).unwrap();
     let context = w.roots[0];
-    w.vmi.driver_mut().map(context, CODE, Pa(0x9000), PageSize::Size4K, pte::P).unwrap();
+    w.vmi.driver_mut().inner().map(context, CODE, Pa(0x9000), PageSize::Size4K, pte::P).unwrap();
     assert!(w.remove(V1, 0x10, 0, 1).unwrap());
-    w.vmi.driver_mut().map(context, CODE, CODE_PA, PageSize::Size4K, pte::P).unwrap();
-    assert_eq!(w.vmi.driver().snapshot().differences(&before), [] as [String; 0]);
+    w.vmi.driver_mut().inner().map(context, CODE, CODE_PA, PageSize::Size4K, pte::P).unwrap();
+    assert_eq!(w.vmi.driver().inner().snapshot().differences(&before), [] as [String; 0]);
 }
 
 #[test]
@@ -230,7 +256,7 @@ fn global_ones_hit_under_every_root_and_others_under_theirs() {
 fn a_global_one_with_several_roots_and_frames_is_one() {
     for by in [0, 1] {
         let mut w = world();
-        let before = w.vmi.driver().snapshot();
+        let before = w.vmi.driver().inner().snapshot();
         // One frame under both roots: planted once.
         assert!(w.insert(w.global(V1, 0x10, 0, 1)).unwrap() && w.insert(w.global(V1, 0x10, 1, 1)).unwrap());
         assert!(!w.insert(w.global(V1, 0x10, 1, 1)).unwrap());
@@ -245,14 +271,14 @@ fn a_global_one_with_several_roots_and_frames_is_one() {
             assert!(w.remove(V1, offset, by, 1).unwrap());
             assert!(!w.remove(V1, offset, 1 - by, 1).unwrap());
         }
-        assert_eq!((w.m.len(), w.vmi.driver().snapshot().differences(&before)), (0, vec![]));
+        assert_eq!((w.m.len(), w.vmi.driver().inner().snapshot().differences(&before)), (0, vec![]));
     }
 }
 
 #[test]
 fn removing_by_event_takes_the_same_one_in_every_view() {
     let mut w = world();
-    let before = w.vmi.driver().snapshot();
+    let before = w.vmi.driver().inner().snapshot();
     for view in [V1, V2] {
         w.insert(w.point(view, 0x10, 0, 1)).unwrap();
     }
@@ -266,7 +292,7 @@ fn removing_by_event_takes_the_same_one_in_every_view() {
     assert_eq!(w.m.remove_by_event(&mut w.vmi, &mut w.c, &event, &1).unwrap(), Some(false));
     let event = w.event(V1, 0x3020, 0x20, 0);
     assert_eq!(w.m.remove_by_event(&mut w.vmi, &mut w.c, &event, &1).unwrap(), Some(true));
-    assert_eq!(w.vmi.driver().snapshot().differences(&before), [] as [String; 0]);
+    assert_eq!(w.vmi.driver().inner().snapshot().differences(&before), [] as [String; 0]);
 }
 
 #[test]
@@ -289,7 +315,7 @@ fn a_page_that_goes_disarms_its_root_alone_and_comes_back() {
     w.insert(w.point(V1, 0x10, 1, 2)).unwrap();
     w.insert(w.global(V2, 0x10, 0, 3)).unwrap();
     w.insert(w.global(V2, 0x10, 1, 3)).unwrap();
-    let (armed, guest) = (w.books(), w.vmi.driver().snapshot());
+    let (armed, guest) = (w.books(), w.vmi.driver().inner().snapshot());
     let root = w.roots[0].root;
     w.unmap(0x10, 0);
     assert_eq!(w.m.page_out(&mut w.vmi, &mut w.c, va(0x10), root).unwrap(), 2);
@@ -297,8 +323,8 @@ fn a_page_that_goes_disarms_its_root_alone_and_comes_back() {
     assert_eq!(w.m.page_out(&mut w.vmi, &mut w.c, va(0x10), root).unwrap(), 0);
     assert_eq!(w.m.page_in(&mut w.vmi, &mut w.c, va(0x10), root, Pa(0x3010)).unwrap(), 2);
     let context = w.roots[0];
-    w.vmi.driver_mut().map(context, CODE, CODE_PA, PageSize::Size4K, pte::P).unwrap();
-    assert_eq!((w.books(), w.vmi.driver().snapshot().differences(&guest)), (armed, vec![]));
+    w.vmi.driver_mut().inner().map(context, CODE, CODE_PA, PageSize::Size4K, pte::P).unwrap();
+    assert_eq!((w.books(), w.vmi.driver().inner().snapshot().differences(&guest)), (armed, vec![]));
     // To another frame.
     w.m.page_out(&mut w.vmi, &mut w.c, va(0x10), root).unwrap();
     w.m.page_in(&mut w.vmi, &mut w.c, va(0x10), root, Pa(0x9010)).unwrap();
@@ -310,10 +336,10 @@ fn a_batch_costs_calls_by_pages() {
     let mut w = world();
     let points: Vec<_> = (0..4000).map(|n| w.point(V1, n * 4, 0, 1)).collect();
     let mut c = BreakpointController::new();
-    w.vmi.driver_mut().take_calls();
+    w.vmi.driver_mut().inner().take_calls();
     assert!(w.m.insert_many(&mut w.vmi, &mut c, points).unwrap().into_iter().all(|new| new));
-    // Four pages: four times rights are looked at, once they are set, and four times a page is made.
-    assert_eq!(w.vmi.driver_mut().take_calls().len(), 4 + 1 + 4 * 3);
+    // Four pages: four times rights are looked at, once they are set, once frames are taken, and four times a page is made.
+    assert_eq!(w.vmi.driver_mut().inner().take_calls().len(), 4 + 1 + 1 + 4 * 2);
     assert_eq!((w.m.len(), w.vmi.driver().frames_in_use()), (4000, 4));
     assert_eq!(w.m.remove_by_view(&mut w.vmi, &mut c, V1).unwrap(), 4000);
 }
@@ -336,35 +362,17 @@ fn busy() -> World {
     w
 }
 
-/// Fails every call of `op` in turn, reads too: guest and books are as before, and the retry does all of it.
-fn each_call_failing(make: impl Fn() -> World, op: impl Fn(&mut World) -> Result<()>) {
-    let mut w = make();
-    op(&mut w).unwrap();
-    let wanted: (GuestState, _) = (w.vmi.driver().snapshot(), w.books());
-    for n in 1.. {
-        let mut w = make();
-        let before = (w.vmi.driver().snapshot(), w.books());
-        w.vmi.driver_mut().record_reads(true);
-        w.vmi.driver_mut().fail_nth(n);
-        let result = op(&mut w);
-        if w.vmi.driver().faults_left() > 0 {
-            assert!(n > 1, "it makes no call");
-            return result.unwrap();
-        }
-        assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
-        assert_eq!(w.vmi.driver().snapshot().differences(&before.0), [] as [String; 0], "call {n}");
-        assert_eq!(w.books(), before.1, "call {n}");
-        op(&mut w).unwrap();
-        assert_eq!(w.vmi.driver().snapshot().differences(&wanted.0), [] as [String; 0], "retry of call {n}");
-        assert_eq!(w.books(), wanted.1, "retry of call {n}");
-    }
-}
+/// One of each operation, and on which of the worlds.
+type Operation = (fn() -> World, fn(&mut World) -> Result<()>);
 
-#[test]
-fn whichever_call_fails_nothing_has_changed_and_a_retry_does_it() {
-    each_call_failing(world, |w| w.insert(w.point(V1, 0x10, 0, 1)).map(drop));
-    each_call_failing(busy, |w| w.insert(w.global(V1, 0x20, 1, 7)).map(drop));
-    each_call_failing(busy, |w| {
+const OPERATIONS: &[Operation] = &[
+    (world, |w| w.insert(w.point(V1, 0x10, 0, 1)).map(drop)),
+    (busy, |w| w.insert(w.global(V1, 0x20, 1, 7)).map(drop)),
+    (busy, |w| {
+        let point = w.point(V1, 0x2000, 0, 1);
+        w.m.insert_with_hint(&mut w.vmi, &mut w.c, point, Some(Pa(0x5000))).map(drop)
+    }),
+    (busy, |w| {
         let points = vec![
             w.point(V1, 0x30, 0, 1),
             w.point(V1, 0x2000, 0, 1),
@@ -376,44 +384,63 @@ fn whichever_call_fails_nothing_has_changed_and_a_retry_does_it() {
             w.point(V2, 0x4004, 1, 1),
         ];
         w.insert_many(points).map(drop)
-    });
-    each_call_failing(busy, |w| w.remove(V1, 0x20, 0, 1).map(drop));
-    each_call_failing(busy, |w| w.remove(V1, 0x1fff, 1, 1).map(drop));
-    each_call_failing(busy, |w| w.remove(V1, 0x5010, 1, 1).map(drop));
-    each_call_failing(busy, |w| w.m.remove_by_view(&mut w.vmi, &mut w.c, V1).map(drop));
-    each_call_failing(busy, |w| {
+    }),
+    (busy, |w| w.remove(V1, 0x20, 0, 1).map(drop)),
+    (busy, |w| w.remove(V1, 0x1fff, 1, 1).map(drop)),
+    (busy, |w| w.remove(V1, 0x5010, 1, 1).map(drop)),
+    (busy, |w| {
+        let root = w.roots[1].root;
+        w.m.remove_with_hint(&mut w.vmi, &mut w.c, V1, va(0x5010), root, None, &1).map(drop)
+    }),
+    (busy, |w| w.m.remove_by_view(&mut w.vmi, &mut w.c, V1).map(drop)),
+    (busy, |w| {
         let event = w.event(V1, 0x3010, 0x10, 0);
         w.m.remove_by_event(&mut w.vmi, &mut w.c, &event, &1).map(drop)
-    });
-    each_call_failing(busy, |w| {
+    }),
+    (busy, |w| {
         let root = w.roots[0].root;
         let all = [(V1, va(0x10), root, 1), (V1, va(0x10), root, 2), (V1, va(0x20), root, 1), (V2, va(0x10), root, 1)];
         w.m.remove_many(&mut w.vmi, &mut w.c, &all).map(drop)
-    });
-    each_call_failing(busy, |w| {
+    }),
+    (busy, |w| {
         let root = w.roots[0].root;
         w.m.page_out(&mut w.vmi, &mut w.c, va(0x10), root).map(drop)
-    });
-    each_call_failing(busy, |w| {
+    }),
+    (busy, |w| {
         let root = w.roots[1].root;
         w.m.page_in(&mut w.vmi, &mut w.c, va(0x4010), root, Pa(0x7010)).map(drop)
-    });
+    }),
+];
+
+#[test]
+fn whichever_call_fails_nothing_has_changed_and_a_retry_does_it() {
+    for (make, op) in OPERATIONS {
+        each_call_failing(make, op);
+    }
+}
+
+#[test]
+fn wherever_a_controller_panics_nothing_has_changed_and_a_retry_does_it() {
+    let arm = |w: &mut World, n: usize| std::mem::replace(&mut w.c.panics_in, n) == 0;
+    for (make, op) in OPERATIONS {
+        each_call_panicking(make, op, arm);
+    }
 }
 
 #[test]
 fn clear_removes_what_it_can_and_says_what_is_left() {
     for n in 1.. {
         let mut w = busy();
-        w.vmi.driver_mut().fail_nth(n);
+        w.vmi.driver_mut().inner().fail_nth(n);
         let result = w.m.clear(&mut w.vmi, &mut w.c);
-        if w.vmi.driver().faults_left() == 0 {
+        if w.vmi.driver().inner().faults_left() == 0 {
             assert!(matches!(result, Err(VmiError::UndoFailed { .. })), "{n}: {result:?}");
             assert_eq!(w.m.len(), 1, "{n}");
             w.m.clear(&mut w.vmi, &mut w.c).unwrap();
         }
         assert!(w.m.is_empty() && w.vmi.driver().frames_in_use() == 0);
-        assert_eq!(w.vmi.driver().snapshot().differences(&world().vmi.driver().snapshot()), [] as [String; 0]);
-        if w.vmi.driver().faults_left() > 0 {
+        assert_eq!(w.vmi.driver().inner().snapshot().differences(&world().vmi.driver().inner().snapshot()), [] as [String; 0]);
+        if w.vmi.driver().inner().faults_left() > 0 {
             return;
         }
     }
@@ -461,8 +488,8 @@ proptest! {
             let mut next = model.clone();
             let result = match op {
                 Op::Fail(n) => {
-                    w.vmi.driver_mut().clear_faults();
-                    w.vmi.driver_mut().fail_nth(n.into());
+                    w.vmi.driver_mut().inner().clear_faults();
+                    w.vmi.driver_mut().inner().fail_nth(n.into());
                     continue;
                 }
                 Op::Insert(points) => {
@@ -513,10 +540,10 @@ proptest! {
                     bytes.extend(roots.iter().filter_map(|root| frame_of(*at, *root)));
                 }
                 let pages: BTreeSet<u64> = bytes.iter().map(|pa| pa >> 12).collect();
-                let held = &w.vmi.driver().state().views[&View(view.into())];
+                let held = w.vmi.driver().inner().state().views[&View(view.into())].clone();
                 prop_assert_eq!(held.remaps.keys().map(|gfn| gfn.0).collect::<BTreeSet<_>>(), pages.clone());
                 prop_assert_eq!(held.pages.keys().map(|gfn| gfn.0).collect::<BTreeSet<_>>(), pages);
-                let planted = w.vmi.driver().peek_in_view(View(view.into()), Pa(0), 0xa000).unwrap();
+                let planted = w.vmi.driver().inner().peek_in_view(View(view.into()), Pa(0), 0xa000).unwrap();
                 let seen: BTreeSet<u64> = (0..).zip(&planted).filter(|(_, byte)| **byte == 0xcc).map(|(pa, _)| pa).collect();
                 prop_assert_eq!(&seen, &bytes);
                 for (at, root) in AT.iter().flat_map(|at| [(*at, 0), (*at, 1)]) {
@@ -531,8 +558,8 @@ proptest! {
                 }
             }
         }
-        w.vmi.driver_mut().clear_faults();
+        w.vmi.driver_mut().inner().clear_faults();
         w.m.clear(&mut w.vmi, &mut w.c).unwrap();
-        prop_assert_eq!(w.vmi.driver().snapshot().differences(&world().vmi.driver().snapshot()), [] as [String; 0]);
+        prop_assert_eq!(w.vmi.driver().inner().snapshot().differences(&world().vmi.driver().inner().snapshot()), [] as [String; 0]);
     }
 }

@@ -38,6 +38,18 @@ pub mod efer {
 
 /// Bits of RFLAGS.
 pub mod rflags {
+    /// Carry.
+    pub const CF: u64 = 1;
+    /// Parity of the result's low byte: set if even.
+    pub const PF: u64 = 1 << 2;
+    /// Carry out of the low four bits.
+    pub const AF: u64 = 1 << 4;
+    /// Zero.
+    pub const ZF: u64 = 1 << 6;
+    /// Sign.
+    pub const SF: u64 = 1 << 7;
+    /// Signed overflow.
+    pub const OF: u64 = 1 << 11;
     /// Trap flag.
     pub const TF: u64 = 1 << 8;
     /// Interrupts enabled.

@@ -39,7 +39,7 @@ impl Machine {
             let reason = format!("{:?} does not answer this kind of event", response.action);
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
-        let vcpu = self.vcpu_mut(index)?;
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         let denied_page = vcpu.denied_page;
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
@@ -80,5 +80,17 @@ impl Machine {
             },
         }
         Ok(())
+    }
+
+    /// Lets every vCPU that is held or steps go on in the default view, as if it had never been looked at.
+    pub fn release_held(&mut self) -> Result<usize> {
+        let mut held = 0;
+        for index in 0..self.vcpus.len() {
+            let vcpu = self.vcpu_mut(index)?;
+            held += usize::from(std::mem::replace(&mut vcpu.held, Held::No) != Held::No);
+            vcpu.step = None;
+            vcpu.view = View::DEFAULT;
+        }
+        Ok(held)
     }
 }

@@ -23,6 +23,8 @@ const WINDOW_MASK: u64 = 0xffff << 48;
 /// it does not at a TLB miss. Bits 12 and up say which [`Denied`] it was.
 const SENTINEL: u64 = 0xf000 << 32;
 const SENTINEL_SLOTS: usize = 1024;
+/// Pages of code whose translation is remembered.
+const FETCHED_SLOTS: usize = 64;
 
 /// Port of the debug console.
 const CONSOLE_PORT: u32 = 0xe9;
@@ -76,6 +78,16 @@ pub struct Devices {
     pub console: RefCell<Vec<u8>>,
 }
 
+/// A page that was fetched from, and after how many emptyings of the TLB.
+#[derive(Clone, Copy, Default)]
+struct Fetched {
+    page: u64,
+    emptied: u64,
+    user: bool,
+    gfn: u64,
+    frame: u32,
+}
+
 /// The hooks of one engine.
 pub struct CpuHooks {
     pub which: Which,
@@ -92,6 +104,12 @@ pub struct CpuHooks {
     /// Address and length of the store begun last; the stepper's only.
     pub last_store: Cell<(u64, u32)>,
     denied: RefCell<Vec<Denied>>,
+    /// SWAPGS was run since this was taken.
+    pub swapped_gs: Cell<bool>,
+    /// What the TLB was last told of pages that are fetched from: the slot is the page's number, cut short.
+    fetched: Vec<Cell<Fetched>>,
+    /// How often the TLB was emptied.
+    emptied: Cell<u64>,
     /// Whether addresses inside [`WINDOW`] are answered.
     pub window_open: Cell<bool>,
     /// A page whose accesses go to another frame for the time of one step.
@@ -121,6 +139,9 @@ impl CpuHooks {
             stored_to_code: Cell::new(false),
             last_store: Cell::default(),
             denied: RefCell::default(),
+            swapped_gs: Cell::new(false),
+            fetched: vec![Cell::default(); FETCHED_SLOTS],
+            emptied: Cell::new(1),
             window_open: Cell::new(false),
             discard: Cell::new(None),
             guard: Cell::new(None),
@@ -129,8 +150,18 @@ impl CpuHooks {
 
     /// The TLB was emptied: no entry refers to a denied access any more.
     pub fn flushed(&self) {
+        self.emptied.set(self.emptied.get() + 1);
         self.denied.borrow_mut().clear();
         self.memory.flushed(self.which);
+    }
+
+    /// Guest frame and frame behind it that the engine's TLB has for fetches from the page of `va` at that privilege level, if that is known.
+    #[inline]
+    pub fn fetched(&self, va: u64, cpl: u8) -> Option<(u64, u32)> {
+        let page = va >> PAGE_SHIFT;
+        let known = self.fetched.get(page as usize % FETCHED_SLOTS)?.get();
+        let counts = known.page == page && known.emptied == self.emptied.get() && known.user == (cpl == 3);
+        counts.then_some((known.gfn, known.frame))
     }
 
     fn deny(&self, denied: Denied) -> Option<Fill> {
@@ -273,7 +304,8 @@ impl Hooks for CpuHooks {
             return Some(Fill { pa: va & !WINDOW_MASK, rights: 7 });
         }
         let mode = self.mode.get();
-        let mut page = match translate(&self.memory, &mode, va, access, engine.cpl(), || engine.rflags()) {
+        let cpl = engine.cpl();
+        let mut page = match translate(&self.memory, &mode, va, access, cpl, || engine.rflags()) {
             Ok(page) => page,
             Err(why) => return self.deny(Denied { va, access, len: 0, why }),
         };
@@ -296,6 +328,11 @@ impl Hooks for CpuHooks {
                 return None;
             }
             self.scan(engine, page.frame, va);
+            let number = va >> PAGE_SHIFT;
+            if let Some(slot) = self.fetched.get(number as usize % FETCHED_SLOTS) {
+                let emptied = self.emptied.get();
+                slot.set(Fetched { page: number, emptied, user: cpl == 3, gfn: page.gfn, frame: page.frame });
+            }
         } else {
             // Code is fetched through an entry of its own, so that the first fetch of a page is seen.
             page.rights &= !4;
@@ -351,11 +388,15 @@ impl Hooks for CpuHooks {
         let mut bytes = [0; insn::MAX_LEN];
         let mode = self.mode.get();
         let len = fetch(&self.memory, &mode, va, &mut bytes);
-        let system = matches!(insn::decode(bytes.get(..len).unwrap_or_default()), Insn::System(..) | Insn::Incomplete);
-        if system {
-            self.exit.set(Exit::System);
+        match insn::decode(bytes.get(..len).unwrap_or_default()) {
+            Insn::System(..) | Insn::Incomplete => self.exit.set(Exit::System),
+            Insn::SwapGs => {
+                self.swapped_gs.set(true);
+                return false;
+            }
+            _ => return false,
         }
-        system
+        true
     }
 
     fn port_in(&self, port: u32, size: u32) -> u32 {

@@ -18,6 +18,8 @@ pub enum Insn {
     Int3(u8),
     /// `hlt`.
     Halt,
+    /// `swapgs`: the engine does it, and it changes an MSR.
+    SwapGs,
     /// The bytes given end before the instruction can be told.
     Incomplete,
     /// One that the driver carries out or watches, and its length in bytes.
@@ -131,6 +133,7 @@ fn two_byte(byte: impl Fn(usize) -> Option<u8>, at: usize, rex: u8) -> Insn {
         }
         0x01 => match byte(at + 2) {
             None => return Insn::Incomplete,
+            Some(0xf8) => return Insn::SwapGs,
             Some(0xf9) => return Insn::System(System::Rdtscp, len + 1),
             // /6 is LMSW; /7 with a memory operand is INVLPG.
             Some(modrm) if modrm >> 3 & 7 == 6 || (modrm >> 3 & 7 == 7 && modrm < 0xc0) => System::DropsTranslations,
@@ -197,7 +200,7 @@ mod tests {
         assert_eq!(decode(&[0x41, 0x0f, 0x22, 0xdf]), Insn::System(System::WriteCr { cr: 3, gpr: 15 }, 4));
         assert_eq!(decode(&[0x44, 0x0f, 0x22, 0xc0]), Insn::System(System::WriteCr { cr: 8, gpr: 0 }, 4));
         assert_eq!(decode(&[0x0f, 0x01, 0x3f]), Insn::System(System::DropsTranslations, 2));
-        assert_eq!(decode(&[0x0f, 0x01, 0xf8]), Insn::Plain, "swapgs");
+        assert_eq!(decode(&[0x0f, 0x01, 0xf8]), Insn::SwapGs);
         assert_eq!(decode(&[0x0f, 0x01, 0xf9]), Insn::System(System::Rdtscp, 3));
         assert_eq!(decode(&[0xf3, 0xa4]), Insn::RepString);
         assert_eq!(decode(&[0xf3, 0x48, 0xa5]), Insn::RepString);

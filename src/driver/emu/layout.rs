@@ -48,6 +48,8 @@ pub struct Layout {
 pub struct Copied {
     pub all: u64,
     pub integer: u64,
+    /// Offset in a [`Context`] of what is no integer state.
+    pub rest: usize,
 }
 
 /// Bytes of one segment register: selector u32, padding, base u64, limit u32, flags u32.
@@ -266,6 +268,6 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         dr6,
         old_exception,
         context_size: state.size(),
-        copied: Copied { all, integer },
+        copied: Copied { all, integer, rest: last as usize },
     })
 }

@@ -5,6 +5,8 @@
 //! and what it overwrote is forgotten in both.
 
 use std::cell::{Cell, RefCell};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 use std::rc::Rc;
 
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -89,7 +91,7 @@ pub struct Memory {
     scanned: RefCell<FxHashMap<u32, Vec<u64>>>,
     // Ranges of virtual addresses at which the main engine was told to stop and look.
     watched: RefCell<FxHashSet<(u64, u64)>>,
-    free: RefCell<Vec<u32>>,
+    free: RefCell<BinaryHeap<Reverse<u32>>>,
     next_frame: Cell<u64>,
     taken: Cell<usize>,
     shown: RefCell<FxHashMap<u32, u32>>,
@@ -289,51 +291,72 @@ impl Memory {
 
     // --- frames ---
 
-    /// Takes a frame of the pool.
-    pub fn allocate_frame(&self) -> Result<Gfn> {
-        let frame = match self.free.borrow_mut().pop() {
-            Some(frame) => frame,
-            None if self.next_frame.get() < self.flags.len() as u64 => {
-                let frame = self.next_frame.get();
-                self.next_frame.set(frame + 1);
-                frame as u32
-            }
-            None => {
-                return Err(VmiError::Driver {
-                    op: "allocating a frame",
-                    errno: 12,
-                    detail: format!("all {} frames of the pool are taken", self.flags.len() as u64 - self.guest_frames),
-                });
-            }
-        };
-        self.set_flag(frame, flag::TAKEN, true);
-        self.taken.set(self.taken.get() + 1);
-        Ok(Gfn(u64::from(frame)))
+    /// Takes frames of the pool, the lowest that are free.
+    pub fn allocate_frames(&self, count: usize) -> Result<Vec<Gfn>> {
+        let mut free = self.free.borrow_mut();
+        let fresh = count.saturating_sub(free.len()) as u64;
+        let next = self.next_frame.get();
+        if fresh > self.flags.len() as u64 - next {
+            let all = self.flags.len() as u64 - self.guest_frames;
+            let detail = format!("{} of the {all} frames of the pool are taken, and {count} are wanted", self.taken.get());
+            return Err(VmiError::Driver { op: "allocating frames", errno: 12, detail });
+        }
+        let mut frames: Vec<u32> = std::iter::from_fn(|| free.pop().map(|Reverse(frame)| frame)).take(count).collect();
+        frames.extend(next as u32..(next + fresh) as u32);
+        self.next_frame.set(next + fresh);
+        self.taken.set(self.taken.get() + count);
+        for frame in &frames {
+            self.set_flag(*frame, flag::TAKEN, true);
+        }
+        Ok(frames.into_iter().map(|frame| Gfn(frame.into())).collect())
     }
 
     /// Takes a frame for the driver's own use, which no caller sees counted.
     pub fn reserve_frame(&self) -> Result<Gfn> {
-        let frame = self.allocate_frame()?;
+        let none = || VmiError::Driver { op: "allocating a frame", errno: 12, detail: "there is none".to_owned() };
+        let frame = self.allocate_frames(1)?.pop().ok_or_else(none)?;
         self.taken.set(self.taken.get() - 1);
         Ok(frame)
     }
 
-    /// Gives a frame back.
-    pub fn free_frame(&self, frame: Gfn) -> Result<()> {
-        let refuse =
-            |detail: &str| VmiError::Driver { op: "freeing a frame", errno: 16, detail: format!("frame {frame} {detail}") };
-        let index = u32::try_from(frame.0).map_err(|_| refuse("was not allocated"))?;
-        if frame.0 < self.guest_frames || self.flag(index) & flag::TAKEN == 0 {
-            return Err(refuse("was not allocated"));
+    /// Gives frames back.
+    pub fn free_frames(&self, frames: &[Gfn]) -> Result<()> {
+        let refuse = |frame: &Gfn, detail: &str| {
+            Err(VmiError::Driver { op: "freeing frames", errno: 16, detail: format!("frame {frame} {detail}") })
+        };
+        let mut seen = FxHashSet::default();
+        for frame in frames {
+            let index = u32::try_from(frame.0).unwrap_or(0);
+            if frame.0 < self.guest_frames || self.flag(index) & flag::TAKEN == 0 {
+                return refuse(frame, "was not allocated");
+            }
+            if self.shown.borrow().contains_key(&index) {
+                return refuse(frame, "is still shown in a view");
+            }
+            if !seen.insert(index) {
+                return refuse(frame, "is there twice");
+            }
         }
-        if self.shown.borrow().contains_key(&index) {
-            return Err(refuse("is still shown in a view"));
+        for index in seen {
+            self.forget_code(Gfn(index.into()).pa(0).0, PAGE_SIZE);
+            self.set_flag(index, flag::TAKEN, false);
+            self.free.borrow_mut().push(Reverse(index));
         }
-        self.forget_code(frame.pa(0).0, PAGE_SIZE);
-        self.set_flag(index, flag::TAKEN, false);
-        self.free.borrow_mut().push(index);
-        self.taken.set(self.taken.get() - 1);
+        self.taken.set(self.taken.get() - frames.len());
         Ok(())
+    }
+
+    /// Frames of the pool that are taken, the driver's own among them.
+    pub fn taken_frames(&self) -> impl Iterator<Item = Gfn> {
+        let pool = self.guest_frames..self.next_frame.get();
+        pool.filter(|frame| self.flag(*frame as u32) & flag::TAKEN != 0).map(Gfn)
+    }
+
+    /// The views there are, but the default one.
+    pub fn views(&self) -> Vec<View> {
+        let views = self.views.borrow();
+        let there = views.iter().enumerate().skip(1).filter(|(_, map)| map.is_some());
+        there.map(|(index, _)| View(index as u16)).collect()
     }
 
     /// Frames taken.

@@ -11,11 +11,14 @@ mod answer;
 mod apic;
 mod boot;
 mod deliver;
+mod direct;
 mod hooks;
 mod insn;
 mod layout;
 mod memory;
+mod resident;
 mod run;
+mod step;
 mod sys;
 mod system;
 mod vcpu;
@@ -27,8 +30,8 @@ use std::time::Duration;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters, VmiViews,
-    VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
+    VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -37,6 +40,7 @@ use crate::image::Image;
 pub use boot::{BootOptions, DEFAULT_MEMORY, MAX_VCPUS};
 use memory::Memory;
 use run::Machine;
+pub use run::Steps;
 use sys::{Confined, Library};
 use vcpu::{Held, State};
 
@@ -101,6 +105,11 @@ impl EmuDriver {
     /// Virtual time: how many basic blocks all vCPUs have run together.
     pub fn virtual_time(&self) -> u64 {
         self.machine().now()
+    }
+
+    /// How many instructions were stepped since the start, over breakpoints and otherwise.
+    pub fn steps(&self) -> Steps {
+        self.machine().steps
     }
 
     /// Whether every vCPU has stopped for good: halted with interrupts off, or shut down by a triple fault.
@@ -234,12 +243,12 @@ impl VmiProtection for EmuDriver {
 }
 
 impl VmiFrames for EmuDriver {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
-        self.machine().memory.allocate_frame()
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>> {
+        self.machine().memory.allocate_frames(count)
     }
 
-    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
-        self.machine().memory.free_frame(frame)
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
+        self.machine().memory.free_frames(frames)
     }
 
     fn frames_in_use(&self) -> usize {
@@ -292,6 +301,23 @@ impl VmiControl for EmuDriver {
             detail: "it is not paused".to_owned(),
         })?;
         Ok(())
+    }
+}
+
+impl VmiRepair for EmuDriver {
+    fn additions(&self) -> Result<Additions> {
+        let machine = self.machine();
+        let frames = machine.memory.taken_frames().filter(|frame| *frame != machine.scratch).collect();
+        Ok(Additions { views: machine.memory.views(), frames, is_paused: machine.pauses > 0 })
+    }
+
+    /// The guest lives in this driver: everything is its own already.
+    fn adopt(&mut self, _: &Additions, _: u32) -> Result<()> {
+        Ok(())
+    }
+
+    fn release_held(&mut self) -> Result<usize> {
+        self.machine.0.release_held()
     }
 }
 

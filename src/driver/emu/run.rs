@@ -17,16 +17,17 @@ use rustc_hash::FxHashSet;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Va, VcpuId, View};
 use crate::arch::amd64::{ControlRegister, InjectionKind, vector};
 use crate::driver::{Monitor, Wait, Waker};
-use crate::error::{Result, VmiError};
+use crate::error::Result;
 use crate::event::{EventReason, VmiEvent};
 
 use super::apic;
 use super::deliver::{self, Fault};
-use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, fetch, rescan, translate};
-use super::insn::{self, Insn};
-use super::layout::{HF_INHIBIT_IRQ, Layout};
+use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, rescan, translate};
+use super::layout::Layout;
 use super::memory::{Each, Memory, Which};
-use super::sys::{Access, Context, Engine, EngineKind, Library, code, reg};
+use super::resident::Resident;
+use super::sys::{Access, Context, Engine, EngineKind, Library, code};
+
 use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
@@ -34,7 +35,7 @@ const SLICE: u64 = 10_000;
 /// The longest single store of the engine, in bytes.
 const MAX_STORE: u64 = 16;
 /// Iterations of a repeated string instruction that are stepped before the clock is looked at.
-const STRING_BURST: u32 = 4096;
+pub(super) const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
 const TURNS: u32 = 64;
 
@@ -42,8 +43,8 @@ pub(super) const RAX: u8 = 0;
 pub(super) const RCX: u8 = 1;
 pub(super) const RDX: u8 = 2;
 pub(super) const RBX: u8 = 3;
-const RSP: u8 = 4;
-const RDI: u8 = 7;
+pub(super) const RSP: u8 = 4;
+pub(super) const RDI: u8 = 7;
 
 const DR6_BS: u64 = 1 << 14;
 
@@ -94,25 +95,31 @@ pub(super) const fn cr_number(register: ControlRegister) -> usize {
     }
 }
 
+/// An event, without the registers: they do not change before it is handed out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Raised {
+    index: usize,
+    view: View,
+    reason: EventReason,
+}
+
 /// How an instruction that the driver looks at goes on.
-#[expect(clippy::large_enum_variant, reason = "made and consumed at once, like the event in it")]
 pub(super) enum Went {
     /// The engine is to do it.
     Native,
     /// It is done.
     Done,
     /// It is announced first.
-    Event(VmiEvent),
+    Event(Raised),
 }
 
-/// What the main engine holds of a vCPU's context.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Loaded {
-    Nothing,
-    /// All of it.
-    All(usize),
-    /// All but the integer state.
-    ButInteger(usize),
+/// How many instructions were stepped, and by whom.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Steps {
+    /// Carried out by the driver in the saved registers.
+    pub direct: u64,
+    /// Carried out by an engine.
+    pub engine: u64,
 }
 
 /// The whole machine.
@@ -124,19 +131,21 @@ pub struct Machine {
     pub bell: Arc<Bell>,
     pub pauses: u32,
     pub(super) main: Engine<CpuHooks>,
-    stepper: Engine<CpuHooks>,
-    /// What the main engine holds.
-    pub(super) loaded: Loaded,
-    /// Takes in the stepper's whole state where a vCPU's own context must not.
-    aside: Context,
+    pub(super) stepper: Engine<CpuHooks>,
+    /// Whose state the main engine holds.
+    pub(super) resident: Option<Resident>,
+    /// Takes in an engine's whole state where a vCPU's own context must not.
+    pub(super) aside: Context,
     /// For whom each engine's TLB is filled.
-    filled_for: Each<Option<(usize, Mode)>>,
+    pub(super) filled_for: Each<Option<(usize, Mode)>>,
     current: usize,
     slice: u64,
     /// Virtual time: basic blocks run by all vCPUs together.
     pub(super) now: u64,
+    /// How instructions were stepped.
+    pub steps: Steps,
     /// Frame that stands in for a page whose stores are to be discarded.
-    scratch: Gfn,
+    pub(super) scratch: Gfn,
 }
 
 impl Machine {
@@ -157,11 +166,12 @@ impl Machine {
             vcpus: Vec::new(),
             bell: Arc::default(),
             pauses: 0,
-            loaded: Loaded::Nothing,
+            resident: None,
             filled_for: Each::default(),
             current: 0,
             slice: SLICE,
             now: 0,
+            steps: Steps::default(),
             scratch,
         })
     }
@@ -169,8 +179,8 @@ impl Machine {
     /// Adds a vCPU whose state `set_up` gives to the engine.
     pub fn add_vcpu(&mut self, layout: Layout, set_up: impl FnOnce(&mut Engine<CpuHooks>) -> Result<()>) -> Result<&mut Vcpu> {
         let id = self.vcpus.len();
+        self.evict();
         set_up(&mut self.main)?;
-        self.loaded = Loaded::Nothing;
         self.vcpus.push(Vcpu {
             context: self.main.context()?,
             layout,
@@ -193,39 +203,6 @@ impl Machine {
         self.now
     }
 
-    pub(super) fn no_vcpu(&self, index: usize) -> VmiError {
-        VmiError::VcpuNotFound { vcpu: VcpuId(index as u16), count: self.vcpus.len() as u16 }
-    }
-
-    pub fn vcpu(&self, index: usize) -> Result<&Vcpu> {
-        self.vcpus.get(index).ok_or_else(|| self.no_vcpu(index))
-    }
-
-    /// The vCPU, to be changed: the main engine's copy of its state counts no more.
-    pub fn vcpu_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
-        if matches!(self.loaded, Loaded::All(held) | Loaded::ButInteger(held) if held == index) {
-            self.loaded = Loaded::Nothing;
-        }
-        let error = self.no_vcpu(index);
-        self.vcpus.get_mut(index).ok_or(error)
-    }
-
-    /// Sets CR0 and CR4, which change the engine's own mode flags with them.
-    pub fn set_mode_registers(&mut self, index: usize, cr0: u64, cr4: u64) -> Result<()> {
-        let error = self.no_vcpu(index);
-        let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
-        if vcpu.cr(0) == cr0 && vcpu.cr(4) == cr4 {
-            return Ok(());
-        }
-        self.loaded = Loaded::Nothing;
-        self.main.restore(&vcpu.context);
-        self.main.write_register(reg::CR4, cr4)?;
-        self.main.write_register(reg::CR0, cr0)?;
-        self.main.save(&mut vcpu.context);
-        self.memory.mark_stale();
-        Ok(())
-    }
-
     // --- the loop ---
 
     /// Runs until an event, the end of the time, the bell, or until nothing can run.
@@ -245,8 +222,9 @@ impl Machine {
                 }
                 return Ok(Wait::Idle);
             };
-            if let Some(event) = self.advance(index)? {
-                return Ok(Wait::Event(event));
+            if let Some(Raised { index, view, reason }) = self.advance(index)? {
+                let registers = self.vcpu(index)?.registers();
+                return Ok(Wait::Event(VmiEvent { vcpu: VcpuId(index as u16), view: Some(view), registers, reason }));
             }
             // The clock is read only now and then: a turn may take less time than reading it.
             turns += 1;
@@ -307,11 +285,12 @@ impl Machine {
     }
 
     /// One turn of one vCPU.
-    fn advance(&mut self, index: usize) -> Result<Option<VmiEvent>> {
+    fn advance(&mut self, index: usize) -> Result<Option<Raised>> {
         let now = self.now;
-        let memory = Rc::clone(&self.memory);
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
         if let Some(injection) = vcpu.injection.take() {
+            let memory = Rc::clone(&self.memory);
+            let vcpu = self.vcpu_mut(index)?;
             match injection.kind {
                 InjectionKind::External => deliver::external(vcpu, &memory, injection.vector),
                 InjectionKind::Exception => {
@@ -323,7 +302,6 @@ impl Machine {
                     deliver::software(vcpu, &memory, injection.vector, next);
                 }
             }
-            self.loaded = Loaded::Nothing;
             return Ok(None);
         }
         if let Some(step) = vcpu.step {
@@ -334,8 +312,8 @@ impl Machine {
         if let Some(vector) = vcpu.apic.pending() {
             if vcpu.takes_interrupts() {
                 vcpu.apic.accept(vector);
-                deliver::external(vcpu, &memory, vector);
-                self.loaded = Loaded::Nothing;
+                let memory = Rc::clone(&self.memory);
+                deliver::external(self.vcpu_mut(index)?, &memory, vector);
                 return Ok(None);
             }
             if vcpu.is_in_interrupt_shadow() {
@@ -360,7 +338,7 @@ impl Machine {
     }
 
     /// Empties the engine's TLB if what it holds may be wrong for that vCPU in that mode.
-    fn prepare(&mut self, which: Which, index: usize, mode: Mode) {
+    pub(super) fn prepare(&mut self, which: Which, index: usize, mode: Mode) {
         self.forget_overwritten();
         let engine = if which == Which::Main { &mut self.main } else { &mut self.stepper };
         let filled_for = self.filled_for.of_mut(which);
@@ -373,28 +351,17 @@ impl Machine {
         engine.hooks().exit.set(Exit::None);
     }
 
-    fn run_main(&mut self, index: usize, wants_interrupts: bool) -> Result<Option<VmiEvent>> {
-        let error = self.no_vcpu(index);
-        let vcpu = self.vcpus.get(index).ok_or(error)?;
+    fn run_main(&mut self, index: usize, wants_interrupts: bool) -> Result<Option<Raised>> {
+        let vcpu = self.vcpu(index)?;
         let (mode, rip, due) = (vcpu.mode(vcpu.view), vcpu.rip(), vcpu.apic.due());
         self.prepare(Which::Main, index, mode);
-        let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
-        match self.loaded {
-            Loaded::All(held) if held == index => {}
-            Loaded::ButInteger(held) if held == index => {
-                vcpu.context.set_copied(vcpu.layout.copied.integer);
-                self.main.restore(&vcpu.context);
-                vcpu.context.set_copied(vcpu.layout.copied.all);
-            }
-            _ => self.main.restore(&vcpu.context),
-        }
+        self.load(index)?;
         let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).clamp(1, self.slice));
         let hooks = self.main.hooks();
         hooks.budget.set(budget);
         hooks.wants_interrupts.set(wants_interrupts);
         let ended = self.main.run(rip, 0);
-        self.main.save(&mut vcpu.context);
-        self.loaded = Loaded::All(index);
+        self.ran(index);
         let hooks = self.main.hooks();
         let used = budget - hooks.budget.get();
         self.now += used;
@@ -406,20 +373,27 @@ impl Machine {
         }
     }
 
-    /// A step in the vCPU's own view that nobody asked for.
-    fn in_place(&self, index: usize) -> Result<Step> {
-        let view = self.vcpu(index)?.view;
-        Ok(Step { view, back: view, report: false, discard: None, guard: None })
-    }
-
     /// Acts on why a run ended. `step` is what was being stepped, if it was the stepper's run.
-    fn after(&mut self, index: usize, which: Which, exit: Exit, ended: i32, step: Option<Step>) -> Result<Option<VmiEvent>> {
+    pub(super) fn after(
+        &mut self,
+        index: usize,
+        which: Which,
+        exit: Exit,
+        ended: i32,
+        step: Option<Step>,
+    ) -> Result<Option<Raised>> {
+        if exit == Exit::Interrupt(vector::BP) {
+            // Only INT3 and INT 3 raise it.
+            return self.guest_breakpoint(index, which, step);
+        }
+        if let Exit::Denied(denied) = exit {
+            return self.denied(index, which, denied, step);
+        }
         let memory = Rc::clone(&self.memory);
+        let vcpu = self.vcpu_mut(index)?;
         match (exit, ended) {
-            (Exit::Interrupt(vector::BP), _) if self.is_software(index)? => self.guest_breakpoint(index, step),
             (Exit::Interrupt(vector), _) => {
-                let is_software = self.is_software(index)?;
-                let vcpu = self.vcpu_mut(index)?;
+                let is_software = vcpu.context.u32(vcpu.layout.exception_is_int) != 0;
                 if vector == vector::DB {
                     let dr6 = vcpu.context.u64(vcpu.layout.dr6);
                     vcpu.context.set_u64(vcpu.layout.dr6, dr6 | DR6_BS);
@@ -436,38 +410,35 @@ impl Machine {
                 }
                 Ok(None)
             }
-            (Exit::Denied(denied), _) => self.denied(index, which, denied, step),
             (_, code::INSN_INVALID) => {
-                deliver::fault(self.vcpu_mut(index)?, &memory, Fault::plain(vector::UD));
+                deliver::fault(vcpu, &memory, Fault::plain(vector::UD));
                 Ok(None)
             }
             (_, code::OK) => {
                 // Nothing ended the run but `hlt`.
-                self.vcpu_mut(index)?.state = State::Halted;
+                vcpu.state = State::Halted;
                 Ok(None)
             }
             (_, ended) => Err(self.main.error("running the guest", ended)),
         }
     }
 
-    fn is_software(&self, index: usize) -> Result<bool> {
-        let vcpu = self.vcpu(index)?;
-        Ok(vcpu.context.u32(vcpu.layout.exception_is_int) != 0)
-    }
-
     /// An INT3 was executed; RIP is behind it.
-    fn guest_breakpoint(&mut self, index: usize, step: Option<Step>) -> Result<Option<VmiEvent>> {
+    pub(super) fn guest_breakpoint(&mut self, index: usize, which: Which, step: Option<Step>) -> Result<Option<Raised>> {
         let memory = Rc::clone(&self.memory);
         let raised = self.monitors.breakpoint;
-        let vcpu = self.vcpu_mut(index)?;
+        let vcpu = self.vcpu(index)?;
+        let at = vcpu.rip().wrapping_sub(1);
+        // The engine has just fetched it, so its TLB says where from.
+        let known = if which == Which::Main { self.main.hooks().fetched(at, vcpu.cpl()) } else { None };
+        let vcpu = self.integer_mut(index)?;
         let next = vcpu.rip();
         let view = step.map_or(vcpu.view, |step| step.view);
-        let mode = vcpu.mode(view);
-        let at = next.wrapping_sub(1);
-        let page = translate(&memory, &mode, at, Access::Fetch, vcpu.cpl(), || 0).ok();
+        let walk = || translate(&memory, &vcpu.mode(view), at, Access::Fetch, vcpu.cpl(), || 0).ok();
+        let page = known.or_else(|| walk().map(|page| (page.gfn, page.frame)));
         let mut byte = [0];
-        let is_int3 = page.is_some_and(|page| {
-            memory.ram().read(u64::from(page.frame) << PAGE_SHIFT | at & (PAGE_SIZE - 1), &mut byte).is_some() && byte == [0xcc]
+        let is_int3 = page.is_some_and(|(_, frame)| {
+            memory.ram().read(u64::from(frame) << PAGE_SHIFT | at & (PAGE_SIZE - 1), &mut byte).is_some() && byte == [0xcc]
         });
         let len = if is_int3 { 1 } else { 2 };
         let rip = next.wrapping_sub(len.into());
@@ -477,23 +448,22 @@ impl Machine {
             return Ok(None);
         }
         // The two-byte form may begin on the page before; its last byte's page is as good a name for it.
-        let gfn = page.map_or(Gfn(0), |page| Gfn(page.gfn));
+        let gfn = page.map_or(Gfn(0), |(gfn, _)| Gfn(gfn));
         Ok(Some(self.raise(index, view, EventReason::Breakpoint { gfn, insn_len: len }, Held::Breakpoint(len))?))
     }
 
-    pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<VmiEvent> {
-        let error = self.no_vcpu(index);
-        let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
+    pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<Raised> {
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.held = held;
         if !matches!(held, Held::Announced(_)) {
             // The instruction that was to be stepped has another fate now; the answer decides.
             vcpu.step = None;
             vcpu.view = view;
         }
-        Ok(VmiEvent { vcpu: VcpuId(index as u16), view: Some(view), registers: vcpu.registers(), reason })
+        Ok(Raised { index, view, reason })
     }
 
-    fn denied(&mut self, index: usize, which: Which, denied: Denied, step: Option<Step>) -> Result<Option<VmiEvent>> {
+    pub(super) fn denied(&mut self, index: usize, which: Which, denied: Denied, step: Option<Step>) -> Result<Option<Raised>> {
         let memory = Rc::clone(&self.memory);
         let vcpu = self.vcpu(index)?;
         let rip = vcpu.rip();
@@ -545,149 +515,12 @@ impl Machine {
                     });
                 let view = step.filter(|_| !is_guarded).map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
-                let target = self.vcpu_mut(index)?;
+                let target = self.integer_mut(index)?;
                 target.denied_page = Some(Gfn(gfn));
                 target.denied_store = access == MemoryAccess::W;
                 let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))
             }
         }
-    }
-
-    // --- stepping ---
-
-    /// Carries out one instruction in the view of `step`; what is left to do stays in the vCPU.
-    fn step(&mut self, index: usize, step: Step) -> Result<Option<VmiEvent>> {
-        if let Some(gfn) = step.discard {
-            // Loads still see the page; stores go to the copy, which is dropped.
-            let mut page = [0; PAGE_SIZE as usize];
-            self.memory.read(gfn.pa(0), &mut page)?;
-            self.memory.write(self.scratch.pa(0), &page)?;
-        }
-        let event = self.step_once(index, step);
-        if step.discard.is_some() {
-            self.stepper.hooks().discard.set(None);
-            self.memory.mark_stale_in(Which::Stepper);
-        }
-        event
-    }
-
-    fn step_once(&mut self, index: usize, step: Step) -> Result<Option<VmiEvent>> {
-        let memory = Rc::clone(&self.memory);
-        let error = self.no_vcpu(index);
-        let vcpu = self.vcpus.get(index).ok_or(error)?;
-        let (mode, rip, hflags) = (vcpu.mode(step.view), vcpu.rip(), vcpu.hflags());
-        let mut bytes = [0; insn::MAX_LEN];
-        let len = fetch(&memory, &mode, rip, &mut bytes);
-        let insn = insn::decode(bytes.get(..len).unwrap_or_default());
-        match insn {
-            Insn::Int3(len) => {
-                // As if the engine had run it: RIP behind the instruction.
-                self.vcpu_mut(index)?.set_rip(rip.wrapping_add(len.into()));
-                let event = self.guest_breakpoint(index, Some(step))?;
-                return if event.is_some() { Ok(event) } else { self.finish(index, step) };
-            }
-            Insn::System(system, len) => match self.system(index, system, len, step.view)? {
-                Went::Event(event) => return Ok(Some(event)),
-                Went::Done => return self.finish(index, step),
-                Went::Native => {}
-            },
-            _ => {}
-        }
-        if let Some(gfn) = step.discard {
-            self.memory.mark_stale_in(Which::Stepper);
-            self.stepper.hooks().discard.set(Some((gfn, self.scratch)));
-        }
-        if self.stepper.hooks().guard.replace(step.guard) != step.guard {
-            self.memory.mark_stale_in(Which::Stepper);
-        }
-        let mut left = STRING_BURST;
-        let mut attempts = 1;
-        loop {
-            self.prepare(Which::Stepper, index, mode);
-            let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
-            // With interrupts inhibited the engine translates this one instruction and nothing ahead of it.
-            vcpu.set_hflags(hflags | HF_INHIBIT_IRQ);
-            let copied = vcpu.layout.copied;
-            let integer = insn == Insn::Integer;
-            if integer {
-                vcpu.context.set_copied(copied.integer);
-            }
-            let before = [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
-            self.stepper.hooks().stored_to_code.set(false);
-            self.stepper.restore(&vcpu.context);
-            let ended = self.stepper.run(rip, attempts);
-            self.stepper.save(&mut vcpu.context);
-            if integer {
-                vcpu.context.set_copied(copied.all);
-            }
-            self.loaded = match self.loaded {
-                Loaded::All(held) | Loaded::ButInteger(held) if held == index && integer => Loaded::ButInteger(held),
-                _ => Loaded::Nothing,
-            };
-            let mut exit = self.stepper.hooks().exit.get();
-            let mut ended = ended;
-            // The engine fetches ahead: the instruction is done, and this is about the next one, whose time is not now.
-            let is_next = matches!(exit, Exit::Retry | Exit::Denied(Denied { access: Access::Fetch, .. }));
-            if is_next && vcpu.rip() != rip {
-                (exit, ended) = (Exit::None, code::OK);
-            }
-            if exit == Exit::Retry {
-                vcpu.set_hflags(hflags);
-                continue;
-            }
-            if exit != Exit::None || ended != code::OK {
-                if integer {
-                    // What describes a fault lies behind the integer state.
-                    self.stepper.save(&mut self.aside);
-                    for at in [vcpu.layout.error_code, vcpu.layout.exception_is_int] {
-                        vcpu.context.set_u32(at, self.aside.u32(at));
-                    }
-                    self.loaded = Loaded::Nothing;
-                }
-                vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ | hflags & HF_INHIBIT_IRQ);
-                let event = self.after(index, Which::Stepper, exit, ended, Some(step))?;
-                return if event.is_some() { Ok(event) } else { self.finish(index, step) };
-            }
-            // An instruction that overwrites itself is begun anew by the engine, which counts it twice: so allow it two.
-            let is_back = vcpu.rip() == rip && before == [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
-            if is_back && attempts == 1 && self.stepper.hooks().stored_to_code.get() {
-                vcpu.set_hflags(hflags);
-                attempts = 2;
-                continue;
-            }
-            attempts = 1;
-            match insn {
-                Insn::Halt => vcpu.state = State::Halted,
-                Insn::InhibitsInterrupts => vcpu.set_hflags(vcpu.hflags() | HF_INHIBIT_IRQ),
-                Insn::RepString if vcpu.rip() == rip => {
-                    left -= 1;
-                    if left > 0 {
-                        continue;
-                    }
-                    // Not at its end yet: the clock must be looked at, then it goes on here.
-                    vcpu.step = Some(step);
-                    return Ok(None);
-                }
-                Insn::System(system, _) => self.after_system(index, system)?,
-                _ => {}
-            }
-            return self.finish(index, step);
-        }
-    }
-
-    fn finish(&mut self, index: usize, step: Step) -> Result<Option<VmiEvent>> {
-        let error = self.no_vcpu(index);
-        let vcpu = self.vcpus.get_mut(index).ok_or(error)?;
-        vcpu.step = None;
-        vcpu.announced = false;
-        if !step.report {
-            vcpu.view = step.back;
-            return Ok(None);
-        }
-        let mode = vcpu.mode(step.view);
-        let next = translate(&self.memory, &mode, vcpu.rip(), Access::Fetch, vcpu.cpl(), || 0).ok();
-        let gfn = next.map(|page| Gfn(page.gfn));
-        Ok(Some(self.raise(index, step.view, EventReason::SingleStep { gfn }, Held::Stepped)?))
     }
 }

@@ -481,6 +481,24 @@ impl<H: Hooks> Engine<H> {
         unsafe { (self.library.uc_context_save)(self.uc.as_ptr(), context.raw.as_ptr()) };
     }
 
+    /// As [`Self::save`], but only the first `len` bytes of state.
+    #[inline]
+    pub fn save_part(&self, context: &mut Context, len: u64) {
+        let whole = context.copied();
+        context.set_copied(len);
+        self.save(context);
+        context.set_copied(whole);
+    }
+
+    /// As [`Self::restore`], but only the first `len` bytes of state.
+    #[inline]
+    pub fn restore_part(&mut self, context: &mut Context, len: u64) {
+        let whole = context.copied();
+        context.set_copied(len);
+        self.restore(context);
+        context.set_copied(whole);
+    }
+
     /// Copies a state in.
     #[inline]
     pub fn restore(&mut self, context: &Context) {
@@ -544,6 +562,22 @@ impl Context {
         }
         // SAFETY: inside the allocation of `size` bytes, checked above.
         Some(unsafe { self.raw.as_ptr().cast::<u8>().add(offset) })
+    }
+
+    /// Takes over the bytes of another context from `offset` on.
+    pub fn copy_from(&mut self, offset: usize, other: &Self) {
+        let len = self.size.min(other.size).saturating_sub(offset);
+        if let (Some(to), Some(from)) = (self.at(offset, len), other.at(offset, len)) {
+            // SAFETY: both ranges were checked; two contexts are two allocations, so they do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, len) };
+        }
+    }
+
+    /// `N` 64-bit words from `offset` on; 0 beyond the end.
+    #[inline]
+    pub fn words<const N: usize>(&self, offset: usize) -> [u64; N] {
+        // SAFETY: `at` checked the range; unaligned reads are allowed for.
+        self.at(offset, N * 8).map_or([0; N], |from| unsafe { from.cast::<[u64; N]>().read_unaligned() })
     }
 
     /// The 32-bit word at `offset`; 0 beyond the end, which the calibration rules out.

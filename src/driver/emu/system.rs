@@ -11,7 +11,7 @@ use super::apic::{self, Ipi, Target, Written};
 use super::deliver::{self, Fault};
 use super::insn::System;
 use super::memory::Which;
-use super::run::{Loaded, Machine, RAX, RBX, RCX, RDX, Went, cr_number};
+use super::run::{Machine, RAX, RBX, RCX, RDX, Went, cr_number};
 use super::vcpu::{Held, Vcpu};
 
 const MSR_TSC: u32 = 0x10;
@@ -23,7 +23,8 @@ impl Machine {
         let memory = Rc::clone(&self.memory);
         let now = self.now;
         let watches_cpuid = self.monitors.cpuid;
-        let vcpu = self.vcpu_mut(index)?;
+        // Of the state beyond the integer state SYSCALL only reads what is always up to date.
+        let vcpu = self.integer_mut(index)?;
         let announced = vcpu.announced;
         let kernel = vcpu.cpl() == 0;
         let rip = vcpu.rip();
@@ -126,12 +127,7 @@ impl Machine {
         if let Some(value) = virtual_msr(vcpu, index, msr, now) {
             return Ok(value);
         }
-        if self.loaded != Loaded::All(index) {
-            let error = self.no_vcpu(index);
-            let vcpu = self.vcpus.get(index).ok_or(error)?;
-            self.main.restore(&vcpu.context);
-            self.loaded = Loaded::All(index);
-        }
+        self.load(index)?;
         self.main.read_msr(msr)
     }
 

@@ -132,13 +132,9 @@ impl Vcpu {
     }
 
     pub fn segment(&self, index: usize) -> Segment {
-        let at = self.layout.segments + index * SEGMENT;
-        Segment {
-            selector: self.context.u32(at) as u16,
-            attributes: (self.context.u32(at + 20) >> 8) as u16 & 0xf0ff,
-            limit: self.context.u32(at + 16),
-            base: self.context.u64(at + 8),
-        }
+        // Selector, base, then limit and flags.
+        let [selector, base, rest] = self.context.words(self.layout.segments + index * SEGMENT);
+        Segment { selector: selector as u16, attributes: (rest >> 40) as u16 & 0xf0ff, limit: rest as u32, base }
     }
 
     pub fn set_segment(&mut self, index: usize, selector: u16, base: u64, limit: u32, flags: u32) {
@@ -168,26 +164,26 @@ impl Vcpu {
 
     /// All registers, as an event carries them.
     pub fn registers(&self) -> Registers {
-        let gpr = |index| self.gpr(index);
         let layout = &self.layout;
+        let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = self.context.words(layout.gp);
         Registers {
             gp: GpRegisters {
-                rax: gpr(0),
-                rcx: gpr(1),
-                rdx: gpr(2),
-                rbx: gpr(3),
-                rsp: gpr(4),
-                rbp: gpr(5),
-                rsi: gpr(6),
-                rdi: gpr(7),
-                r8: gpr(8),
-                r9: gpr(9),
-                r10: gpr(10),
-                r11: gpr(11),
-                r12: gpr(12),
-                r13: gpr(13),
-                r14: gpr(14),
-                r15: gpr(15),
+                rax,
+                rcx,
+                rdx,
+                rbx,
+                rsp,
+                rbp,
+                rsi,
+                rdi,
+                r8,
+                r9,
+                r10,
+                r11,
+                r12,
+                r13,
+                r14,
+                r15,
                 rip: self.rip(),
                 rflags: self.context.rflags(),
             },

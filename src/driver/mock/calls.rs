@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
-use crate::driver::Monitor;
+use crate::driver::{Additions, Monitor};
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
 
@@ -71,10 +71,10 @@ calls! {
     SetMemoryAccess { view: View, gfn: Gfn, access: MemoryAccess } = "set_memory_access",
     /// `VmiProtection::set_memory_access_multi`.
     SetMemoryAccessMulti { view: View, pages: Vec<(Gfn, MemoryAccess)> } = "set_memory_access_multi",
-    /// `VmiFrames::allocate_frame`.
-    AllocateFrame = "allocate_frame",
-    /// `VmiFrames::free_frame`.
-    FreeFrame { frame: Gfn } = "free_frame",
+    /// `VmiFrames::allocate_frames`.
+    AllocateFrames { count: usize } = "allocate_frames",
+    /// `VmiFrames::free_frames`.
+    FreeFrames { frames: Vec<Gfn> } = "free_frames",
     /// `VmiEvents::monitor`.
     Monitor { monitor: Monitor, on: bool } = "monitor",
     /// `VmiEvents::wait`.
@@ -87,6 +87,12 @@ calls! {
     Pause = "pause",
     /// `VmiControl::resume`.
     Resume = "resume",
+    /// `VmiRepair::additions`.
+    Additions = "additions",
+    /// `VmiRepair::adopt`.
+    Adopt { left: Additions, pauses: u32 } = "adopt",
+    /// `VmiRepair::release_held`.
+    ReleaseHeld = "release_held",
 }
 
 /// A call that is to fail.

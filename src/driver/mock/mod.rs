@@ -2,6 +2,7 @@
 //! to fail, and hands out the events it was given. For tests; it runs no guest code.
 
 mod calls;
+mod state;
 mod tables;
 
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -13,10 +14,11 @@ use parking_lot::Mutex;
 
 use self::calls::Recorder;
 pub use self::calls::{Call, CallKind};
+pub use self::state::{GuestState, MockVcpu, MockView};
 pub use self::tables::PageSize;
 use super::{
-    Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters, VmiViews,
-    VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
+    VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
@@ -29,104 +31,6 @@ const DEFAULT_ERRNO: i32 = 5;
 const ENOMEM: i32 = 12;
 /// What a frame is filled with when it is allocated, so that a test sees whoever relies on its content.
 const FRAME_FILL: u8 = 0xa5;
-
-/// One view, as data.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct MockView {
-    /// The rights of every page that is not in `pages`.
-    pub access: MemoryAccess,
-    /// The pages with other rights.
-    pub pages: BTreeMap<Gfn, MemoryAccess>,
-    /// The pages that show another frame.
-    pub remaps: BTreeMap<Gfn, Gfn>,
-}
-
-impl MockView {
-    fn new(access: MemoryAccess) -> Self {
-        Self { access, pages: BTreeMap::new(), remaps: BTreeMap::new() }
-    }
-
-    fn set_access(&mut self, gfn: Gfn, access: MemoryAccess) {
-        if access == self.access {
-            self.pages.remove(&gfn);
-        } else {
-            self.pages.insert(gfn, access);
-        }
-    }
-}
-
-/// One vCPU, as data.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct MockVcpu {
-    /// Its registers.
-    pub registers: Registers,
-    /// The view it is in.
-    pub view: View,
-    /// The event that holds it.
-    pub pending: Option<VmiEvent>,
-    /// What is to be delivered to it, in order.
-    pub injections: Vec<Injection>,
-}
-
-/// Everything a call can change, to be compared with `==`: a call that failed must leave it as it was.
-#[derive(Clone, PartialEq, Eq)]
-pub struct GuestState {
-    memory: Vec<u8>,
-    frames: BTreeMap<Gfn, Vec<u8>>,
-    /// The views that exist.
-    pub views: BTreeMap<View, MockView>,
-    /// The vCPUs.
-    pub vcpus: Vec<MockVcpu>,
-    /// What is monitored.
-    pub monitors: HashSet<Monitor>,
-    /// How often the guest is paused.
-    pub pauses: u32,
-}
-
-impl GuestState {
-    /// What differs from `other`, in words; empty if they are equal. For the message of an assertion.
-    pub fn differences(&self, other: &Self) -> Vec<String> {
-        let mut found = Vec::new();
-        let pages = |bytes: &'_ [u8]| bytes.chunks(PAGE_SIZE as usize).map(<[u8]>::to_vec).collect::<Vec<_>>();
-        for (index, (mine, theirs)) in pages(&self.memory).iter().zip(&pages(&other.memory)).enumerate() {
-            if let Some(offset) = mine.iter().zip(theirs).position(|(a, b)| a != b) {
-                found.push(format!("memory page {index:#x} from offset {offset:#x} on"));
-            }
-        }
-        for frame in self.frames.keys().chain(other.frames.keys()).collect::<std::collections::BTreeSet<_>>() {
-            match (self.frames.get(frame), other.frames.get(frame)) {
-                (Some(_), None) => found.push(format!("frame {frame} is allocated only here")),
-                (None, Some(_)) => found.push(format!("frame {frame} is allocated only there")),
-                (mine, theirs) if mine != theirs => found.push(format!("content of frame {frame}")),
-                _ => {}
-            }
-        }
-        if self.views != other.views {
-            found.push(format!("views: {:?} / {:?}", self.views, other.views));
-        }
-        if self.vcpus != other.vcpus {
-            found.push(format!("vCPUs: {:?} / {:?}", self.vcpus, other.vcpus));
-        }
-        if self.monitors != other.monitors {
-            found.push(format!("monitors: {:?} / {:?}", self.monitors, other.monitors));
-        }
-        if self.pauses != other.pauses {
-            found.push(format!("pauses: {} / {}", self.pauses, other.pauses));
-        }
-        found
-    }
-}
-
-impl std::fmt::Debug for GuestState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GuestState")
-            .field("memory", &format_args!("{} bytes", self.memory.len()))
-            .field("frames", &self.frames.keys())
-            .field("views", &self.views)
-            .field("pauses", &self.pauses)
-            .finish_non_exhaustive()
-    }
-}
 
 /// What [`VmiEvents::wait`] is to return.
 enum Scripted {
@@ -557,30 +461,43 @@ impl VmiProtection for MockDriver {
 }
 
 impl VmiFrames for MockDriver {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
-        self.enter(Call::AllocateFrame)?;
-        let full = || VmiError::Driver { op: "allocate_frame", errno: ENOMEM, detail: "no frame is free".to_owned() };
-        if self.state.frames.len() >= self.frame_limit {
-            return Err(full());
+    fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>> {
+        self.enter(Call::AllocateFrames { count })?;
+        let held = self.state.frames.len();
+        if held.checked_add(count).is_none_or(|all| all > self.frame_limit) {
+            return Err(VmiError::Driver {
+                op: "allocate_frames",
+                errno: ENOMEM,
+                detail: format!("{count} frames are not free"),
+            });
         }
         let first = self.info.memory_size / PAGE_SIZE;
-        // The lowest gap: keys are sorted, so the first one that is not its own index away from the start.
-        let index = self.state.frames.keys().zip(first..).take_while(|(frame, expected)| frame.0 == *expected).count();
-        let frame = Gfn(first).checked_add(index as u64).ok_or_else(full)?;
-        self.state.frames.insert(frame, vec![FRAME_FILL; PAGE_SIZE as usize]);
-        self.frames_peak = self.frames_peak.max(self.state.frames.len());
-        Ok(frame)
+        let frames = &mut self.state.frames;
+        // As long as the lowest ones are taken without a gap, none below has to be looked for.
+        let dense = frames.last_key_value().map_or(first, |(last, _)| last.0 + 1) == first + held as u64;
+        let from = if dense { first + held as u64 } else { first };
+        let free: Vec<Gfn> = (from..).map(Gfn).filter(|frame| !frames.contains_key(frame)).take(count).collect();
+        frames.extend(free.iter().map(|frame| (*frame, vec![FRAME_FILL; PAGE_SIZE as usize])));
+        self.frames_peak = self.frames_peak.max(frames.len());
+        Ok(free)
     }
 
-    fn free_frame(&mut self, frame: Gfn) -> Result<()> {
-        self.enter(Call::FreeFrame { frame })?;
-        if !self.state.frames.contains_key(&frame) {
-            return Err(VmiError::InvalidArgument { what: "frame", reason: format!("frame {frame} is not allocated") });
+    fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
+        self.enter(Call::FreeFrames { frames: frames.to_vec() })?;
+        let refuse = |reason: String| Err(VmiError::InvalidArgument { what: "frames", reason });
+        let wanted: HashSet<Gfn> = frames.iter().copied().collect();
+        if wanted.len() < frames.len() {
+            return refuse("one of them is there twice".to_owned());
         }
-        if let Some((view, _)) = self.state.views.iter().find(|(_, held)| held.remaps.values().any(|shown| *shown == frame)) {
-            return Err(VmiError::InvalidArgument { what: "frame", reason: format!("view {view} still shows frame {frame}") });
+        if let Some(frame) = frames.iter().find(|frame| !self.state.frames.contains_key(frame)) {
+            return refuse(format!("frame {frame} is not allocated"));
         }
-        self.state.frames.remove(&frame);
+        for (view, held) in &self.state.views {
+            if let Some(frame) = held.remaps.values().find(|shown| wanted.contains(shown)) {
+                return refuse(format!("view {view} still shows frame {frame}"));
+            }
+        }
+        self.state.frames.retain(|frame, _| !wanted.contains(frame));
         Ok(())
     }
 
@@ -678,5 +595,28 @@ impl VmiControl for MockDriver {
         let none = || VmiError::InvalidArgument { what: "resume", reason: "the guest is not paused".to_owned() };
         self.state.pauses = self.state.pauses.checked_sub(1).ok_or_else(none)?;
         Ok(())
+    }
+}
+
+impl VmiRepair for MockDriver {
+    fn additions(&self) -> Result<Additions> {
+        self.enter(Call::Additions)?;
+        let GuestState { views, frames, pauses, .. } = &self.state;
+        let views = views.keys().copied().filter(|view| *view != View::DEFAULT).collect();
+        Ok(Additions { views, frames: frames.keys().copied().collect(), is_paused: *pauses > 0 })
+    }
+
+    fn adopt(&mut self, left: &Additions, pauses: u32) -> Result<()> {
+        self.enter(Call::Adopt { left: left.clone(), pauses })
+    }
+
+    fn release_held(&mut self) -> Result<usize> {
+        self.enter(Call::ReleaseHeld)?;
+        let mut held = 0;
+        for vcpu in &mut self.state.vcpus {
+            held += usize::from(vcpu.pending.take().is_some());
+            vcpu.view = View::DEFAULT;
+        }
+        Ok(held)
     }
 }

@@ -12,8 +12,8 @@ use super::event::VmiEvent;
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Caps, Monitor, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
-    VmiViews, VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
+    VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event;
@@ -115,11 +115,11 @@ impl VmiProtection for Nothing {
 }
 
 impl VmiFrames for Nothing {
-    fn allocate_frame(&mut self) -> Result<Gfn> {
+    fn allocate_frames(&mut self, _: usize) -> Result<Vec<Gfn>> {
         self.refuse()
     }
 
-    fn free_frame(&mut self, _: Gfn) -> Result<()> {
+    fn free_frames(&mut self, _: &[Gfn]) -> Result<()> {
         self.refuse()
     }
 
@@ -158,6 +158,20 @@ impl VmiControl for Nothing {
     }
 
     fn resume(&mut self) -> Result<()> {
+        self.refuse()
+    }
+}
+
+impl VmiRepair for Nothing {
+    fn additions(&self) -> Result<Additions> {
+        self.refuse()
+    }
+
+    fn adopt(&mut self, _: &Additions, _: u32) -> Result<()> {
+        self.refuse()
+    }
+
+    fn release_held(&mut self) -> Result<usize> {
         self.refuse()
     }
 }

@@ -1,0 +1,232 @@
+//! Stepping: one instruction in a given view, by the driver itself where that is simple, or else by the stepper.
+
+use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE};
+use crate::arch::amd64::rflags;
+use crate::error::Result;
+use crate::event::EventReason;
+
+use super::direct::{self, Op};
+use super::hooks::{Denied, Exit, fetch, translate};
+use super::insn::{self, Insn};
+use super::layout::{HF_CS64, HF_INHIBIT_IRQ};
+use super::memory::Which;
+use super::run::{Machine, RCX, RDI, RSP, Raised, STRING_BURST, Went};
+use super::sys::{Access, code};
+use super::vcpu::{Held, Mode, State, Step};
+
+impl Machine {
+    /// A step in the vCPU's own view that nobody asked for.
+    pub(super) fn in_place(&self, index: usize) -> Result<Step> {
+        let view = self.vcpu(index)?.view;
+        Ok(Step { view, back: view, report: false, discard: None, guard: None })
+    }
+
+    /// Carries out one instruction in the view of `step`; what is left to do stays in the vCPU.
+    pub(super) fn step(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
+        if self.step_directly(index, &step) {
+            self.steps.direct += 1;
+            return self.finish(index, step);
+        }
+        if let Some(gfn) = step.discard {
+            // Loads still see the page; stores go to the copy, which is dropped.
+            let mut page = [0; PAGE_SIZE as usize];
+            self.memory.read(gfn.pa(0), &mut page)?;
+            self.memory.write(self.scratch.pa(0), &page)?;
+        }
+        let event = self.step_once(index, step);
+        if step.discard.is_some() {
+            self.stepper.hooks().discard.set(None);
+            self.memory.mark_stale_in(Which::Stepper);
+        }
+        event
+    }
+
+    /// The frame behind the page of `rip` in the view of a step, if it can be told without walking the page tables: the main
+    /// engine's TLB has the page, filled for this vCPU as it is, and still counts.
+    fn code_frame(&self, index: usize, mode: &Mode, rip: u64, cpl: u8) -> Option<u32> {
+        if self.memory.is_stale(Which::Main) {
+            return None;
+        }
+        let (filled_for, filled) = (*self.filled_for.of(Which::Main))?;
+        if filled_for != index || (Mode { view: mode.view, ..filled }) != *mode {
+            return None;
+        }
+        let (gfn, _) = self.main.hooks().fetched(rip, cpl)?;
+        let (rights, frame) = self.memory.lookup(mode.view, gfn)?;
+        (rights & 4 != 0).then_some(frame)
+    }
+
+    /// Carries out the instruction at RIP without an engine, if it is one of the few whose effect is simple and certain, and if
+    /// nothing about it can fail. False: nothing was done.
+    fn step_directly(&mut self, index: usize, step: &Step) -> bool {
+        let Some(vcpu) = self.vcpus.get(index) else { return false };
+        let special = vcpu.context.u64(vcpu.layout.eflags) & (rflags::TF | rflags::RF) != 0;
+        if special || vcpu.hflags() & HF_CS64 == 0 || step.discard.is_some() {
+            return false;
+        }
+        let (mode, rip) = (vcpu.mode(step.view), vcpu.rip());
+        let frame = self.code_frame(index, &mode, rip, vcpu.cpl()).or_else(|| {
+            let page = translate(&self.memory, &mode, rip, Access::Fetch, vcpu.cpl(), || vcpu.context.rflags());
+            page.ok().map(|page| page.frame)
+        });
+        let Some(frame) = frame else { return false };
+        let offset = rip & (PAGE_SIZE - 1);
+        let mut bytes = [0; insn::MAX_LEN];
+        let len = (PAGE_SIZE - offset).min(insn::MAX_LEN as u64) as usize;
+        let Some(part) = bytes.get_mut(..len) else { return false };
+        if self.memory.ram().read(u64::from(frame) << PAGE_SHIFT | offset, part).is_none() {
+            return false;
+        }
+        let Some((op, len)) = direct::decode(part) else { return false };
+        if let Op::Push { from } = op {
+            let (rsp, value) = (vcpu.gpr(RSP).wrapping_sub(8), vcpu.gpr(from));
+            let Ok(page) = translate(&self.memory, &mode, rsp, Access::Write, vcpu.cpl(), || vcpu.context.rflags()) else {
+                return false;
+            };
+            let offset = rsp & (PAGE_SIZE - 1);
+            let denies = |view| self.memory.lookup(view, page.gfn).is_none_or(|(rights, _)| rights & 2 == 0);
+            if offset > PAGE_SIZE - 8 || self.memory.is_code(page.frame) || step.guard.is_some_and(denies) {
+                return false;
+            }
+            if self.memory.ram().write(u64::from(page.frame) << PAGE_SHIFT | offset, &value.to_le_bytes()).is_none() {
+                return false;
+            }
+        }
+        let Ok(vcpu) = self.integer_mut(index) else { return false };
+        direct::carry_out(op, vcpu, rip.wrapping_add(len.into()));
+        vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ);
+        true
+    }
+
+    fn step_once(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
+        let memory = std::rc::Rc::clone(&self.memory);
+        self.steps.engine += 1;
+        let vcpu = self.vcpu(index)?;
+        let (mode, rip, hflags) = (vcpu.mode(step.view), vcpu.rip(), vcpu.hflags());
+        let mut bytes = [0; insn::MAX_LEN];
+        let len = fetch(&memory, &mode, rip, &mut bytes);
+        let insn = insn::decode(bytes.get(..len).unwrap_or_default());
+        match insn {
+            Insn::Int3(len) => {
+                // As if the engine had run it: RIP behind the instruction.
+                self.integer_mut(index)?.set_rip(rip.wrapping_add(len.into()));
+                let event = self.guest_breakpoint(index, Which::Stepper, Some(step))?;
+                return if event.is_some() { Ok(event) } else { self.finish(index, step) };
+            }
+            Insn::System(system, len) => match self.system(index, system, len, step.view)? {
+                Went::Event(event) => return Ok(Some(event)),
+                Went::Done => return self.finish(index, step),
+                Went::Native => {}
+            },
+            _ => {}
+        }
+        if let Some(gfn) = step.discard {
+            self.memory.mark_stale_in(Which::Stepper);
+            self.stepper.hooks().discard.set(Some((gfn, self.scratch)));
+        }
+        if self.stepper.hooks().guard.replace(step.guard) != step.guard {
+            self.memory.mark_stale_in(Which::Stepper);
+        }
+        let integer = insn == Insn::Integer;
+        if !integer {
+            self.unload(index);
+        }
+        let mut left = STRING_BURST;
+        let mut attempts = 1;
+        loop {
+            self.prepare(Which::Stepper, index, mode);
+            let Ok(vcpu) = self.integer_mut(index) else { return Ok(None) };
+            // With interrupts inhibited the engine translates this one instruction and nothing ahead of it.
+            vcpu.set_hflags(hflags | HF_INHIBIT_IRQ);
+            let before = [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
+            let ended = self.run_stepper(index, rip, attempts, integer);
+            let (mut exit, mut ended) = (self.stepper.hooks().exit.get(), ended);
+            let stored_to_code = self.stepper.hooks().stored_to_code.get();
+            let vcpu = self.integer_mut(index)?;
+            // The engine fetches ahead: the instruction is done, and this is about the next one, whose time is not now.
+            let is_next = matches!(exit, Exit::Retry | Exit::Denied(Denied { access: Access::Fetch, .. }));
+            if is_next && vcpu.rip() != rip {
+                (exit, ended) = (Exit::None, code::OK);
+            }
+            if exit == Exit::Retry {
+                vcpu.set_hflags(hflags);
+                continue;
+            }
+            if exit != Exit::None || ended != code::OK {
+                if integer {
+                    self.fetch_fault(index);
+                }
+                let vcpu = self.integer_mut(index)?;
+                vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ | hflags & HF_INHIBIT_IRQ);
+                let event = self.after(index, Which::Stepper, exit, ended, Some(step))?;
+                return if event.is_some() { Ok(event) } else { self.finish(index, step) };
+            }
+            // An instruction that overwrites itself is begun anew by the engine, which counts it twice: so allow it two.
+            let is_back = vcpu.rip() == rip && before == [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
+            if is_back && attempts == 1 && stored_to_code {
+                vcpu.set_hflags(hflags);
+                attempts = 2;
+                continue;
+            }
+            attempts = 1;
+            match insn {
+                Insn::Halt => vcpu.state = State::Halted,
+                Insn::InhibitsInterrupts => vcpu.set_hflags(vcpu.hflags() | HF_INHIBIT_IRQ),
+                Insn::RepString if vcpu.rip() == rip => {
+                    left -= 1;
+                    if left > 0 {
+                        continue;
+                    }
+                    // Not at its end yet: the clock must be looked at, then it goes on here.
+                    vcpu.step = Some(step);
+                    return Ok(None);
+                }
+                Insn::System(system, _) => self.after_system(index, system)?,
+                _ => {}
+            }
+            return self.finish(index, step);
+        }
+    }
+
+    /// One run of the stepper. `integer`: the instruction has to do with integer state alone, so no more is copied.
+    fn run_stepper(&mut self, index: usize, rip: u64, count: usize, integer: bool) -> i32 {
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return code::OK };
+        self.stepper.hooks().stored_to_code.set(false);
+        if integer {
+            let part = vcpu.layout.copied.integer;
+            self.stepper.restore_part(&mut vcpu.context, part);
+            let ended = self.stepper.run(rip, count);
+            self.stepper.save_part(&mut vcpu.context, part);
+            return ended;
+        }
+        self.stepper.restore(&vcpu.context);
+        let ended = self.stepper.run(rip, count);
+        self.stepper.save(&mut vcpu.context);
+        ended
+    }
+
+    /// Takes over what describes a fault, which lies behind the integer state, from the stepper.
+    fn fetch_fault(&mut self, index: usize) {
+        self.unload(index);
+        self.stepper.save(&mut self.aside);
+        if let Some(vcpu) = self.vcpus.get_mut(index) {
+            for at in [vcpu.layout.error_code, vcpu.layout.exception_is_int] {
+                vcpu.context.set_u32(at, self.aside.u32(at));
+            }
+        }
+    }
+
+    fn finish(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
+        vcpu.step = None;
+        vcpu.announced = false;
+        if !step.report {
+            vcpu.view = step.back;
+            return Ok(None);
+        }
+        let mode = vcpu.mode(step.view);
+        let next = translate(&self.memory, &mode, vcpu.rip(), Access::Fetch, vcpu.cpl(), || 0).ok();
+        let gfn = next.map(|page| Gfn(page.gfn));
+        Ok(Some(self.raise(index, step.view, EventReason::SingleStep { gfn }, Held::Stepped)?))
+    }
+}
