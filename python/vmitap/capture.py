@@ -80,14 +80,13 @@ class Struct:
                 msg = f"{text}: {name!r}: {field!r} is no field; a field is Mem, Bytes, Cstr or Utf16 at an offset"
                 raise TypeError(msg)
             first, *rest = field._code
-            offset = first[1] if first[0] == "const" and rest else None
-            if not isinstance(offset, int):
+            if first[0] != "const":
                 raise InvalidArgumentError("fields", f"{text}: {name!r}: {field!r} does not begin with an offset")
             code = (*base._code, first, ("arith", "+"), *rest)
-            moved = object.__new__(Number if isinstance(field, Number) else Text)
-            for slot, value in {**vars(field), "_code": code}.items():
-                object.__setattr__(moved, slot, value)
-            self._fields[name] = moved
+            if isinstance(field, Number):
+                self._fields[name] = Number(code, field._text, field._compound, field._signed)
+            else:
+                self._fields[name] = Text(code, field._text, field._compound, field._kind, field._max)
         if not self._fields:
             raise InvalidArgumentError("fields", f"{text}: a struct has a field at least")
 

@@ -13,6 +13,7 @@ use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
+use parquet::schema::types::SchemaDescPtr;
 
 /// Something batches are written to.
 pub trait Output: Send {
@@ -22,8 +23,9 @@ pub trait Output: Send {
     /// Ends the file.
     fn finish(self: Box<Self>) -> io::Result<()>;
 
-    /// After a failed write: makes the file readable up to the last whole batch, if that can be done.
-    fn rescue(self: Box<Self>) -> io::Result<()>;
+    /// After a failed write: makes the file readable up to a whole batch, the last one if there is room for what ends the file.
+    /// The rows in it then.
+    fn rescue(self: Box<Self>) -> io::Result<u64>;
 }
 
 /// The two formats.
@@ -51,7 +53,7 @@ impl Format {
         let file = File::create(path)?;
         match self {
             Self::Parquet => Ok(Box::new(Parquet::new(file, schema)?)),
-            Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(file)))),
+            Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(file), 0))),
         }
     }
 
@@ -59,7 +61,7 @@ impl Format {
     pub fn stdout(self, schema: &SchemaRef) -> io::Result<Box<dyn Output>> {
         match self {
             Self::Parquet => Format::Parquet.create("/dev/stdout", schema),
-            Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(io::stdout())))),
+            Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(io::stdout()), 0))),
         }
     }
 }
@@ -68,8 +70,8 @@ struct Parquet {
     writer: ArrowWriter<File>,
     file: File,
     schema: SchemaRef,
-    /// Bytes and row groups of the whole batches.
-    good: (u64, usize),
+    /// For each whole batch: where it ends in the file, and the row groups and rows up to there.
+    good: Vec<(u64, usize, u64)>,
 }
 
 fn io_error(error: ParquetError) -> io::Error {
@@ -91,7 +93,7 @@ impl Parquet {
             .set_offset_index_disabled(true)
             .build();
         let writer = ArrowWriter::try_new(file.try_clone()?, schema.clone(), Some(properties)).map_err(io_error)?;
-        Ok(Self { writer, file, schema: schema.clone(), good: (4, 0) })
+        Ok(Self { writer, file, schema: schema.clone(), good: Vec::new() })
     }
 }
 
@@ -100,7 +102,8 @@ impl Output for Parquet {
         self.writer.write(batch).map_err(io_error)?;
         self.writer.flush().map_err(io_error)?;
         self.writer.sync()?;
-        self.good = (self.writer.bytes_written() as u64, self.writer.flushed_row_groups().len());
+        let rows = self.good.last().map_or(0, |(.., rows)| *rows) + batch.num_rows() as u64;
+        self.good.push((self.writer.bytes_written() as u64, self.writer.flushed_row_groups().len(), rows));
         Ok(())
     }
 
@@ -108,25 +111,38 @@ impl Output for Parquet {
         self.writer.close().map(drop).map_err(io_error)
     }
 
-    fn rescue(self: Box<Self>) -> io::Result<()> {
-        let Self { writer, mut file, schema, good: (bytes, count) } = *self;
-        let groups: Vec<RowGroupMetaData> = writer.flushed_row_groups().iter().take(count).cloned().collect();
+    fn rescue(self: Box<Self>) -> io::Result<u64> {
+        let Self { writer, mut file, schema, mut good } = *self;
+        let groups = writer.flushed_row_groups().to_vec();
         // What it still has to write is part of the batch that failed.
         drop(writer);
-        file.set_len(bytes.max(4))?;
-        file.seek(SeekFrom::Start(bytes.max(4)))?;
-        let rows = groups.iter().map(RowGroupMetaData::num_rows).sum();
-        let parquet_schema = match groups.first() {
-            Some(group) => group.schema_descr_ptr(),
-            None => Arc::new(parquet::arrow::ArrowSchemaConverter::new().convert(&schema).map_err(io_error)?),
-        };
-        let metadata = ParquetMetaData::new(FileMetaData::new(2, rows, None, None, parquet_schema, None), groups);
-        ParquetMetaDataWriter::new(&file, &metadata).finish().map_err(io_error)?;
-        file.flush()
+        let columns = parquet::arrow::ArrowSchemaConverter::new().convert(&schema).map_err(io_error)?;
+        let columns = groups.first().map_or_else(|| Arc::new(columns), RowGroupMetaData::schema_descr_ptr);
+        loop {
+            // Of an empty file there are only the four bytes every Parquet file begins with.
+            let (end, count, rows) = good.pop().unwrap_or((4, 0, 0));
+            let kept = groups.get(..count).unwrap_or_default().to_vec();
+            match end_file(&mut file, end, kept, &columns) {
+                Ok(()) => return Ok(rows),
+                Err(error) if count == 0 => return Err(error),
+                // No room for what ends the file: another batch makes some.
+                Err(_) => {}
+            }
+        }
     }
 }
 
-struct JsonLines<W: Write>(BufWriter<W>);
+/// Cuts a file off and ends it there.
+fn end_file(file: &mut File, at: u64, groups: Vec<RowGroupMetaData>, columns: &SchemaDescPtr) -> io::Result<()> {
+    file.set_len(at)?;
+    file.seek(SeekFrom::Start(at))?;
+    let rows = groups.iter().map(RowGroupMetaData::num_rows).sum();
+    let metadata = ParquetMetaData::new(FileMetaData::new(2, rows, None, None, columns.clone(), None), groups);
+    ParquetMetaDataWriter::new(&*file, &metadata).finish().map_err(io_error)?;
+    file.flush()
+}
+
+struct JsonLines<W: Write>(BufWriter<W>, u64);
 
 impl<W: Write + Send> Output for JsonLines<W> {
     fn write(&mut self, batch: &RecordBatch) -> io::Result<()> {
@@ -141,17 +157,19 @@ impl<W: Write + Send> Output for JsonLines<W> {
             }
             self.0.write_all(b"}\n")?;
         }
-        self.0.flush()
+        self.0.flush()?;
+        self.1 += batch.num_rows() as u64;
+        Ok(())
     }
 
     fn finish(mut self: Box<Self>) -> io::Result<()> {
         self.0.flush()
     }
 
-    fn rescue(self: Box<Self>) -> io::Result<()> {
+    fn rescue(self: Box<Self>) -> io::Result<u64> {
         // What the buffer still holds is part of the batch that failed.
-        let _ = self.0.into_parts();
-        Ok(())
+        drop(self.0.into_parts());
+        Ok(self.1)
     }
 }
 

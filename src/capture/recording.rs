@@ -1,6 +1,7 @@
 //! Rows of captured values, in columns: they leave as Arrow record batches, without being copied.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::Arc;
 
 use arrow_array::builder::{BinaryBuilder, ListBuilder, PrimitiveBuilder, StringBuilder};
@@ -56,24 +57,6 @@ enum Data {
     Addresses(ListBuilder<PrimitiveBuilder<UInt64Type>>),
 }
 
-macro_rules! each {
-    ($data:expr, $builder:ident => $body:expr) => {
-        match $data {
-            Data::U8($builder) => $body,
-            Data::U16($builder) => $body,
-            Data::U32($builder) => $body,
-            Data::U64($builder) => $body,
-            Data::I8($builder) => $body,
-            Data::I16($builder) => $body,
-            Data::I32($builder) => $body,
-            Data::I64($builder) => $body,
-            Data::Bytes($builder) => $body,
-            Data::Text($builder) => $body,
-            Data::Addresses($builder) => $body,
-        }
-    };
-}
-
 fn data_type(kind: Kind) -> DataType {
     match kind {
         Kind::Unsigned(1) => DataType::UInt8,
@@ -113,24 +96,17 @@ impl Data {
 
     fn push_null(&mut self) {
         match self {
+            Self::U8(builder) => builder.append_null(),
+            Self::U16(builder) => builder.append_null(),
+            Self::U32(builder) => builder.append_null(),
+            Self::U64(builder) => builder.append_null(),
+            Self::I8(builder) => builder.append_null(),
+            Self::I16(builder) => builder.append_null(),
+            Self::I32(builder) => builder.append_null(),
+            Self::I64(builder) => builder.append_null(),
+            Self::Bytes(builder) => builder.append_null(),
+            Self::Text(builder) => builder.append_null(),
             Self::Addresses(builder) => builder.append(false),
-            other =>
-            {
-                #[expect(clippy::match_same_arms, reason = "one type each")]
-                match other {
-                    Self::U8(builder) => builder.append_null(),
-                    Self::U16(builder) => builder.append_null(),
-                    Self::U32(builder) => builder.append_null(),
-                    Self::U64(builder) => builder.append_null(),
-                    Self::I8(builder) => builder.append_null(),
-                    Self::I16(builder) => builder.append_null(),
-                    Self::I32(builder) => builder.append_null(),
-                    Self::I64(builder) => builder.append_null(),
-                    Self::Bytes(builder) => builder.append_null(),
-                    Self::Text(builder) => builder.append_null(),
-                    Self::Addresses(_) => {}
-                }
-            }
         }
     }
 
@@ -164,7 +140,19 @@ impl Data {
     }
 
     fn finish(&mut self) -> ArrayRef {
-        each!(self, builder => Arc::new(builder.finish()))
+        match self {
+            Self::U8(builder) => Arc::new(builder.finish()),
+            Self::U16(builder) => Arc::new(builder.finish()),
+            Self::U32(builder) => Arc::new(builder.finish()),
+            Self::U64(builder) => Arc::new(builder.finish()),
+            Self::I8(builder) => Arc::new(builder.finish()),
+            Self::I16(builder) => Arc::new(builder.finish()),
+            Self::I32(builder) => Arc::new(builder.finish()),
+            Self::I64(builder) => Arc::new(builder.finish()),
+            Self::Bytes(builder) => Arc::new(builder.finish()),
+            Self::Text(builder) => Arc::new(builder.finish()),
+            Self::Addresses(builder) => Arc::new(builder.finish()),
+        }
     }
 }
 
@@ -178,7 +166,7 @@ fn push_text(builder: &mut StringBuilder, bytes: &[u8]) -> usize {
     for chunk in bytes.utf8_chunks() {
         text.push_str(chunk.valid());
         for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
+            let _ = write!(text, "\\x{byte:02x}");
         }
     }
     builder.append_value(&text);

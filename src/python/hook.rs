@@ -253,7 +253,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::H
         enqueue(py, shared, &listener, &object);
     }
     let Some(handler) = handler else { return };
-    let said = call(py, shared, state, &breakpoint, &handler, &object, go_on);
+    let said = call(py, shared, state, &breakpoint, &handler, &object, &go_on);
     if generation != 0 {
         shared.generation.fetch_add(1, Ordering::AcqRel);
     }
@@ -285,7 +285,7 @@ fn call(
     breakpoint: &Py<Breakpoint>,
     handler: &Py<PyAny>,
     hit: &Py<Hit>,
-    go_on: Answer,
+    go_on: &Answer,
 ) -> Answer {
     let tap = breakpoint.get();
     shared.calls.fetch_add(1, Ordering::Relaxed);
@@ -302,7 +302,7 @@ fn call(
         Ok(answer) => answer,
         Err(error) => {
             state.raised.get_or_insert_with(|| handler_error(py, hit, error));
-            return go_on;
+            return *go_on;
         }
     };
     if let (Some(deadline), Some(took)) = (tap.deadline, took)

@@ -34,6 +34,7 @@ use convert::{OnWriteArg, optional, small};
 /// Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 #[pyfunction]
 #[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline="", libunicorn=None, on_write=None, abi="sysv"))]
+#[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
 fn open(
     py: Python<'_>,
     target: &str,

@@ -28,8 +28,7 @@ pub fn given(
     key: Option<&Bound<'_, PyAny>>,
     tag: Option<Py<PyAny>>,
     (deadline, root): (Option<f64>, Option<&Bound<'_, PyAny>>),
-    (filter, captured): (Option<&Bound<'_, PyAny>>, Option<Captured>),
-    abi: Abi,
+    (filter, captured, abi): (Option<&Bound<'_, PyAny>>, Option<Captured>, Abi),
 ) -> PyResult<Given> {
     for (function, name) in [(&handler, "a handler"), (&ask, "what is given as ask=")] {
         if function.as_ref().is_some_and(|function| !function.bind(py).is_callable()) {

@@ -51,8 +51,7 @@ impl Recording {
             let mut output: Box<dyn Output> = format.create(&path, &schema).map_err(|error| failed(error, 0))?;
             for batch in batches {
                 if let Err(error) = output.write(&batch) {
-                    let rescued = output.rescue();
-                    return Err(failed(error, if rescued.is_ok() { rows } else { 0 }));
+                    return Err(failed(error, output.rescue().unwrap_or(0)));
                 }
                 rows += batch.num_rows() as u64;
             }

@@ -285,7 +285,7 @@ impl Vm {
         }
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, on_return, abi)?;
-        let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured), abi)?;
+        let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured, abi))?;
         let va = convert::address("target", target, &shared.symbols)?;
         let kind =
             Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled };
@@ -320,7 +320,7 @@ impl Vm {
         }
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, on_return, abi)?;
-        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured), abi)?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi))?;
         let resolve = |target: PyResult<Bound<'_, PyAny>>| convert::address("targets", &target?, &shared.symbols);
         let vas = targets.try_iter()?.map(resolve).collect::<PyResult<Vec<Va>>>()?;
         let kind =
@@ -350,7 +350,7 @@ impl Vm {
         let kind = Kind::Watch { len: convert::number("length", length)?, access: access.0 };
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, None, abi)?;
-        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured), abi)?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi))?;
         plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("address", "none was given"))
     }
 

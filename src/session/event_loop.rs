@@ -66,7 +66,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             };
             self.stats.events += 1;
             match self.take(event) {
-                Ok(false) => self.settle()?
+                Ok(false) => self.settle()?,
                 Ok(true) => {
                     if let Some(hit) = self.next_hit() {
                         return Ok(Poll::Hit(Box::new(hit)));

@@ -120,8 +120,9 @@ fn failed(path: &str, error: &std::io::Error, rows: u64) -> VmiError {
 fn write_all(mut output: Box<dyn Output>, batches: &Receiver<RecordBatch>, written: &AtomicU64) -> std::io::Result<()> {
     while let Ok(batch) = batches.recv() {
         if let Err(error) = output.write(&batch) {
-            if let Err(also) = output.rescue() {
-                log::warn!("what was written before could not be ended: {also}");
+            match output.rescue() {
+                Ok(rows) => written.store(rows, Ordering::Relaxed),
+                Err(also) => log::warn!("what was written before could not be ended: {also}"),
             }
             return Err(error);
         }

@@ -118,12 +118,11 @@ impl Num {
                     Abi::SystemV => (&[gp.rdi, gp.rsi, gp.rdx, gp.rcx, gp.r8, gp.r9], 8),
                     Abi::Microsoft => (&[gp.rcx, gp.rdx, gp.r8, gp.r9], 40),
                 };
-                match registers.get(usize::from(*index)) {
-                    Some(value) => *value,
-                    None => {
-                        let place = u64::from(*index) - registers.len() as u64;
-                        number(&bytes(guest, gp.rsp.wrapping_add(first + 8 * place), 8)?)
-                    }
+                if let Some(value) = registers.get(usize::from(*index)) {
+                    *value
+                } else {
+                    let place = u64::from(*index) - registers.len() as u64;
+                    number(&bytes(guest, gp.rsp.wrapping_add(first + 8 * place), 8)?)
                 }
             }
             Self::Vcpu => 3,

@@ -8,6 +8,7 @@
 )]
 
 mod atomic;
+mod capture;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
