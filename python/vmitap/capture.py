@@ -65,7 +65,9 @@ class Stack:
 class Struct:
     """Fields of a struct in memory, each a column `name.field`. The address of a field is its offset in the struct.
 
-    >>> bp = vm.breakpoint("open_file", capture={"head": Struct(Arg(0), {"first": Mem(0, 1), "rest": Cstr(1, max=32)})})
+    >>> from vmitap import Arg, Cstr, Mem
+    >>> head = Struct(Arg(0), {"first": Mem(0, 1), "rest": Cstr(1, max=32)})
+    >>> bp = vm.breakpoint("open_file", capture={"head": head})
     >>> vm.recording.columns[7:]
     ['head.first', 'head.rest']
     """

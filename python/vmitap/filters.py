@@ -447,8 +447,8 @@ class Bytes(Text):
     Raises:
         InvalidArgumentError: `length` is not 1 to 65536.
 
-    >>> Bytes(Reg.rip, 2) == b"\\x0f\\x05"
-    Bytes(Reg.rip, 2) == b'\\x0f\\x05'
+    >>> Bytes(Reg.rip, 2) == b"\x0f\x05"
+    Bytes(Reg.rip, 2) == b'\x0f\x05'
     """
 
     def __init__(self, address: int | Number, length: int) -> None:

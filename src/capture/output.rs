@@ -138,8 +138,10 @@ fn end_file(file: &mut File, at: u64, groups: Vec<RowGroupMetaData>, columns: &S
     file.seek(SeekFrom::Start(at))?;
     let rows = groups.iter().map(RowGroupMetaData::num_rows).sum();
     let metadata = ParquetMetaData::new(FileMetaData::new(2, rows, None, None, columns.clone(), None), groups);
-    ParquetMetaDataWriter::new(&*file, &metadata).finish().map_err(io_error)?;
-    file.flush()
+    // Not into the file at once: what the writer buffers is written when it is dropped, where an error would be lost.
+    let mut end = Vec::new();
+    ParquetMetaDataWriter::new(&mut end, &metadata).finish().map_err(io_error)?;
+    file.write_all(&end)
 }
 
 struct JsonLines<W: Write>(BufWriter<W>, u64);

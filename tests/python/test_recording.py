@@ -79,7 +79,7 @@ def test_captures_do_not_enter_python_and_types_are_those_of_the_expressions(vm:
 
 def test_return_values_complete_the_rows_of_their_calls() -> None:
     with vmitap.attach("demo", cmdline="rounds=3") as vm:
-    vm.breakpoint("open_file", capture={"path": Cstr(Arg(0))}, on_return={"fd": Reg.rax.i32})
+        vm.breakpoint("open_file", capture={"path": Cstr(Arg(0))}, on_return={"fd": Reg.rax.i32})
         vm.breakpoint("read_file", capture={"size": Arg(2)}, on_return={"got": Reg.rax.i64})
         result = vm.run(timeout=60)
         assert result.reason == "idle"
