@@ -72,7 +72,7 @@ from vmitap.errors import (
     VmitapError,
 )
 from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
-from vmitap.policy import Access, OnWrite
+from vmitap.policy import Access, Budget, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ __all__ = [
     "BreakpointNotFoundError",
     "BreakpointStats",
     "Breakpoints",
+    "Budget",
     "Bytes",
     "Caps",
     "Cstr",

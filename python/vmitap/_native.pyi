@@ -22,7 +22,7 @@ from typing_extensions import Buffer, CapsuleType
 
 from vmitap.capture import Capturable
 from vmitap.filters import Filter
-from vmitap.policy import Access, OnWrite
+from vmitap.policy import Access, Budget, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
 __all__ = [
@@ -265,6 +265,7 @@ class Vm:
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
+        budget: Budget | None = None,
         enabled: bool = True,
     ) -> Breakpoint:
         """Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
@@ -293,6 +294,7 @@ class Vm:
             key: owner of the breakpoint; None: one of its own. The same address, root and key twice is an error.
             tag: anything; comes back in each `Hit` and finds the breakpoint again.
             deadline: seconds the handler may take before `run` raises `DeadlineExceededError`; None: no limit.
+            budget: how many events it may cause in a second before it is disabled; None: any number.
             enabled: False plants nothing until `enable()`.
 
         Raises:
@@ -323,6 +325,7 @@ class Vm:
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
+        budget: Budget | None = None,
     ) -> list[Breakpoint]:
         """Puts many breakpoints into the guest at once: all of them, or on an error none.
 
@@ -345,6 +348,7 @@ class Vm:
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
+        budget: Budget | None = None,
     ) -> Breakpoint:
         """Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
 
@@ -355,7 +359,7 @@ class Vm:
             address: first byte of the range; a symbol or a virtual address.
             length: bytes in the range, 1 or more.
             access: which accesses to report: any of R, W and X together.
-            handler, root, where, capture, abi, key, tag, deadline: as for `breakpoint`.
+            handler, root, where, capture, abi, key, tag, deadline, budget: as for `breakpoint`.
 
         Raises:
             InvalidArgumentError: `length` or `access` is empty.
@@ -865,10 +869,19 @@ class BreakpointStats:
         """How often its handler, or a predicate of its filter, was called."""
     @property
     def hold_total(self) -> float:
-        """Seconds vCPUs stood still for it, all together."""
+        """Seconds vCPUs stood still for hits that were handed to Python, all together."""
+    @property
+    def hold_p50(self) -> float:
+        """The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long."""
+    @property
+    def hold_p99(self) -> float:
+        """The time that 99 of 100 do not exceed."""
     @property
     def hold_max(self) -> float:
         """The longest of these times."""
+    @property
+    def over_budget(self) -> bool:
+        """Whether it was disabled because it exceeded its budget."""
 
 @final
 class Recording:
@@ -1316,8 +1329,17 @@ class RunResult:
     def hold_mean(self) -> float:
         """Seconds a vCPU stood still for one hit, on average; 0 without hits."""
     @property
+    def hold_p50(self) -> float:
+        """The time that half of them do not exceed; at most a quarter too long, like the next. 0 without such hits."""
+    @property
+    def hold_p99(self) -> float:
+        """The time that 99 of 100 do not exceed."""
+    @property
     def hold_max(self) -> float:
         """The longest of these times."""
+    @property
+    def disabled_by_budget(self) -> int:
+        """Breakpoints that exceeded their budget and were disabled."""
     @property
     def hits_per_second(self) -> float:
         """`hits / elapsed`."""

@@ -11,6 +11,7 @@ use pyo3::types::{PyIterator, PyList, PyString};
 
 use super::convert::{access_to_python, address};
 use super::errors::stale;
+use super::events::seconds;
 use super::expression::{Captured, Condition};
 use super::shared::Shared;
 use super::views::View;
@@ -53,6 +54,8 @@ pub struct Given {
     pub filter: Option<Py<PyAny>>,
     pub condition: Condition,
     pub captured: Option<Captured>,
+    /// Events a second.
+    pub budget: Option<u64>,
 }
 
 impl Breakpoint {
@@ -229,14 +232,20 @@ impl Breakpoint {
     /// Its counters so far, as a snapshot.
     #[getter]
     fn stats(&self, py: Python<'_>) -> BreakpointStats {
-        let stats = self.shared.quick(py, |inner| inner.session.tap_stats(self.id()));
+        let (stats, holds, budget) = self.shared.quick(py, |inner| {
+            let (session, id) = (&inner.session, self.id());
+            (session.tap_stats(id), session.tap_holds(id).cloned().unwrap_or_default(), session.budget(id))
+        });
         BreakpointStats {
             hits: stats.hits,
             filtered: stats.filtered,
             filter_faults: stats.filter_faults,
             py_calls: self.calls.load(Ordering::Relaxed),
             hold_total: stats.hold_total.as_secs_f64(),
-            hold_max: stats.hold_max.as_secs_f64(),
+            hold_p50: seconds(holds.quantile_ns(0.5)),
+            hold_p99: seconds(holds.quantile_ns(0.99)),
+            hold_max: stats.hold_max.as_secs_f64().max(seconds(holds.max_ns())),
+            over_budget: budget.is_some_and(|budget| budget.is_exceeded()),
         }
     }
 
@@ -311,10 +320,16 @@ pub struct BreakpointStats {
     filter_faults: u64,
     /// How often its handler, or a predicate of its filter, was called.
     py_calls: u64,
-    /// Seconds vCPUs stood still for it, all together.
+    /// Seconds vCPUs stood still for hits that were handed to Python, all together.
     hold_total: f64,
+    /// The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long.
+    hold_p50: f64,
+    /// The time that 99 of 100 do not exceed.
+    hold_p99: f64,
     /// The longest of these times.
     hold_max: f64,
+    /// Whether it was disabled because it exceeded its budget.
+    over_budget: bool,
 }
 
 #[pymethods]

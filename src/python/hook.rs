@@ -15,7 +15,7 @@ use super::shared::{Listener, Shared};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
-use crate::session::{self, Limits, Poll, Session, Stats};
+use crate::session::{self, Histogram, Limits, Poll, Session, Stats};
 use crate::tap::OnWrite;
 
 /// Between two looks at Python's signals.
@@ -52,6 +52,7 @@ pub struct Course {
     /// The session's hits at which it ends.
     last_hit: Option<u64>,
     pub before: Stats,
+    pub holds_before: Box<Histogram>,
     pub calls_before: u64,
     pub lost_before: u64,
     pub hold_max: Duration,
@@ -59,13 +60,14 @@ pub struct Course {
 
 impl Course {
     pub fn begin(py: Python<'_>, shared: &Shared, timeout: Option<Duration>, max_hits: Option<u64>) -> Self {
-        let before = shared.quick(py, |inner| inner.session.stats());
+        let (before, holds_before) = shared.quick(py, |inner| (inner.session.stats(), Box::new(inner.session.holds().clone())));
         let begun = Instant::now();
         Self {
             begun,
             deadline: timeout.and_then(|timeout| begun.checked_add(timeout)),
             last_hit: max_hits.map(|hits| before.hits.saturating_add(hits)),
             before,
+            holds_before,
             calls_before: shared.calls.load(Ordering::Relaxed),
             lost_before: shared.lost.load(Ordering::Relaxed),
             hold_max: Duration::ZERO,

@@ -21,6 +21,7 @@ pub enum Kind {
 }
 
 /// Checks what Python gave.
+#[expect(clippy::too_many_arguments, reason = "what the signatures Python sees have in common")]
 pub fn given(
     py: Python<'_>,
     handler: Option<Py<PyAny>>,
@@ -29,6 +30,7 @@ pub fn given(
     tag: Option<Py<PyAny>>,
     (deadline, root): (Option<f64>, Option<&Bound<'_, PyAny>>),
     (filter, captured, abi): (Option<&Bound<'_, PyAny>>, Option<Captured>, Abi),
+    budget: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Given> {
     for (function, name) in [(&handler, "a handler"), (&ask, "what is given as ask=")] {
         if function.as_ref().is_some_and(|function| !function.bind(py).is_callable()) {
@@ -40,9 +42,19 @@ pub fn given(
     }
     let root = optional("root", root)?;
     let key = key.map_or_else(|| py.None(), |key| key.clone().unbind());
+    let budget = budget.map(|budget| self::budget(budget)).transpose()?;
     let condition = condition("where", filter, abi)?;
     let filter = filter.map(|filter| filter.clone().unbind());
-    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition, captured })
+    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition, captured, budget })
+}
+
+/// A `Budget` argument.
+fn budget(budget: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let class = budget.py().import("vmitap.policy")?.getattr("Budget")?;
+    if !budget.is_instance(&class)? {
+        return Err(PyTypeError::new_err("expected a vmitap.Budget"));
+    }
+    budget.getattr("per_second")?.extract()
 }
 
 /// Puts them in: all or none.
@@ -80,6 +92,11 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         if let Some(Captured { entry, on_return }) = &given.captured {
             for (id, label) in ids.iter().zip(&labels) {
                 session.set_capture(*id, entry.clone(), on_return.clone(), label)?;
+            }
+        }
+        if given.budget.is_some() {
+            for id in &ids {
+                session.set_budget(*id, given.budget);
             }
         }
         if let Some(program) = &given.condition.program {

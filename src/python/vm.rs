@@ -256,7 +256,7 @@ impl Vm {
     }
 
     /// Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (target, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, ask=None, key=None, tag=None, deadline=None, enabled=true))]
+    #[pyo3(signature = (target, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, ask=None, key=None, tag=None, deadline=None, budget=None, enabled=true))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn breakpoint(
         &self,
@@ -274,6 +274,7 @@ impl Vm {
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
         enabled: bool,
     ) -> PyResult<Py<Breakpoint>> {
         let shared = self.open()?;
@@ -285,7 +286,7 @@ impl Vm {
         }
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, on_return, abi)?;
-        let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured, abi))?;
+        let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let va = convert::address("target", target, &shared.symbols)?;
         let kind =
             Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled };
@@ -293,7 +294,7 @@ impl Vm {
     }
 
     /// Puts many breakpoints into the guest at once: all of them, or on an error none.
-    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, key=None, tag=None, deadline=None))]
+    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, key=None, tag=None, deadline=None, budget=None))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn insert_many(
         &self,
@@ -310,6 +311,7 @@ impl Vm {
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Py<Breakpoint>>> {
         let shared = self.open()?;
         if targets.is_instance_of::<PyString>() {
@@ -320,7 +322,7 @@ impl Vm {
         }
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, on_return, abi)?;
-        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi))?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let resolve = |target: PyResult<Bound<'_, PyAny>>| convert::address("targets", &target?, &shared.symbols);
         let vas = targets.try_iter()?.map(resolve).collect::<PyResult<Vec<Va>>>()?;
         let kind =
@@ -329,7 +331,7 @@ impl Vm {
     }
 
     /// Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (address, length, access, handler=None, *, root=None, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None))]
+    #[pyo3(signature = (address, length, access, handler=None, *, root=None, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn watch(
         &self,
@@ -345,12 +347,13 @@ impl Vm {
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<Breakpoint>> {
         let va = self.address(address)?;
         let kind = Kind::Watch { len: convert::number("length", length)?, access: access.0 };
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, None, abi)?;
-        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi))?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("address", "none was given"))
     }
 

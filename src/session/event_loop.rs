@@ -66,7 +66,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             };
             self.stats.events += 1;
             match self.take(event) {
-                Ok(false) => self.settle()?,
+                Ok(false) => {
+                    self.settle_captured()?;
+                    self.enforce_budgets()?;
+                }
                 Ok(true) => {
                     if let Some(hit) = self.next_hit() {
                         return Ok(Poll::Hit(Box::new(hit)));
@@ -190,6 +193,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         self.returned(event);
+        self.spend_budgets();
         self.filter_owners(&event.registers, (event.vcpu, va));
         self.capture_owners(event, va);
         let Self { taps, questions, owners, .. } = self;
@@ -420,7 +424,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.rescue(&pending.event);
         }
         self.owners = pending.wanted;
-        done.and(self.settle())
+        done.and(self.settle()).and(self.enforce_budgets())
     }
 
     fn note_hold(&mut self, pending: &Pending) {
@@ -430,6 +434,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
+        self.count_hold(&pending.wanted, held.as_nanos() as u64);
         for tap in &pending.wanted {
             self.stats.handled += 1;
             if let Some(tap) = self.taps.get_mut(tap.0 as usize) {

@@ -5,6 +5,7 @@
 
 mod event_loop;
 mod filter;
+mod hold;
 mod pending;
 mod record;
 mod returns;
@@ -28,6 +29,7 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
+pub use hold::{Budget, Histogram};
 use pending::{Pending, Vcpu};
 pub use record::DURATION;
 use returns::Returns;
@@ -69,6 +71,10 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     captured_at: u64,
     sink: Option<Sink>,
     returns: Returns,
+    /// How long vCPUs stood still for hits.
+    holds: Histogram,
+    /// Taps that are to be switched off once the event in hand is answered.
+    over_budget: Vec<TapId>,
     /// What times are counted from.
     began: Instant,
     on_write: OnWrite,
@@ -127,6 +133,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             captured_at: 0,
             sink: None,
             returns: Returns::default(),
+            holds: Histogram::default(),
+            over_budget: Vec::new(),
             began,
             answered_at: None,
             stats: Stats::default(),

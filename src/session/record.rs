@@ -136,6 +136,20 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.row = row;
     }
 
+    /// The vCPU of the last event goes on, which was handed to nobody: counts how long it stood, if that is known because something was
+    /// captured.
+    #[inline]
+    pub(super) fn settle_captured(&mut self) -> Result<()> {
+        if !self.recording.is_unsettled() {
+            return Ok(());
+        }
+        let held = (self.began.elapsed().as_nanos() as u64).saturating_sub(self.captured_at);
+        let owners = std::mem::take(&mut self.owners);
+        self.count_hold(&owners, held);
+        self.owners = owners;
+        self.settle()
+    }
+
     /// The vCPU of the last event goes on: tells its rows how long it stood, and hands full batches to the file.
     #[inline]
     pub(super) fn settle(&mut self) -> Result<()> {

@@ -6,6 +6,7 @@ use crate::error::{Result, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 
 use super::filter::Filter;
+use super::hold::{Budget, Histogram};
 use super::record::Capture;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
@@ -16,10 +17,12 @@ pub struct Tap {
     pub stats: TapStats,
     pub filter: Option<Box<Filter>>,
     pub capture: Option<Box<Capture>>,
+    pub budget: Option<Box<Budget>>,
+    pub holds: Option<Box<Histogram>>,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
-    fn tap(&self, id: TapId) -> Option<&Tap> {
+    pub(super) fn tap(&self, id: TapId) -> Option<&Tap> {
         self.taps.get(id.0 as usize)
     }
 
@@ -160,6 +163,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             stats: TapStats::default(),
             filter: None,
             capture: None,
+            budget: None,
+            holds: None,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }

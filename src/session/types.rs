@@ -93,6 +93,8 @@ pub struct Stats {
     pub rows_lost: u64,
     /// Calls whose return values were given up: they did not return while they could be waited for.
     pub returns_lost: u64,
+    /// Taps that were disabled because they exceeded their budget.
+    pub disabled_by_budget: u64,
     /// INT3s of the guest's own that were delivered to it.
     pub reinjected: u64,
     /// Reads of hidden pages that were served with the original bytes.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import polars
@@ -354,3 +355,44 @@ def test_ten_million_rows_to_parquet_take_less_than_300_megabytes(tmp_path: Path
     assert rows == f"rows {calls} lost 0"
     assert int(megabytes.split()[1]) < 300
     assert pyarrow.parquet.ParquetFile(path).metadata.num_rows == calls
+
+
+# --- how long vCPUs stand still ---
+
+
+def test_holding_times_are_told_for_each_breakpoint_and_each_run(vm: Vm) -> None:
+    slow = vm.breakpoint("open_file", lambda hit: time.sleep(0.003), where=Filter.every(3))
+    fast = vm.breakpoint("open_file", capture={"a": Arg(0)}, key="fast")
+    bare = vm.breakpoint("read_file")
+    result = vm.run(timeout=20, max_hits=20)
+    assert bare.stats.hold_p99 == bare.stats.hold_max == 0
+    assert slow.stats.hold_p50 >= 0.003
+    assert 0 < fast.stats.hold_p50 <= fast.stats.hold_p99 <= fast.stats.hold_max
+    assert slow.stats.hold_p50 <= slow.stats.hold_p99 <= slow.stats.hold_max
+    assert 0 < result.hold_p50 <= result.hold_p99 <= result.hold_max
+    assert result.hold_max >= 0.003
+    after = vm.run(timeout=20, max_hits=0)
+    assert (after.hold_p50, after.hold_p99, after.hold_max) == (0, 0, 0)
+
+
+def test_a_breakpoint_that_would_starve_the_guest_is_disabled_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    with vmitap.attach("demo", cmdline=CALLS.format(100_000)) as vm:
+        bp = vm.breakpoint("open_file", where=Arg(0) == 0, budget=vmitap.Budget(per_second=100))
+        other = vm.breakpoint("open_file", key="other", budget=vmitap.Budget(per_second=10**9))
+        result = vm.run(timeout=60)
+        assert (bp.state, bp.stats.filtered, bp.stats.over_budget) == ("disabled", 101, True)
+        assert (other.state, other.stats.hits, other.stats.over_budget) == ("active", 100_000, False)
+        assert (result.disabled_by_budget, vm.run(timeout=0.1).disabled_by_budget) == (1, 0)
+        assert "more than 100 events in a second" in caplog.text
+        bp.enable()
+        assert bp.state == "active"
+
+
+def test_a_budget_that_makes_no_sense_is_refused(vm: Vm) -> None:
+    for wrong in (0, -1, 1 << 70):
+        with pytest.raises(InvalidArgumentError, match="per_second"):
+            vmitap.Budget(wrong)
+    with pytest.raises(TypeError):
+        vmitap.Budget(1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Budget"):
+        vm.breakpoint("open_file", budget=5)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ use vmitap::arch::amd64::{AddressContext, Registers, pte};
 use vmitap::capture::{Abi, Column, Format, Node, Plan, Program, Register, Source};
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::event::{EventReason, VmiEvent};
-use vmitap::session::{Limits, Poll, Session, TapId, TapKind, TapSpec, WAITING};
+use vmitap::session::{Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, WAITING};
 use vmitap::tap::OnWrite;
 use vmitap::{Pa, Va, VcpuId, VmiError};
 
@@ -456,4 +456,46 @@ fn every_type_of_number_keeps_its_width() {
         assert_eq!(column.data_type(), kind);
         assert!(!column.is_null(0));
     }
+}
+
+#[test]
+fn a_tap_over_its_budget_is_disabled_after_its_event_and_says_so() {
+    let mut guest = tapped();
+    let tap = guest.tap;
+    guest.session.set_budget(tap, Some(2));
+    for n in 0..5 {
+        guest.enter(0, 0, n);
+    }
+    assert!(guest.run().is_ok());
+    let (stats, budget) = (guest.session.stats(), guest.session.budget(tap).unwrap());
+    assert_eq!((guest.session.state(tap), budget.is_exceeded()), (TapState::Disabled, true));
+    // What the driver had raised before is stepped over, and all was answered.
+    assert_eq!((stats.hits, stats.disabled_by_budget, guest.session.vmi().driver().answers().len()), (3, 1, 5));
+    guest.session.enable(tap).unwrap();
+    guest.session.set_budget(tap, None);
+    guest.enter(0, 0, 9);
+    assert!(guest.run().is_ok());
+    assert_eq!(guest.session.state(tap), TapState::Active);
+}
+
+#[test]
+fn holding_times_are_counted_for_hits_that_are_captured_or_handed_out_and_for_no_others() {
+    let mut guest = tapped();
+    let tap = guest.tap;
+    guest.enter(0, 0, 1);
+    assert!(guest.run().is_ok());
+    assert_eq!((guest.session.holds().count(), guest.session.tap_holds(tap)), (0, None));
+    guest.session.set_capture(tap, plan(vec![number("n", argument(0))]), None, "f").unwrap();
+    guest.enter(0, 0, 2);
+    assert!(guest.run().is_ok());
+    assert_eq!(guest.session.tap_holds(tap).unwrap().count(), 1);
+    guest.session.set_wanted(tap, true);
+    guest.enter(0, 0, 3);
+    assert!(matches!(guest.run(), Ok(Poll::Hit(_))));
+    std::thread::sleep(Duration::from_millis(2));
+    assert!(guest.run().is_ok());
+    let holds = guest.session.tap_holds(tap).unwrap();
+    assert_eq!(holds.count(), 2);
+    assert!(holds.max_ns() >= 2_000_000 && holds.quantile_ns(0.5) < 2_000_000, "{}", holds.quantile_ns(0.5));
+    assert!(words(&guest.rows(), "hold_ns")[1] >= Some(2_000_000));
 }
