@@ -102,8 +102,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// # Errors
     /// [`VmiError::NoPendingEvent`] if there is no such hit; as [`Session::answer`] where this ends the event.
     pub fn answer_question_of_filter(&mut self, value: bool) -> Result<()> {
-        let asked =
-            self.pending.as_mut().filter(|pending| pending.is_out && pending.is_question).and_then(Pending::take_question);
+        let asked = self
+            .pending
+            .as_mut()
+            .filter(|pending| pending.is_out && pending.is_question)
+            .and_then(|pending| pending.take_question());
         let Some(Question { tap: id, mut machine, .. }) = asked else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };

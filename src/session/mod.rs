@@ -56,11 +56,13 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
     /// The event whose hits are being handed out.
-    pending: Option<Pending>,
+    pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
+    /// When an event with hits was answered last, and how long its vCPU had stood still.
+    last_hold: Option<(Instant, Duration)>,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
@@ -136,6 +138,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             holds: Histogram::default(),
             over_budget: Vec::new(),
             began,
+            last_hold: None,
             answered_at: None,
             stats: Stats::default(),
             on_write,
@@ -156,6 +159,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Counters so far.
     pub fn stats(&self) -> Stats {
         Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
+    }
+
+    /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
+    pub const fn last_hold(&self) -> Option<(Instant, Duration)> {
+        self.last_hold
     }
 
     /// Frames that hold shadow pages of this session's breakpoints now.
