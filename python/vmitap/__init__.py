@@ -29,6 +29,8 @@ from vmitap._native import (
     MemoryController,
     PageTableEvent,
     PageTableMonitor,
+    Recording,
+    RecordingFile,
     Registers,
     Repaired,
     RunResult,
@@ -49,6 +51,7 @@ from vmitap._native import (
     repair,
     xen_host,
 )
+from vmitap.capture import Backtrace, Stack, Struct
 from vmitap.errors import (
     AttachError,
     BadAccessError,
@@ -65,6 +68,7 @@ from vmitap.errors import (
     NoPendingEventError,
     NotSupportedError,
     OutOfRangeError,
+    RecordingError,
     SessionBusyError,
     StaleContextError,
     StringTooLongError,
@@ -75,15 +79,19 @@ from vmitap.errors import (
     ViewNotFoundError,
     VmitapError,
 )
-from vmitap.policy import Access, OnWrite
+from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
+from vmitap.policy import Access, Budget, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
 if TYPE_CHECKING:
     import os
+    from typing import Literal
 
 __all__ = [
     "Access",
+    "Arg",
     "AttachError",
+    "Backtrace",
     "BadAccessError",
     "Breakpoint",
     "BreakpointConflictError",
@@ -92,40 +100,54 @@ __all__ = [
     "BreakpointNotFoundError",
     "BreakpointStats",
     "Breakpoints",
+    "Budget",
+    "Bytes",
     "Caps",
+    "Cstr",
     "DeadlineExceededError",
     "DefaultViewError",
     "DomainGoneError",
     "DriverError",
     "Events",
+    "Filter",
     "HandlerError",
     "Hit",
     "ImageError",
     "InvalidArgumentError",
     "JournalError",
     "ManagedBreakpoint",
+    "Mem",
     "Memory",
     "MemoryController",
     "NoPendingEventError",
     "NotSupportedError",
+    "Number",
     "OnWrite",
     "OutOfRangeError",
     "PageTableEvent",
     "PageTableMonitor",
+    "Recording",
+    "RecordingError",
+    "RecordingFile",
+    "Reg",
     "RegisterValues",
     "Registers",
     "Repaired",
     "RunResult",
     "SessionBusyError",
+    "Stack",
     "StaleContextError",
     "Stats",
     "StringTooLongError",
+    "Struct",
     "Symbol",
     "SymbolNotFoundError",
     "Symbols",
     "TapController",
+    "Text",
     "TranslationError",
     "UndoFailedError",
+    "Utf16",
     "VcpuNotFoundError",
     "Verdict",
     "View",
@@ -155,6 +177,7 @@ def attach(
     cmdline: str = "",
     libunicorn: str | os.PathLike[str] | None = None,
     on_write: OnWrite | None = None,
+    abi: Literal["sysv", "ms"] = "sysv",
     repair: bool = False,
     watchdog: bool = True,
 ) -> Vm:
@@ -173,6 +196,7 @@ def attach(
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
         repair: whether what a killed session has left in the guest is undone first; else that is an error. See `repair`.
         watchdog: whether a child process undoes it at once when this one is killed. A guest on the embedded driver ends with
             this process, and needs none.
@@ -193,7 +217,15 @@ def attach(
     path = str(libunicorn) if libunicorn is not None else find_libunicorn()
     guard = [sys.executable, "-m", "vmitap", "repair", target, "--when-input-ends"] if watchdog and sys.executable else None
     return _native.open(
-        target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write, repair=repair, watchdog=guard
+        target,
+        memory=memory,
+        vcpus=vcpus,
+        cmdline=cmdline,
+        libunicorn=path,
+        on_write=on_write,
+        abi=abi,
+        repair=repair,
+        watchdog=guard,
     )
 
 

@@ -8,6 +8,9 @@ use crate::error::{Result, VmiError};
 use crate::image::Image;
 use crate::symbols::SymbolTable;
 
+#[cfg(feature = "xen")]
+pub use super::xen::{DomainSummary, host as xen_host};
+
 /// Names the engine's library where the options do not.
 pub const LIBRARY_VARIABLE: &str = "VMITAP_LIBUNICORN";
 

@@ -20,6 +20,7 @@ import_exception!(vmitap.errors, JournalError);
 import_exception!(vmitap.errors, NoPendingEventError);
 import_exception!(vmitap.errors, NotSupportedError);
 import_exception!(vmitap.errors, OutOfRangeError);
+import_exception!(vmitap.errors, RecordingError);
 import_exception!(vmitap.errors, SessionBusyError);
 import_exception!(vmitap.errors, StaleContextError);
 import_exception!(vmitap.errors, StringTooLongError);
@@ -72,6 +73,7 @@ impl From<VmiError> for PyErr {
             VmiError::JournalInUse { path } => JournalError::new_err((path, "a session with this guest is alive")),
             VmiError::JournalLeft { path } => JournalError::new_err((path, "a session with this guest was killed; repair it")),
             VmiError::InvalidArgument { what, reason } => InvalidArgumentError::new_err((what, reason)),
+            VmiError::Recording { path, errno, reason, rows } => RecordingError::new_err((path, errno, reason, rows)),
             VmiError::UndoFailed { cause, left_behind } => UndoFailedError::new_err(Undo { cause: *cause, left_behind }),
         }
     }

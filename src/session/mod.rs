@@ -4,14 +4,19 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+mod filter;
 #[cfg(feature = "emu")]
 mod guard;
+mod hold;
 pub mod journal;
 mod journaled;
 mod paging;
 mod pending;
+mod record;
 mod repair;
+mod returns;
 mod roots;
+mod sink;
 mod taps;
 mod types;
 mod watch;
@@ -24,6 +29,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
+use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
@@ -33,10 +39,15 @@ use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 
 #[cfg(feature = "emu")]
 pub use guard::{Watchdog, open_guarded, repair_guest};
+pub use hold::{Budget, Histogram};
 pub use journaled::Journaled;
 pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
+pub use record::DURATION;
 pub use repair::{Repaired, repair};
+use returns::Returns;
+pub use returns::WAITING;
+use sink::Sink;
 use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
@@ -73,11 +84,26 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// Open questions of the filters of those.
+    questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
     last_hold: Option<(Instant, Duration)>,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
+    recording: Recording,
+    /// The row that is being filled; kept to spare allocations.
+    row: Row,
+    /// When the first row of the event in hand was captured.
+    captured_at: u64,
+    sink: Option<Sink>,
+    returns: Returns,
+    /// How long vCPUs stood still for hits.
+    holds: Histogram,
+    /// Taps that are to be switched off once the event in hand is answered.
+    over_budget: Vec<TapId>,
+    /// What times are counted from.
+    began: Instant,
     on_write: OnWrite,
     detached: bool,
 }
@@ -115,6 +141,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
             });
         }
+        let (recording, began) = Self::new_recording();
         Ok(Self {
             vmi,
             tap_view,
@@ -133,6 +160,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpus: vec![Vcpu::default(); count],
             pending: None,
             owners: Vec::new(),
+            questions: Vec::new(),
+            recording,
+            row: Row::default(),
+            captured_at: 0,
+            sink: None,
+            returns: Returns::default(),
+            holds: Histogram::default(),
+            over_budget: Vec::new(),
+            began,
             last_hold: None,
             answered_at: None,
             stats: Stats::default(),
@@ -158,7 +194,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
     }
 
     /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
@@ -169,6 +205,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Frames that hold shadow pages of this session's breakpoints now.
     pub fn shadow_frames(&self) -> usize {
         self.controller.shadow_frames()
+    }
+
+    /// What the times of hits are counted from.
+    pub const fn began(&self) -> Instant {
+        self.began
     }
 
     /// Whether [`Session::detach`] was called.
@@ -417,6 +458,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 failed.push((what.to_owned(), error));
             }
         };
+        self.end_waiting_rows();
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
         self.tables.forget();
