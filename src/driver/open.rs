@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-#[cfg(feature = "xen")]
-pub use super::xen::{DomainSummary, HostSummary, host as xen_host};
 use crate::driver::VmiDriver;
 use crate::driver::emu::{BootOptions, EmuDriver};
 use crate::error::{Result, VmiError};
