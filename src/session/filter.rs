@@ -118,7 +118,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let event = &pending.event;
         let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
         let tap = taps.get_mut(id.0 as usize);
-        let said = tap.and_then(|tap| Some((tap.filter.as_mut()?.look(id, machine, &scene), &mut tap.stats, tap.spec.wanted, tap.once)));
+        let said =
+            tap.and_then(|tap| Some((tap.filter.as_mut()?.look(id, machine, &scene), &mut tap.stats, tap.spec.wanted, tap.once)));
         match said {
             Some((Admission::Asks(question), ..)) => {
                 pending.questions.push(question);

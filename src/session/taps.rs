@@ -281,12 +281,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         self.note_removed(id);
         Ok(())
     }
 
     fn note_removed(&mut self, id: TapId) {
-        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
