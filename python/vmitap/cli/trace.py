@@ -54,7 +54,10 @@ def trace(
         out.text(f"{hit.timestamp:10.6f}  vCPU {hit.vcpu}  ring {hit.ring}  {hit.symbol or hex(hit.address)}({shown})")
 
     with attach(target, memory, vcpus, cmdline) as vm:
-        vm.insert_many(places, show)
+        waiting = [bp.symbol or hex(bp.address) for bp in vm.insert_many(places, show) if bp.state == "pending"]
+        if waiting:
+            out.object({"pending": list(waiting)})
+            out.text(f"{', '.join(waiting)} is not mapped yet: it is planted when the guest maps it", style="dim")
         result = vm.run(timeout=timeout, max_hits=count)
     out.object({"summary": summary(result)})
     out.text(
