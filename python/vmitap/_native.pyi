@@ -357,7 +357,8 @@ class Vm:
     def detach(self) -> None:
         """Restores the guest and ends the session: breakpoints, watches and views go, vCPUs return to the default view.
 
-        Inside a handler it takes effect once the handler has returned. Twice is fine.
+        Inside a handler it takes effect once the handler has returned. Everything is tried, whatever fails; calling it again tries what
+        is left, and does nothing once nothing is.
 
         Raises:
             UndoFailedError: something could not be restored; it says what. The session is over all the same.

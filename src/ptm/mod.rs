@@ -248,11 +248,11 @@ impl PageTableMonitor {
         }
     }
 
-    /// Notes that any table may have changed.
-    pub fn mark_all_dirty(&mut self) {
+    /// Notes that any table may have changed, as [`Self::mark_dirty`] does for one.
+    pub fn mark_all_dirty(&mut self, vcpu: Option<VcpuId>) {
         let tables: Vec<Gfn> = self.tables.frames().collect();
         for gfn in tables {
-            self.mark_dirty(None, gfn);
+            self.mark_dirty(vcpu, gfn);
         }
     }
 

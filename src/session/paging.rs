@@ -78,10 +78,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return };
         self.tables.mark_dirty(Some(event.vcpu), pa.gfn());
         // Before the store: it may be the one that maps the page behind elsewhere.
-        if let Some(next) = va.and_then(|va| va.page().checked_add(crate::addr::PAGE_SIZE))
-            && let Ok(pa) = self.vmi.translate(next, AddressContext::from(&event.registers))
-        {
-            self.tables.mark_dirty(Some(event.vcpu), pa.gfn());
+        let Some(next) = va.and_then(|va| va.page().checked_add(crate::addr::PAGE_SIZE)) else { return };
+        match self.vmi.translate(next, AddressContext::from(&event.registers)) {
+            Ok(pa) => self.tables.mark_dirty(Some(event.vcpu), pa.gfn()),
+            Err(VmiError::Translation { .. }) => {}
+            // It can be any of them.
+            Err(_) => self.tables.mark_all_dirty(Some(event.vcpu)),
         }
     }
 

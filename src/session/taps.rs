@@ -4,6 +4,7 @@ use crate::addr::{Pa, Va, View};
 use crate::driver::VmiDriver;
 use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
+use crate::undo::Left;
 
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
@@ -60,6 +61,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub(super) fn taps_in(&self, view: View) -> Vec<TapId> {
         let in_view = |(_, tap): &(usize, &Tap)| tap.state != TapState::Removed && tap.spec.view == view;
         self.taps.iter().enumerate().filter(in_view).map(|(index, _)| TapId(index as u32)).collect()
+    }
+
+    /// Whether a tap is neither disabled nor removed.
+    pub(super) fn is_planted(&self, id: TapId) -> bool {
+        self.tap(id).is_some_and(|tap| tap.state == TapState::Active)
     }
 
     fn check(&self, spec: &TapSpec) -> Result<()> {
@@ -152,17 +158,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             for key in &new_keys {
                 self.keys.remove(key);
             }
-            let mut left = Vec::new();
+            let mut left = Left::default();
             for index in 0..watched {
-                if let Err(error) = self.unwatch(TapId((first + index) as u32)) {
-                    left.push(format!("a watch ({error})"));
-                }
+                left.note(self.unwatch(TapId((first + index) as u32)), || "a watch".to_owned());
             }
-            return Err(if left.is_empty() {
-                cause
-            } else {
-                VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
-            });
+            return Err(left.after(cause));
         }
         self.taps.extend(specs.iter().map(|spec| Tap {
             spec: *spec,
@@ -173,19 +173,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Takes the tap out of the guest, whatever becomes of it then.
-    fn lift(&mut self, id: TapId) -> Result<()> {
+    pub(super) fn lift(&mut self, id: TapId) -> Result<()> {
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
             TapKind::Breakpoint => {
                 let (view, va, context) = (spec.view, spec.va, spec.context);
                 self.unfollow((va, context))?;
                 let removed = self.manager.remove(&mut self.vmi, &mut self.controller, view, va, context.root, &id);
-                removed.map(drop).map_err(|cause| match self.follow(&[(va, context)]) {
-                    Ok(_) => cause,
-                    Err(error) => {
-                        let left_behind = format!("page tables of {va} not watched ({error})");
-                        VmiError::UndoFailed { cause: Box::new(cause), left_behind }
-                    }
+                removed.map(drop).map_err(|cause| {
+                    let mut left = Left::default();
+                    left.note(self.follow(&[(va, context)]).map(drop), || format!("page tables of {va} not watched"));
+                    left.after(cause)
                 })
             }
             TapKind::Watch { .. } => self.unwatch(id),
@@ -198,12 +196,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
-        let Some(tap) = self.tap_mut(id) else { return Ok(()) };
+        self.bury(id);
+        Ok(())
+    }
+
+    /// A tap is out of the guest for good.
+    pub(super) fn bury(&mut self, id: TapId) {
+        // Once only: somebody else may have its key since.
+        let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
             self.keys.remove(&key);
         }
-        Ok(())
     }
 
     /// Takes a tap out and keeps everything else of it. Does nothing if it is not active.
@@ -226,19 +230,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.check_open()?;
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Disabled).map(|tap| tap.spec) else { return Ok(()) };
         self.check(&spec)?;
+        self.plant(id)?;
+        if let Some(tap) = self.tap_mut(id) {
+            tap.state = TapState::Active;
+        }
+        Ok(())
+    }
+
+    /// Puts a tap into the guest that is not in it.
+    pub(super) fn plant(&mut self, id: TapId) -> Result<()> {
+        let Some(spec) = self.tap(id).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
             TapKind::Breakpoint => {
                 let breakpoint = Self::breakpoint_of(id, &spec);
                 let at = [(spec.va, spec.context)];
                 let pa = self.follow(&at)?.pop().flatten();
                 let inserted = self.manager.insert_with_hint(&mut self.vmi, &mut self.controller, breakpoint, pa);
-                inserted.map_err(|cause| self.unfollow_after(&at, cause))?;
+                inserted.map(drop).map_err(|cause| self.unfollow_after(&at, cause))
             }
-            TapKind::Watch { len, access } => self.watch(id, &spec, len, access)?,
+            TapKind::Watch { len, access } => self.watch(id, &spec, len, access),
         }
-        if let Some(tap) = self.tap_mut(id) {
-            tap.state = TapState::Active;
-        }
-        Ok(())
     }
 }

@@ -197,8 +197,9 @@ impl MockDriver {
         let mut rest = bytes;
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(at.page_rest() as usize));
-            if let Some(target) = self.page_mut(at.gfn()).and_then(|page| page.get_mut(at.page_offset() as usize..)) {
-                target.iter_mut().zip(now).for_each(|(to, from)| *to = *from);
+            let rest_of_page = self.page_mut(at.gfn()).and_then(|page| page.get_mut(at.page_offset() as usize..));
+            if let Some(target) = rest_of_page.and_then(|page| page.get_mut(..now.len())) {
+                target.copy_from_slice(now);
             }
             at = at.checked_add(now.len() as u64).unwrap_or(at);
             rest = later;
@@ -309,8 +310,9 @@ impl MockDriver {
         while !rest.is_empty() {
             let len = rest.len().min(at.page_rest() as usize);
             let (now, later) = rest.split_at_mut(len);
-            if let Some(source) = self.page(at.gfn()).and_then(|page| page.get(at.page_offset() as usize..)) {
-                now.iter_mut().zip(source).for_each(|(to, from)| *to = *from);
+            let rest_of_page = self.page(at.gfn()).and_then(|page| page.get(at.page_offset() as usize..));
+            if let Some(source) = rest_of_page.and_then(|page| page.get(..len)) {
+                now.copy_from_slice(source);
             }
             at = at.checked_add(len as u64).unwrap_or(at);
             rest = later;
