@@ -1,6 +1,5 @@
 //! One hit, as a snapshot.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -13,35 +12,13 @@ use super::breakpoint::Breakpoint;
 use super::convert::{AccessArg, access_to_python};
 use super::errors::stale;
 use super::registers::Registers;
-use super::shared::Shared;
 use super::views::View;
 use super::vm::{Scope, Vm};
 use crate::addr::MemoryAccess;
-use crate::arch::amd64::{self, AddressContext};
+use crate::arch::amd64::AddressContext;
 use crate::session;
 
-/// The registers: as the session gave them, or as they were pickled.
-#[expect(clippy::large_enum_variant, reason = "a box would cost an allocation a hit")]
-enum Snapshot {
-    Live(amd64::Registers),
-    Pickled(Py<Registers>),
-}
-
-/// Where a hit comes from.
-enum Origin {
-    Live {
-        breakpoint: Py<Breakpoint>,
-        /// While the session's is the same, the handler of this hit is running.
-        generation: u64,
-    },
-    Pickled {
-        symbol: Option<Py<PyString>>,
-        key: Py<PyAny>,
-        tag: Py<PyAny>,
-    },
-}
-
-/// What is plain data in a hit.
+/// What is plain data in a hit that was pickled.
 #[derive(Clone, Copy)]
 struct Facts {
     vcpu: u16,
@@ -54,34 +31,61 @@ struct Facts {
     hold: f64,
 }
 
-/// One hit: a snapshot taken while the vCPU stood still. Safe to keep, to hand to another thread, and to pickle.
-#[pyclass(frozen, module = "vmitap._native")]
-pub struct Hit {
+/// A hit that was pickled.
+struct Pickled {
     facts: Facts,
-    registers: Snapshot,
-    origin: Origin,
+    registers: Py<Registers>,
+    symbol: Option<Py<PyString>>,
+    key: Py<PyAny>,
+    tag: Py<PyAny>,
 }
 
+/// A hit of a session that is still there. Everything is as the session gave it: what nobody asks for costs nothing.
+struct Live {
+    hit: Box<session::Hit>,
+    met: Instant,
+    breakpoint: Py<Breakpoint>,
+    /// While the session's is the same, the handler of this hit is running.
+    generation: u64,
+}
+
+enum Origin {
+    Live(Live),
+    Pickled(Box<Pickled>),
+}
+
+/// One hit: a snapshot taken while the vCPU stood still. Safe to keep, to hand to another thread, and to pickle.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Hit(Origin);
+
 impl Hit {
-    pub fn new(hit: &session::Hit, breakpoint: Py<Breakpoint>, generation: u64, began: Instant) -> Self {
-        let facts = Facts {
-            vcpu: hit.vcpu.0,
-            va: hit.va.0,
-            pa: hit.pa.0,
-            access: hit.access,
-            view: hit.view.0,
-            step: hit.step,
-            timestamp: hit.at.saturating_duration_since(began).as_secs_f64(),
-            hold: hit.at.elapsed().as_secs_f64(),
-        };
-        let registers = Snapshot::Live(hit.registers);
-        Self { facts, registers, origin: Origin::Live { breakpoint, generation } }
+    pub const fn new(hit: Box<session::Hit>, met: Instant, breakpoint: Py<Breakpoint>, generation: u64) -> Self {
+        Self(Origin::Live(Live { hit, met, breakpoint, generation }))
     }
 
-    fn live(&self) -> PyResult<(&Py<Breakpoint>, &Arc<Shared>, u64)> {
-        match &self.origin {
-            Origin::Live { breakpoint, generation } => Ok((breakpoint, breakpoint.get().shared(), *generation)),
-            Origin::Pickled { .. } => Err(stale("the session of an unpickled hit")),
+    fn live(&self) -> PyResult<&Live> {
+        match &self.0 {
+            Origin::Live(live) => Ok(live),
+            Origin::Pickled(_) => Err(stale("the session of an unpickled hit")),
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        match &self.0 {
+            Origin::Live(Live { hit, met, breakpoint, .. }) => {
+                let began = breakpoint.get().shared().began;
+                Facts {
+                    vcpu: hit.vcpu.0,
+                    va: hit.va.0,
+                    pa: hit.pa.0,
+                    access: hit.access,
+                    view: hit.view.0,
+                    step: hit.step,
+                    timestamp: hit.at.saturating_duration_since(began).as_secs_f64(),
+                    hold: met.saturating_duration_since(hit.at).as_secs_f64(),
+                }
+            }
+            Origin::Pickled(pickled) => pickled.facts,
         }
     }
 }
@@ -91,144 +95,144 @@ impl Hit {
     /// Number of the vCPU.
     #[getter]
     fn vcpu(&self) -> u16 {
-        self.facts.vcpu
+        self.facts().vcpu
     }
 
     /// Its registers; `rip` is the tapped instruction, which has not been executed.
     #[getter]
     fn regs(&self, py: Python<'_>) -> PyResult<Py<Registers>> {
-        match &self.registers {
-            Snapshot::Live(registers) => Py::new(py, Registers::from(registers)),
-            Snapshot::Pickled(registers) => Ok(registers.clone_ref(py)),
+        match &self.0 {
+            Origin::Live(live) => Py::new(py, Registers::from(&live.hit.registers)),
+            Origin::Pickled(pickled) => Ok(pickled.registers.clone_ref(py)),
         }
     }
 
     /// The first six integer arguments of a System V call: RDI, RSI, RDX, RCX, R8, R9. Right at the entry of a function only.
     #[getter]
     fn args(&self) -> (u64, u64, u64, u64, u64, u64) {
-        match &self.registers {
-            Snapshot::Live(registers) => {
-                let gp = &registers.gp;
+        match &self.0 {
+            Origin::Live(live) => {
+                let gp = &live.hit.registers.gp;
                 (gp.rdi, gp.rsi, gp.rdx, gp.rcx, gp.r8, gp.r9)
             }
-            Snapshot::Pickled(registers) => registers.get().arguments(),
+            Origin::Pickled(pickled) => pickled.registers.get().arguments(),
         }
     }
 
     /// The virtual address of the breakpoint; of the first byte accessed, for a watch and for a write to a hidden page.
     #[getter]
     fn address(&self) -> u64 {
-        self.facts.va
+        self.facts().va
     }
 
     /// The physical address of the same.
     #[getter]
     fn pa(&self) -> u64 {
-        self.facts.pa
+        self.facts().pa
     }
 
     /// `address` as "symbol" or "symbol+0x10", or None.
     #[getter]
     fn symbol(&self, py: Python<'_>) -> Option<Py<PyString>> {
-        match &self.origin {
-            Origin::Live { breakpoint, .. } => breakpoint.get().symbol_at(py, self.facts.va),
-            Origin::Pickled { symbol, .. } => symbol.as_ref().map(|symbol| symbol.clone_ref(py)),
+        match &self.0 {
+            Origin::Live(live) => live.breakpoint.get().symbol_at(py, live.hit.va.0),
+            Origin::Pickled(pickled) => pickled.symbol.as_ref().map(|symbol| symbol.clone_ref(py)),
         }
     }
 
     /// X for a breakpoint; which access it was, for a watch and for a write to a hidden page.
     #[getter]
     fn access(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        access_to_python(py, self.facts.access)
+        access_to_python(py, self.facts().access)
     }
 
     /// The view the vCPU was in.
     #[getter]
     fn view(&self) -> View {
-        View::from(self.facts.view)
+        View::from(self.facts().view)
     }
 
     /// The page-table root the vCPU was under.
     #[getter]
     fn root(&self) -> u64 {
-        match &self.registers {
-            Snapshot::Live(registers) => registers.root().0,
-            Snapshot::Pickled(registers) => registers.get().page_root(),
+        match &self.0 {
+            Origin::Live(live) => live.hit.registers.root().0,
+            Origin::Pickled(pickled) => pickled.registers.get().page_root(),
         }
     }
 
     /// The privilege level it ran at: 0 to 3.
     #[getter]
     fn ring(&self) -> u8 {
-        match &self.registers {
-            Snapshot::Live(registers) => registers.cpl(),
-            Snapshot::Pickled(registers) => registers.get().ring(),
+        match &self.0 {
+            Origin::Live(live) => live.hit.registers.cpl(),
+            Origin::Pickled(pickled) => pickled.registers.get().ring(),
         }
     }
 
     /// The breakpoint's key. When pickled, it must be picklable.
     #[getter]
     fn key(&self, py: Python<'_>) -> Py<PyAny> {
-        match &self.origin {
-            Origin::Live { breakpoint, .. } => breakpoint.get().key_object(py),
-            Origin::Pickled { key, .. } => key.clone_ref(py),
+        match &self.0 {
+            Origin::Live(live) => live.breakpoint.get().key_object(py),
+            Origin::Pickled(pickled) => pickled.key.clone_ref(py),
         }
     }
 
     /// The breakpoint's tag. When pickled, it must be picklable.
     #[getter]
     fn tag(&self, py: Python<'_>) -> Py<PyAny> {
-        match &self.origin {
-            Origin::Live { breakpoint, .. } => breakpoint.get().tag_object(py),
-            Origin::Pickled { tag, .. } => tag.clone_ref(py),
+        match &self.0 {
+            Origin::Live(live) => live.breakpoint.get().tag_object(py),
+            Origin::Pickled(pickled) => pickled.tag.clone_ref(py),
         }
     }
 
     /// 0 for the hit itself; 1 and up for the instructions after it that `Verdict.step` asked for.
     #[getter]
     fn step(&self) -> u32 {
-        self.facts.step
+        self.facts().step
     }
 
     /// Seconds since the session began, on a clock that never goes back.
     #[getter]
     fn timestamp(&self) -> f64 {
-        self.facts.timestamp
+        self.facts().timestamp
     }
 
     /// Seconds the vCPU had stood still when this snapshot was made.
     #[getter]
     fn hold(&self) -> f64 {
-        self.facts.hold
+        self.facts().hold
     }
 
     /// The breakpoint that was hit.
     #[getter]
     fn breakpoint(&self, py: Python<'_>) -> PyResult<Py<Breakpoint>> {
-        self.live().map(|(breakpoint, ..)| breakpoint.clone_ref(py))
+        self.live().map(|live| live.breakpoint.clone_ref(py))
     }
 
     /// The live guest as this vCPU sees it; valid only inside the handler.
     #[getter]
     fn vm(&self) -> PyResult<Vm> {
-        let (_, shared, generation) = self.live()?;
-        let Snapshot::Live(registers) = &self.registers else { return Err(stale("hit.vm")) };
+        let Live { hit, breakpoint, generation, .. } = self.live()?;
+        let (shared, generation) = (breakpoint.get().shared(), *generation);
         if generation == 0 || shared.generation.load(Ordering::Acquire) != generation {
             return Err(stale("hit.vm"));
         }
-        let context = AddressContext::from(registers);
-        Ok(Vm::scoped(shared.clone(), Scope { vcpu: crate::addr::VcpuId(self.facts.vcpu), context, generation }))
+        let context = AddressContext::from(&hit.registers);
+        Ok(Vm::scoped(shared.clone(), Scope { vcpu: hit.vcpu, context, generation }))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
         let symbol = self.symbol(py).map_or_else(String::new, |symbol| format!(" {symbol}"));
-        let Facts { vcpu, va, access, .. } = self.facts;
+        let Facts { vcpu, va, access, .. } = self.facts();
         format!("<Hit{symbol} at {va:#x} ({access}) on vCPU {vcpu}>")
     }
 
     fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyTuple>)> {
         let (py, hit) = (slf.py(), slf.get());
-        let f = hit.facts;
+        let f = hit.facts();
         let facts = (f.vcpu, f.va, f.pa, access_to_python(py, f.access)?, f.view, f.step, f.timestamp, f.hold);
         let rest = (hit.regs(py)?, hit.symbol(py), hit.key(py), hit.tag(py));
         let arguments = (facts, rest.0, rest.1, rest.2, rest.3).into_pyobject(py)?;
@@ -236,11 +240,11 @@ impl Hit {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        match &self.origin {
-            Origin::Live { breakpoint, .. } => visit.call(breakpoint),
-            Origin::Pickled { key, tag, .. } => {
-                visit.call(key)?;
-                visit.call(tag)
+        match &self.0 {
+            Origin::Live(live) => visit.call(&live.breakpoint),
+            Origin::Pickled(pickled) => {
+                visit.call(&pickled.key)?;
+                visit.call(&pickled.tag)
             }
         }
     }
@@ -256,9 +260,6 @@ pub fn _hit(
     tag: Py<PyAny>,
 ) -> Hit {
     let (vcpu, va, pa, access, view, step, timestamp, hold) = facts;
-    Hit {
-        facts: Facts { vcpu, va, pa, access: access.0, view, step, timestamp, hold },
-        registers: Snapshot::Pickled(registers),
-        origin: Origin::Pickled { symbol, key, tag },
-    }
+    let facts = Facts { vcpu, va, pa, access: access.0, view, step, timestamp, hold };
+    Hit(Origin::Pickled(Box::new(Pickled { facts, registers, symbol, key, tag })))
 }

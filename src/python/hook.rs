@@ -11,7 +11,7 @@ use super::breakpoint::Breakpoint;
 use super::convert::OnWriteArg;
 use super::errors::{DeadlineExceededError, HandlerError};
 use super::hit::Hit;
-use super::shared::{Listener, Shared};
+use super::shared::{Inner, Listener, Shared};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
@@ -74,8 +74,6 @@ impl Course {
 }
 
 /// What a handler, or the function that is asked about a write, wants done.
-#[derive(Clone, Copy)]
-#[expect(clippy::large_enum_variant, reason = "used once a hit, and a box would cost an allocation")]
 enum Answer {
     Verdict(session::Verdict),
     Write(OnWrite),
@@ -101,8 +99,12 @@ enum Turn {
 /// The state of one [`drive`].
 #[derive(Default)]
 struct Loop {
-    /// The answer to the hit in hand, and when its event was received.
-    answer: Option<(Answer, Instant)>,
+    /// The answer to the hit in hand.
+    answer: Option<Answer>,
+    /// When it was met.
+    met_at: Option<Instant>,
+    /// The object of the tap that was hit last.
+    breakpoint: Option<(session::TapId, Py<Breakpoint>)>,
     /// The first thing that went wrong in a handler.
     raised: Option<PyErr>,
     /// The hit whose handler gave the verdict that counts, until its event is answered.
@@ -136,7 +138,9 @@ fn turn_until(
     let mut signals_at = Instant::now();
     loop {
         shared.refresh_wanted(py);
-        let now = Instant::now();
+        // A hit was met a moment ago, and the clock read.
+        let met_at = state.met_at.take();
+        let now = met_at.unwrap_or_else(Instant::now);
         if now >= signals_at {
             signals_at = now + SIGNALS;
             if let Err(error) = py.check_signals() {
@@ -148,28 +152,43 @@ fn turn_until(
         let has_enough = listener.is_some_and(|listener| !listener.queue.lock().is_empty());
         let detach = state.detach || shared.is_detach_wanted();
         let ends = state.raised.is_some() || state.paused || detach || is_late || is_stopped || has_enough;
-        let (answer, paused, last_hit, hold_max) = (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max);
-        let limit = if ends { Some(now) } else { course.deadline };
-        let turn = shared.released(py, |inner| {
+        let (mut answer, paused, last_hit, hold_max) = (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max);
+        let until = course.deadline;
+        let mut turn = |inner: &mut Inner, deadline: Option<Instant>| {
             let session = &mut inner.session;
-            if let Some((answer, received)) = answer {
+            if let Some(answer) = answer.take() {
                 if let Err(error) = answer.give(session) {
                     return Turn::Failed(error);
                 }
-                *hold_max = (*hold_max).max(received.elapsed());
+                if let Some((answered_at, held)) = session.last_hold() {
+                    *hold_max = (*hold_max).max(held);
+                    if until.is_some_and(|until| answered_at >= until) && !session.has_pending() {
+                        return Turn::Polled(Poll::Timeout);
+                    }
+                }
             }
             // Others at the same event are told first; a pause alone leaves them for later.
             if ends && (paused || !session.has_pending()) {
                 return Turn::Answered;
             }
             let hits = last_hit.map(|last| last.saturating_sub(session.stats().hits));
-            match session.poll(&Limits { deadline: limit, hits }) {
+            match session.poll(&Limits { deadline, hits }) {
                 Ok(poll) => Turn::Polled(poll),
                 Err(error) => Turn::Failed(error),
             }
-        });
+        };
+        // Hits often come in crowds: after one, the next is first waited for without letting go of the interpreter.
+        let at_once = if met_at.is_some() { shared.briefly(|inner| turn(inner, Some(now))) } else { None };
+        let limit = if ends { Some(now) } else { until };
+        let turn = match at_once {
+            Some(turn) => {
+                super::log::flush(py);
+                turn
+            }
+            None => shared.released(py, |inner| turn(inner, limit)),
+        };
         match turn {
-            Turn::Polled(Poll::Hit(hit)) => meet(py, shared, &mut state, &hit),
+            Turn::Polled(Poll::Hit(hit)) => meet(py, shared, &mut state, hit),
             Turn::Polled(Poll::Timeout) => {}
             Turn::Polled(Poll::Idle) if !ends => return Ok(Some(Reason::Idle)),
             Turn::Polled(Poll::MaxHits) if !ends => return Ok(Some(Reason::MaxHits)),
@@ -214,13 +233,18 @@ fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
 }
 
 /// Tells everybody who wants to know of a hit, and finds the answer to it.
-fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::Hit) {
-    let go_on = (Answer::Verdict(session::Verdict::Continue), hit.at);
-    state.answer = Some(go_on);
+fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session::Hit>) {
+    let now = Instant::now();
+    state.answer = Some(Answer::Verdict(session::Verdict::Continue));
+    state.met_at = Some(now);
     if state.event.replace((hit.at, hit.vcpu)) != Some((hit.at, hit.vcpu)) {
         state.decider = None;
     }
-    let Some(breakpoint) = shared.breakpoint(py, hit.tap) else { return };
+    if state.breakpoint.as_ref().is_none_or(|(tap, _)| *tap != hit.tap) {
+        state.breakpoint = shared.breakpoint(py, hit.tap).map(|breakpoint| (hit.tap, breakpoint));
+    }
+    let Some((_, breakpoint)) = &state.breakpoint else { return };
+    let breakpoint = breakpoint.clone_ref(py);
     let tap = breakpoint.get();
     let listeners = if hit.ask { Vec::new() } else { listeners_of(shared, hit.tap) };
     // After an error nobody is called any more, but no hit is kept back from those who only look.
@@ -233,7 +257,8 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::H
         return;
     }
     let generation = if handler.is_some() { shared.generation.fetch_add(1, Ordering::AcqRel) + 1 } else { 0 };
-    let object = match Py::new(py, Hit::new(hit, breakpoint.clone_ref(py), generation, shared.began)) {
+    let ask = hit.ask;
+    let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation)) {
         Ok(object) => object,
         Err(error) => {
             state.raised.get_or_insert(error);
@@ -244,11 +269,11 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::H
         enqueue(py, shared, &listener, &object);
     }
     let Some(handler) = handler else { return };
-    let said = call(py, shared, state, &breakpoint, &handler, &object, hit.ask);
+    let said = call(py, shared, state, &breakpoint, &handler, &object, ask);
     if generation != 0 {
         shared.generation.fetch_add(1, Ordering::AcqRel);
     }
-    state.answer = Some((said, hit.at));
+    state.answer = Some(said);
 }
 
 fn listeners_of(shared: &Shared, tap: session::TapId) -> Vec<Arc<Listener>> {
@@ -319,16 +344,16 @@ fn read_verdict(returned: &Bound<'_, PyAny>, state: &mut Loop, hit: &Py<Hit>) ->
         let kind = returned.get_type().name()?;
         return Err(PyTypeError::new_err(format!("a handler returns a Verdict or None, not {kind}")));
     };
-    let Said::To(verdict) = verdict.get().0 else {
+    let Said::To(verdict) = &verdict.get().0 else {
         // The first verdict counts, and this one comes too late if there was another.
         state.detach |= state.decider.is_none();
         return Ok(go_on);
     };
-    if verdict != session::Verdict::Continue && state.decider.is_none() {
-        state.paused = verdict == session::Verdict::Pause;
+    if *verdict != session::Verdict::Continue && state.decider.is_none() {
+        state.paused = *verdict == session::Verdict::Pause;
         state.decider = Some(hit.clone_ref(returned.py()));
     }
-    Ok(Answer::Verdict(verdict))
+    Ok(Answer::Verdict(verdict.clone()))
 }
 
 fn read_policy(returned: &Bound<'_, PyAny>) -> PyResult<Answer> {

@@ -130,6 +130,16 @@ impl Shared {
         })
     }
 
+    /// For a moment's run of the guest: keeps the interpreter, if nobody else has the session or waits for it. `None`: somebody does.
+    ///
+    /// Getting the interpreter back after every hit costs more than the hit, and milliseconds beside a busy thread.
+    pub fn briefly<T>(&self, work: impl FnOnce(&mut Inner) -> T) -> Option<T> {
+        let turn = self.turn.try_lock()?;
+        let mut inner = self.inner.try_lock()?;
+        drop(turn);
+        Some(work(&mut inner))
+    }
+
     /// For what takes no time: keeps the interpreter if the lock is free. Getting it back can take milliseconds beside a busy
     /// thread, and the vCPU stands still all that time.
     pub fn quick<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&mut Inner) -> T + Send) -> T {
@@ -189,7 +199,7 @@ impl Shared {
 
     /// Tells the session which hits are wanted, if a listener came or went.
     pub fn refresh_wanted(&self, py: Python<'_>) {
-        if !self.listeners_changed.swap(false, Ordering::AcqRel) {
+        if !self.listeners_changed.load(Ordering::Acquire) || !self.listeners_changed.swap(false, Ordering::AcqRel) {
             return;
         }
         let wanted: Vec<(TapId, bool)> =

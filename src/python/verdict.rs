@@ -8,8 +8,7 @@ use super::errors::invalid;
 use crate::session;
 
 /// What a verdict says.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[expect(clippy::large_enum_variant, reason = "short-lived, and never many")]
+#[derive(Clone, PartialEq, Eq)]
 pub enum Said {
     To(session::Verdict),
     Detach,
@@ -37,7 +36,7 @@ impl Verdict {
     #[staticmethod]
     #[pyo3(signature = (**registers))]
     fn set_registers(registers: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
-        Ok(Self(Said::To(session::Verdict::SetRegisters(changes(registers)?))))
+        Ok(Self(Said::To(session::Verdict::SetRegisters(Box::new(changes(registers)?)))))
     }
 
     /// Goes on instruction by instruction: the handler is called again after each of the next `count`, with `Hit.step` from 1 on.
@@ -63,11 +62,11 @@ impl Verdict {
     }
 
     fn __repr__(&self) -> String {
-        match self.0 {
+        match &self.0 {
             Said::Detach => "Verdict.detach()".to_owned(),
             Said::To(session::Verdict::Continue) => "Verdict.continue_()".to_owned(),
             Said::To(session::Verdict::Return(value)) => format!("Verdict.return_from_function({value})"),
-            Said::To(session::Verdict::SetRegisters(changes)) => format!("Verdict.set_registers({})", show_changes(&changes)),
+            Said::To(session::Verdict::SetRegisters(changes)) => format!("Verdict.set_registers({})", show_changes(changes)),
             Said::To(session::Verdict::Step(count)) => format!("Verdict.step({count})"),
             Said::To(session::Verdict::Pause) => "Verdict.pause()".to_owned(),
         }

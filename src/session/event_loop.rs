@@ -42,7 +42,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         if self.pending.is_some() {
             if let Some(hit) = self.next_hit() {
-                return Ok(Poll::Hit(Box::new(hit)));
+                return Ok(Poll::Hit(hit));
             }
             self.finish()?;
         }
@@ -51,16 +51,16 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.has_page_changes(None) {
             self.update_pages(None, None)?;
         }
-        let mut now = self.answered_at.take().unwrap_or_else(Instant::now);
+        let now = self.answered_at.take().unwrap_or_else(Instant::now);
         let patience = now + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
+        let mut timeout = deadline.saturating_duration_since(now);
         let mut left = EVENTS;
         loop {
             if stop_at.is_some_and(|stop_at| self.stats.hits >= stop_at) {
                 return Ok(Poll::MaxHits);
             }
-            // Right after a look at the clock, and the driver looks at it too.
-            let timeout = if left == EVENTS { deadline.saturating_duration_since(now) } else { PATIENCE };
+            // From the last look at the clock here; the driver looks at it too.
             let wait = self.vmi.driver_mut().wait(timeout);
             // By reference: an event is large, and this is done once for each.
             let event = match &wait {
@@ -75,7 +75,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Ok(false) => {}
                 Ok(true) => {
                     if let Some(hit) = self.next_hit() {
-                        return Ok(Poll::Hit(Box::new(hit)));
+                        return Ok(Poll::Hit(hit));
                     }
                     self.finish()?;
                 }
@@ -89,8 +89,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             left -= 1;
             if left == 0 {
                 left = EVENTS;
-                now = Instant::now();
-                if now >= deadline {
+                timeout = deadline.saturating_duration_since(Instant::now());
+                if timeout.is_zero() {
                     return Ok(Poll::Timeout);
                 }
             }
@@ -235,8 +235,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         (va, pa): (Va, Pa),
         access: MemoryAccess,
         wanted: Vec<TapId>,
-    ) -> Pending {
-        Pending {
+    ) -> Box<Pending> {
+        Box::new(Pending {
             event: *event,
             home,
             course,
@@ -252,7 +252,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             step: 0,
             received: Instant::now(),
             is_out: false,
-        }
+        })
     }
 
     /// A write to a hidden page that no watch is for.
@@ -301,7 +301,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// The next tap to be told of the event in hand.
-    fn next_hit(&mut self) -> Option<Hit> {
+    fn next_hit(&mut self) -> Option<Box<Hit>> {
         let pending = self.pending.as_mut()?;
         loop {
             let (tap, ask) = match pending.wanted.get(pending.told) {
@@ -315,7 +315,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 continue;
             }
             pending.is_out = true;
-            return Some(Hit {
+            return Some(Box::new(Hit {
                 tap,
                 vcpu: pending.event.vcpu,
                 view: pending.home,
@@ -326,7 +326,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 step: pending.step,
                 ask,
                 at: pending.received,
-            });
+            }));
         }
     }
 
@@ -346,7 +346,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return self.answer_question(OnWrite::Reapply);
         }
         let tap = pending.wanted.get(pending.told - 1).copied();
-        if let (Some(tap), None) = (tap, pending.verdict)
+        if let (Some(tap), None) = (tap, &pending.verdict)
             && verdict != Verdict::Continue
         {
             pending.verdict = Some((tap, verdict));
@@ -384,7 +384,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// # Errors
     /// [`VmiError::NoPendingEvent`] if there is no such hit; [`VmiError::InvalidArgument`] for [`OnWrite::Ask`].
     pub fn answer_write(&mut self, policy: OnWrite) -> Result<()> {
-        let is_asked = |pending: &&mut Pending| pending.is_out && pending.told > pending.wanted.len();
+        let is_asked = |pending: &&mut Box<Pending>| pending.is_out && pending.told > pending.wanted.len();
         let Some(pending) = self.pending.as_mut().filter(is_asked) else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };
@@ -427,6 +427,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let now = Instant::now();
         let held = now.saturating_duration_since(pending.received);
         self.answered_at = Some(now);
+        self.last_hold = Some((now, held));
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
@@ -451,13 +452,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if pending.touched {
             gp = Some(self.vmi.driver().registers(event.vcpu)?.gp);
         }
-        if let (Some((tap, verdict)), Some(vcpu)) = (pending.verdict, self.vcpus.get_mut(index)) {
-            if pending.step > 0 && verdict != Verdict::Pause {
+        if let (Some((tap, verdict)), Some(vcpu)) = (&pending.verdict, self.vcpus.get_mut(index)) {
+            if pending.step > 0 && *verdict != Verdict::Pause {
                 vcpu.walk = None;
             }
             match verdict {
                 Verdict::Continue | Verdict::Pause => {}
-                Verdict::Step(left) => vcpu.walk = Some(Walk { tap, done: 0, left }),
+                Verdict::Step(left) => vcpu.walk = Some(Walk { tap: *tap, done: 0, left: *left }),
                 Verdict::SetRegisters(changes) => changes.apply(gp.get_or_insert(event.registers.gp)),
                 Verdict::Return(value) => {
                     let gp = gp.get_or_insert(event.registers.gp);
@@ -466,7 +467,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                         Ok(to) => {
                             gp.rip = to;
                             gp.rsp = gp.rsp.wrapping_add(8);
-                            gp.rax = value;
+                            gp.rax = *value;
                         }
                         Err(error) => failed = Err(error),
                     }

@@ -57,9 +57,11 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// Stores that are done, and whose shadows could not be brought up to date yet.
     overdue: Vec<(VcpuId, AfterWrite)>,
     /// The event whose hits are being handed out.
-    pending: Option<Pending>,
+    pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// When an event with hits was answered last, and how long its vCPU had stood still.
+    last_hold: Option<(Instant, Duration)>,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
@@ -116,6 +118,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             overdue: Vec::new(),
             pending: None,
             owners: Vec::new(),
+            last_hold: None,
             answered_at: None,
             stats: Stats::default(),
             on_write,
@@ -137,6 +140,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Counters so far.
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
+    pub const fn last_hold(&self) -> Option<(Instant, Duration)> {
+        self.last_hold
     }
 
     /// Frames that hold shadow pages of this session's breakpoints now.

@@ -173,15 +173,14 @@ impl GpChanges {
 }
 
 /// What is to happen to the vCPU of a hit.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[expect(clippy::large_enum_variant, reason = "made once a hit and consumed at once: a box would cost an allocation")]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Verdict {
     /// The instruction is executed, and the vCPU goes on.
     Continue,
     /// The function that was just entered is left at once with this value in RAX.
     Return(u64),
     /// The vCPU goes on with these registers. With another RIP the instruction is not executed.
-    SetRegisters(GpChanges),
+    SetRegisters(Box<GpChanges>),
     /// The vCPU goes on instruction by instruction: after each of so many there is a hit again, with [`Hit::step`] from 1 on.
     Step(u32),
     /// The vCPU stands where it is until the next [`super::Session::poll`], which goes on as with `Continue`.
@@ -191,7 +190,7 @@ pub enum Verdict {
 /// When [`super::Session::poll`] is to come back at the latest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Limits {
-    /// A point in time.
+    /// A point in time. One that is past: what there is at once, and a moment's run of the guest.
     pub deadline: Option<Instant>,
     /// So many hits, counted from this call on.
     pub hits: Option<u64>,

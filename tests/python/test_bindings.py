@@ -320,6 +320,42 @@ def test_stop_from_another_thread_ends_the_run(vm: Vm) -> None:
     assert 0.05 < result.elapsed < 1
 
 
+def test_a_handler_that_sleeps_past_the_end_of_a_run_is_the_last_one_called(vm: Vm) -> None:
+    calls: list[Hit] = []
+
+    def slow(hit: Hit) -> None:
+        calls.append(hit)
+        time.sleep(0.2)
+
+    for_ever(vm)
+    vm.breakpoint("open_file", slow)
+    assert vm.run(timeout=0.1).reason == "timeout"
+    assert len(calls) == 1
+
+
+def test_another_thread_gets_its_turn_between_hits_that_come_in_crowds(vm: Vm) -> None:
+    for_ever(vm)
+    begun = threading.Event()
+    vm.breakpoint("open_file", lambda _: begun.set())
+    seen: list[int] = []
+
+    def look() -> None:
+        begun.wait(20)
+        end = time.monotonic() + 20
+        while time.monotonic() < end and len(seen) < 10:
+            seen.append(vm.stats.hits)
+            time.sleep(0.001)
+        vm.stop()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    result = vm.run(timeout=60)
+    thread.join()
+    assert result.reason == "stopped"
+    assert len(seen) == 10
+    assert result.hits > seen[0]
+
+
 def test_a_run_ends_in_time(vm: Vm) -> None:
     for_ever(vm)
     result = vm.run(timeout=0.2)

@@ -230,8 +230,10 @@ fn a_tapped_push_onto_a_page_that_its_view_denies_is_told_as_a_write() {
         bench.place(&[0x53]);
         let denied = if step_view_denies { View::DEFAULT } else { bench.lab.view };
         let page = bench.lab.pa("area").gfn();
-        bench.lab.vm.set_memory_access(denied, page, MemoryAccess::R).unwrap();
         let gp = GpRegisters { rip: spot, rsp: area + 0x800, rbx: 7, rflags: 2, ..GpRegisters::default() };
+        // Once before, so that the driver knows the page already.
+        assert_eq!(bench.over_a_breakpoint(&gp, false).area[0x7f8..0x800], [7, 0, 0, 0, 0, 0, 0, 0]);
+        bench.lab.vm.set_memory_access(denied, page, MemoryAccess::R).unwrap();
         let hit = bench.start(&gp, bench.lab.view);
         let step = VmiEventResponse::action(EventAction::FastSingleStep { view: View::DEFAULT }).in_view(bench.lab.view);
         bench.lab.vm.respond(hit.vcpu, &step).unwrap();

@@ -144,7 +144,7 @@ fn verdicts_set_registers_and_leave_functions() {
     session.vmi_mut().driver_mut().poke(Pa(0x7100), &0x1234_u64.to_le_bytes()).unwrap();
     let mut changes = GpChanges::default();
     changes.values[5] = Some(7);
-    for verdict in [Verdict::SetRegisters(changes), Verdict::Return(1)] {
+    for verdict in [Verdict::SetRegisters(Box::new(changes)), Verdict::Return(1)] {
         session.vmi_mut().driver_mut().push_event(int3(view, context, CODE, CODE_PA));
         assert!(matches!(poll(&mut session), Poll::Hit(_)));
         session.answer(verdict).unwrap();
@@ -182,7 +182,7 @@ fn of_several_taps_at_one_address_the_first_verdict_decides() {
         told.push(hit.tap);
         let mut changes = GpChanges::default();
         changes.values[0] = Some(rax);
-        session.answer(if rax == 0 { Verdict::Continue } else { Verdict::SetRegisters(changes) }).unwrap();
+        session.answer(if rax == 0 { Verdict::Continue } else { Verdict::SetRegisters(Box::new(changes)) }).unwrap();
     }
     assert_eq!(told, taps);
     assert_eq!(answers(&session).len(), 1);

@@ -155,6 +155,11 @@ impl CpuHooks {
         self.memory.flushed(self.which);
     }
 
+    /// How often the engine's TLB was emptied.
+    pub fn emptied(&self) -> u64 {
+        self.emptied.get()
+    }
+
     /// Guest frame and frame behind it that the engine's TLB has for fetches from the page of `va` at that privilege level, if that is known.
     #[inline]
     pub fn fetched(&self, va: u64, cpl: u8) -> Option<(u64, u32)> {

@@ -240,8 +240,7 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
     let mut part = engine.context()?;
     part.set_u64(gp, 1);
     part.set_u64(star, 2);
-    part.set_copied(integer);
-    engine.save(&mut part);
+    engine.save_part(&mut part, integer);
     find.expect("a copy of part of its state", part.u64(gp) == faulted.u64(gp) && part.u64(star) == 2)?;
 
     let eflags = rip + 8;

@@ -16,6 +16,7 @@ mod hooks;
 mod insn;
 mod layout;
 mod memory;
+mod reg;
 mod resident;
 mod run;
 mod step;

@@ -22,10 +22,11 @@ use crate::event::{EventReason, VmiEvent};
 
 use super::apic;
 use super::deliver::{self, Fault};
-use super::hooks::{CpuHooks, Denied, Devices, Exit, WINDOW, Why, rescan, translate};
+use super::hooks::{CpuHooks, Denied, Devices, Exit, Page, WINDOW, Why, rescan, translate};
 use super::layout::Layout;
 use super::memory::{Each, Memory, Which};
 use super::resident::Resident;
+use super::step::Stack;
 use super::sys::{Access, Context, Engine, EngineKind, Library, code};
 
 use super::vcpu::{Held, Mode, State, Step, Vcpu};
@@ -142,6 +143,8 @@ pub struct Machine {
     slice: u64,
     /// Virtual time: basic blocks run by all vCPUs together.
     pub(super) now: u64,
+    /// The stack of the vCPU that was stepped last.
+    pub(super) stack: Option<(Stack, Page)>,
     /// How instructions were stepped.
     pub steps: Steps,
     /// Frame that stands in for a page whose stores are to be discarded.
@@ -171,6 +174,7 @@ impl Machine {
             current: 0,
             slice: SLICE,
             now: 0,
+            stack: None,
             steps: Steps::default(),
             scratch,
         })

@@ -14,6 +14,18 @@ use super::run::{Machine, RCX, RDI, RSP, Raised, STRING_BURST, Went};
 use super::sys::{Access, code};
 use super::vcpu::{Held, Mode, State, Step};
 
+/// A page that was pushed to, and what its translation was for: it holds as long as an entry of the main engine's TLB would.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Stack {
+    index: usize,
+    mode: Mode,
+    cpl: u8,
+    /// RFLAGS.AC, which counts under SMAP.
+    alternate: bool,
+    page: u64,
+    emptied: u64,
+}
+
 impl Machine {
     /// A step in the vCPU's own view that nobody asked for.
     pub(super) fn in_place(&self, index: usize) -> Result<Step> {
@@ -80,8 +92,17 @@ impl Machine {
         let Some((op, len)) = direct::decode(part) else { return false };
         if let Op::Push { from } = op {
             let (rsp, value) = (vcpu.gpr(RSP).wrapping_sub(8), vcpu.gpr(from));
-            let Ok(page) = translate(&self.memory, &mode, rsp, Access::Write, vcpu.cpl(), || vcpu.context.rflags()) else {
-                return false;
+            let alternate = vcpu.context.u64(vcpu.layout.eflags) & rflags::AC != 0;
+            let wanted =
+                Stack { index, mode, cpl: vcpu.cpl(), alternate, page: rsp >> PAGE_SHIFT, emptied: self.main.hooks().emptied() };
+            let known = self.stack.filter(|(known, _)| *known == wanted && !self.memory.is_stale(Which::Main));
+            let page = if let Some((_, page)) = known {
+                page
+            } else {
+                let flags = || vcpu.context.rflags();
+                let Ok(page) = translate(&self.memory, &mode, rsp, Access::Write, vcpu.cpl(), flags) else { return false };
+                self.stack = (!self.memory.is_stale(Which::Main)).then_some((wanted, page));
+                page
             };
             let offset = rsp & (PAGE_SIZE - 1);
             let denies = |view| self.memory.lookup(view, page.gfn).is_none_or(|(rights, _)| rights & 2 == 0);

@@ -15,30 +15,12 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::{Result, VmiError};
 
+pub(super) use super::reg;
+
 /// Error codes of the engine (unicorn.h, `uc_err`) that the driver tells apart.
 pub mod code {
     pub const OK: i32 = 0;
     pub const INSN_INVALID: i32 = 10;
-}
-
-/// Register numbers (x86.h, `uc_x86_reg`).
-pub mod reg {
-    pub const CS: i32 = 11;
-    pub const EFLAGS: i32 = 25;
-    pub const RAX: i32 = 35;
-    pub const RIP: i32 = 41;
-    pub const CR0: i32 = 50;
-    pub const CR2: i32 = 52;
-    pub const CR3: i32 = 53;
-    pub const CR4: i32 = 54;
-    pub const DR6: i32 = 72;
-    pub const R15: i32 = 113;
-    pub const IDTR: i32 = 242;
-    pub const GDTR: i32 = 243;
-    pub const TR: i32 = 245;
-    pub const MSR: i32 = 248;
-    pub const FS_BASE: i32 = 250;
-    pub const GS_BASE: i32 = 251;
 }
 
 /// The empty range of addresses, by which a hook is asked for at every address.
@@ -484,19 +466,17 @@ impl<H: Hooks> Engine<H> {
     /// As [`Self::save`], but only the first `len` bytes of state.
     #[inline]
     pub fn save_part(&self, context: &mut Context, len: u64) {
-        let whole = context.copied();
-        context.set_copied(len);
+        let whole = context.replace_copied(len);
         self.save(context);
-        context.set_copied(whole);
+        context.replace_copied(whole);
     }
 
     /// As [`Self::restore`], but only the first `len` bytes of state.
     #[inline]
     pub fn restore_part(&mut self, context: &mut Context, len: u64) {
-        let whole = context.copied();
-        context.set_copied(len);
+        let whole = context.replace_copied(len);
         self.restore(context);
-        context.set_copied(whole);
+        context.replace_copied(whole);
     }
 
     /// Copies a state in.
@@ -545,10 +525,11 @@ impl Context {
         self.u64(COPIED_LEN)
     }
 
-    /// Has only the first `len` bytes of state copied from now on. Never more than at first.
-    pub fn set_copied(&mut self, len: u64) {
-        debug_assert!(len <= self.size as u64);
+    /// Has only the first `len` bytes of state copied from now on; how many it was before. Never more than at first.
+    pub fn replace_copied(&mut self, len: u64) -> u64 {
+        let before = self.copied();
         self.set_u64(COPIED_LEN, len.min(self.size as u64));
+        before
     }
 
     /// Bytes, with the engine's own header.
@@ -576,7 +557,7 @@ impl Context {
     /// `N` 64-bit words from `offset` on; 0 beyond the end.
     #[inline]
     pub fn words<const N: usize>(&self, offset: usize) -> [u64; N] {
-        // SAFETY: `at` checked the range; unaligned reads are allowed for.
+        // SAFETY: as in `u32`.
         self.at(offset, N * 8).map_or([0; N], |from| unsafe { from.cast::<[u64; N]>().read_unaligned() })
     }
 

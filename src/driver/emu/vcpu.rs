@@ -55,6 +55,14 @@ pub enum Held {
     Announced(u8),
 }
 
+/// Segment and descriptor table registers up to and with IDTR.
+const SEGMENTS: usize = IDTR + 1;
+
+/// A segment register as a context keeps it: selector, base, then limit and flags in one word.
+fn of_words(selector: u64, base: u64, rest: u64) -> Segment {
+    Segment { selector: selector as u16, attributes: (rest >> 40) as u16 & 0xf0ff, limit: rest as u32, base }
+}
+
 /// One vCPU.
 pub struct Vcpu {
     pub context: Context,
@@ -128,13 +136,13 @@ impl Vcpu {
     }
 
     pub fn mode(&self, view: View) -> Mode {
-        Mode { cr0: self.cr(0), cr3: self.cr(3), cr4: self.cr(4), efer: self.efer(), view }
+        let [cr0, _, _, cr3, cr4] = self.context.words(self.layout.cr);
+        Mode { cr0, cr3, cr4, efer: self.efer(), view }
     }
 
     pub fn segment(&self, index: usize) -> Segment {
-        // Selector, base, then limit and flags.
         let [selector, base, rest] = self.context.words(self.layout.segments + index * SEGMENT);
-        Segment { selector: selector as u16, attributes: (rest >> 40) as u16 & 0xf0ff, limit: rest as u32, base }
+        of_words(selector, base, rest)
     }
 
     pub fn set_segment(&mut self, index: usize, selector: u16, base: u64, limit: u32, flags: u32) {
@@ -165,6 +173,13 @@ impl Vcpu {
     /// All registers, as an event carries them.
     pub fn registers(&self) -> Registers {
         let layout = &self.layout;
+        let segments: [u64; 3 * SEGMENTS] = self.context.words(layout.segments);
+        let segment = |index: usize| match segments.get(index * 3..) {
+            Some([selector, base, rest, ..]) => of_words(*selector, *base, *rest),
+            _ => Segment::default(),
+        };
+        let table = |index| DescriptorTable { base: segment(index).base, limit: segment(index).limit };
+        let [cr0, _, cr2, cr3, cr4] = self.context.words(layout.cr);
         let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] = self.context.words(layout.gp);
         Registers {
             gp: GpRegisters {
@@ -187,20 +202,20 @@ impl Vcpu {
                 rip: self.rip(),
                 rflags: self.context.rflags(),
             },
-            cr0: self.cr(0),
-            cr2: self.cr(2),
-            cr3: self.cr(3),
-            cr4: self.cr(4),
+            cr0,
+            cr2,
+            cr3,
+            cr4,
             efer: self.efer(),
-            cs: self.segment(CS),
-            ss: self.segment(SS),
-            ds: self.segment(3),
-            es: self.segment(0),
-            fs: self.segment(4),
-            gs: self.segment(5),
-            tr: self.tr(),
-            gdtr: self.gdtr(),
-            idtr: self.idtr(),
+            cs: segment(CS),
+            ss: segment(SS),
+            ds: segment(3),
+            es: segment(0),
+            fs: segment(4),
+            gs: segment(5),
+            tr: segment(TR),
+            gdtr: table(GDTR),
+            idtr: table(IDTR),
             kernel_gs_base: self.context.u64(layout.kernel_gs_base),
             star: self.context.u64(layout.star),
             lstar: self.context.u64(layout.lstar),
