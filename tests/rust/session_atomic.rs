@@ -311,7 +311,7 @@ fn a_store_that_is_to_be_denied_is_denied_whichever_call_fails() {
         w.driver.fail_nth(n);
         let failed = (0..3).filter(|_| poll(&mut w.session).is_err()).count();
         assert!(failed <= 1 && !(w.driver.is_armed() && failed > 0), "call {n}");
-        let answers = w.driver.inner().answers().to_vec();
+        let answers = w.driver.inner().answers();
         assert_eq!((answers.len(), answers[0].1.action), (1, vmitap::event::EventAction::Deny), "call {n}");
     }
 }
