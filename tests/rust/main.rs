@@ -12,6 +12,8 @@ mod core;
 #[cfg(feature = "emu")]
 mod emu;
 #[cfg(feature = "emu")]
+mod emu_atomic;
+#[cfg(feature = "emu")]
 mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
@@ -21,6 +23,7 @@ mod harness;
 mod image;
 mod layering;
 mod mock;
+mod model;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
@@ -30,5 +33,6 @@ mod poke_guest;
 mod ptm;
 mod repair;
 mod session;
+mod session_atomic;
 mod tap;
 mod tap_manager;
