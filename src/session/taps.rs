@@ -7,6 +7,9 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 use crate::undo::Left;
 
+use super::filter::Filter;
+use super::hold::{Budget, Histogram};
+use super::record::Capture;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// What a key is taken for.
@@ -22,6 +25,10 @@ pub struct Tap {
     pub more: Vec<AddressContext>,
     /// Its first hit takes it out.
     pub once: bool,
+    pub filter: Option<Box<Filter>>,
+    pub capture: Option<Box<Capture>>,
+    pub budget: Option<Box<Budget>>,
+    pub holds: Option<Box<Histogram>>,
 }
 
 impl Tap {
@@ -63,7 +70,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// The counters of a tap.
     pub fn tap_stats(&self, id: TapId) -> TapStats {
-        self.tap(id).map(|tap| tap.stats).unwrap_or_default()
+        let Some(tap) = self.tap(id) else { return TapStats::default() };
+        let (filtered, filter_faults) = tap.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
+        TapStats { filtered, filter_faults, ..tap.stats }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.
@@ -175,6 +184,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             stats: TapStats::default(),
             more: if spec.enabled && spec.kind == TapKind::Breakpoint { others.next().unwrap_or_default() } else { Vec::new() },
             once: false,
+            filter: None,
+            capture: None,
+            budget: None,
+            holds: None,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
@@ -280,6 +293,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// A tap is out of the guest for good.
     pub(super) fn bury(&mut self, id: TapId) {
         // Once only: somebody else may have its key since.
+        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
@@ -337,6 +351,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::remove`].
     pub fn disable(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         if let Some(tap) = self.tap_mut(id).filter(|tap| tap.state == TapState::Active) {
             tap.state = TapState::Disabled;
         }
