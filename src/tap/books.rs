@@ -257,8 +257,15 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     /// Takes a breakpoint out of the books, with wherever it is planted.
     pub(super) fn forget(&mut self, id: u32) {
-        for (view, pa) in self.places(id) {
-            self.detach(view, pa, id);
+        let Some(entry) = self.entry(id) else { return };
+        if entry.more.is_none() {
+            if let (view, Some(pa)) = (entry.view, entry.first.pa) {
+                self.detach(view, pa, id);
+            }
+        } else {
+            for (view, pa) in self.places(id) {
+                self.detach(view, pa, id);
+            }
         }
         let Some(entry) = self.entry(id) else { return };
         let (view, hash) = (entry.view, id_hash(entry.view, entry.va, entry.index_root()));
@@ -308,13 +315,15 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     pub(super) fn detach(&mut self, view: View, pa: Pa, id: u32) {
         let Ok(mut slot) = self.sites.find_entry(site_hash(view, pa), |site| site.pa == pa && site.view == view) else { return };
         let site = slot.get_mut();
-        // The owners that stay keep their order.
-        let mut owners: Vec<u32> = site.owners().filter(|owner| *owner != id).collect();
-        if owners.is_empty() {
+        if site.more.is_none() {
             slot.remove();
         } else {
-            site.first = owners.remove(0);
-            site.more = (!owners.is_empty()).then(|| Box::new(owners));
+            // The owners that stay keep their order.
+            let owners: Vec<u32> = site.owners().filter(|owner| *owner != id).collect();
+            if let Some((first, more)) = owners.split_first() {
+                site.first = *first;
+                site.more = (!more.is_empty()).then(|| Box::new(more.to_vec()));
+            }
         }
         if let Some(offsets) = self.pages.get_mut(&(view, pa.gfn())) {
             if let Ok(index) = offsets.binary_search(&(pa.page_offset() as u16)) {
