@@ -4,7 +4,12 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+mod filter;
+mod hold;
 mod pending;
+mod record;
+mod returns;
+mod sink;
 mod taps;
 mod types;
 mod watch;
@@ -17,13 +22,19 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 
+pub use hold::{Budget, Histogram};
 use pending::{Pending, Vcpu};
+pub use record::DURATION;
+use returns::Returns;
+pub use returns::WAITING;
+use sink::Sink;
 use taps::Tap;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
@@ -48,11 +59,26 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// Open questions of the filters of those.
+    questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
     last_hold: Option<(Instant, Duration)>,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
+    recording: Recording,
+    /// The row that is being filled; kept to spare allocations.
+    row: Row,
+    /// When the first row of the event in hand was captured.
+    captured_at: u64,
+    sink: Option<Sink>,
+    returns: Returns,
+    /// How long vCPUs stood still for hits.
+    holds: Histogram,
+    /// Taps that are to be switched off once the event in hand is answered.
+    over_budget: Vec<TapId>,
+    /// What times are counted from.
+    began: Instant,
     on_write: OnWrite,
     detached: bool,
 }
@@ -90,6 +116,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
             });
         }
+        let (recording, began) = Self::new_recording();
         Ok(Self {
             vmi,
             tap_view,
@@ -102,6 +129,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpus: vec![Vcpu::default(); count],
             pending: None,
             owners: Vec::new(),
+            questions: Vec::new(),
+            recording,
+            row: Row::default(),
+            captured_at: 0,
+            sink: None,
+            returns: Returns::default(),
+            holds: Histogram::default(),
+            over_budget: Vec::new(),
+            began,
             last_hold: None,
             answered_at: None,
             stats: Stats::default(),
@@ -122,7 +158,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
     }
 
     /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
@@ -133,6 +169,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Frames that hold shadow pages of this session's breakpoints now.
     pub fn shadow_frames(&self) -> usize {
         self.controller.shadow_frames()
+    }
+
+    /// What the times of hits are counted from.
+    pub const fn began(&self) -> Instant {
+        self.began
     }
 
     /// Whether [`Session::detach`] was called.
@@ -357,6 +398,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 failed.push((what.to_owned(), error));
             }
         };
+        self.end_waiting_rows();
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
         self.watches.clear();

@@ -5,6 +5,9 @@ use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 
+use super::filter::Filter;
+use super::hold::{Budget, Histogram};
+use super::record::Capture;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// One tap.
@@ -12,10 +15,14 @@ pub struct Tap {
     pub spec: TapSpec,
     pub state: TapState,
     pub stats: TapStats,
+    pub filter: Option<Box<Filter>>,
+    pub capture: Option<Box<Capture>>,
+    pub budget: Option<Box<Budget>>,
+    pub holds: Option<Box<Histogram>>,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
-    fn tap(&self, id: TapId) -> Option<&Tap> {
+    pub(super) fn tap(&self, id: TapId) -> Option<&Tap> {
         self.taps.get(id.0 as usize)
     }
 
@@ -40,7 +47,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// The counters of a tap.
     pub fn tap_stats(&self, id: TapId) -> TapStats {
-        self.tap(id).map(|tap| tap.stats).unwrap_or_default()
+        let Some(tap) = self.tap(id) else { return TapStats::default() };
+        let (filtered, filter_faults) = tap.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
+        TapStats { filtered, filter_faults, ..tap.stats }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.
@@ -152,6 +161,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             spec: *spec,
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
+            filter: None,
+            capture: None,
+            budget: None,
+            holds: None,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
@@ -174,6 +187,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id) else { return Ok(()) };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
@@ -188,6 +202,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::remove`].
     pub fn disable(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         if let Some(tap) = self.tap_mut(id).filter(|tap| tap.state == TapState::Active) {
             tap.state = TapState::Disabled;
         }

@@ -8,6 +8,7 @@
 )]
 
 mod atomic;
+mod capture;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
@@ -15,6 +16,7 @@ mod emu;
 mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
+mod filter;
 #[cfg(feature = "emu")]
 mod guest;
 mod harness;
