@@ -322,7 +322,7 @@ pub struct BreakpointStats {
     py_calls: u64,
     /// Seconds vCPUs stood still for hits that were handed to Python, all together.
     hold_total: f64,
-    /// The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long.
+    /// The time that half of its hits do not exceed; at most a quarter too long. Of hits that are only counted each sixteenth is timed.
     hold_p50: f64,
     /// The time that 99 of 100 do not exceed.
     hold_p99: f64,
