@@ -9,11 +9,14 @@ pub mod driver;
 pub mod error;
 pub mod event;
 pub mod image;
+pub mod ptm;
 #[cfg(feature = "python")]
 mod python;
+mod rights;
 pub mod session;
 pub mod symbols;
 pub mod tap;
+mod undo;
 
 pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
 pub use bytes::GuestBytes;

@@ -37,9 +37,12 @@ __all__ = [
     "ManagedBreakpoint",
     "Memory",
     "MemoryController",
+    "PageTableEvent",
+    "PageTableMonitor",
     "Recording",
     "RecordingFile",
     "Registers",
+    "Repaired",
     "RunResult",
     "Stats",
     "Symbol",
@@ -52,8 +55,12 @@ __all__ = [
     "VmiCore",
     "VmiEvent",
     "VmiEventResponse",
+    "XenDomain",
+    "XenHost",
     "__version__",
     "open",
+    "repair",
+    "xen_host",
 ]
 
 __version__: str
@@ -71,6 +78,8 @@ def open(
     libunicorn: str | None = None,
     on_write: OnWrite | None = None,
     abi: Literal["sysv", "ms"] = "sysv",
+    repair: bool = False,
+    watchdog: Sequence[str] | None = None,
 ) -> Vm:
     """Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 
@@ -78,16 +87,20 @@ def open(
     is made new for each session, boots up to its entry point and runs only inside `run`, `events` and `wait_event`.
 
     Args:
-        target: "demo" (the guest that comes with vmitap) or "emu:PATH" (an ELF image, see docs/guests.md).
+        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), or "xen:NAME" or
+            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md).
         memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
         vcpus: 1 to 8; None: what the image asks for.
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
         abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        repair: whether what a killed session has left in the guest is undone first, as `repair` does.
+        watchdog: a command that is started with the session and reads its standard input, which ends when this process does; it
+            is to repair the guest then. Not started for a guest that ends with this process. None: no watchdog.
 
     Raises:
-        AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
+        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
         ImageError: the file is no usable ELF image.
         InvalidArgumentError: `memory` or `vcpus` make no sense.
 
@@ -96,6 +109,122 @@ def open(
     ...     two.vcpus
     2
     """
+
+def repair(target: str) -> Repaired | None:
+    """Brings a guest back whose session ended without a word: the tool was killed, or crashed.
+
+    Undoes everything that session had added: monitors, vCPUs held by events that nobody answers, steps, views, frames, pauses,
+    as its journal says. What it changed for its user stays: memory and registers that were written. The guest runs on.
+
+    Args:
+        target: "xen:NAME" or "xen:NUMBER".
+
+    Returns:
+        What was undone; None if no session has left anything.
+
+    Raises:
+        NotSupportedError: the target is a guest on the embedded driver, which ends with its tool.
+        AttachError: the session is alive, or the guest cannot be attached to.
+        JournalError: the journal is not one; its text says where.
+        UndoFailedError: with what could not be undone; calling again tries that.
+
+    >>> try:
+    ...     vmitap.repair("demo")
+    ... except vmitap.NotSupportedError as error:
+    ...     error.driver
+    'emu'
+    """
+
+@final
+class Repaired:
+    """What `repair` has undone.
+
+    >>> def all_quiet(repaired: vmitap.Repaired | None) -> bool:
+    ...     return repaired is None or not (repaired.views or repaired.frames)
+    """
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs were held for an event, as far as the driver can tell."""
+    @property
+    def views(self) -> int:
+        """Views."""
+    @property
+    def frames(self) -> int:
+        """Frames of shadow pages."""
+    @property
+    def pauses(self) -> int:
+        """Times the guest was paused."""
+
+def xen_host() -> XenHost:
+    """Asks the Xen that this machine runs under what it is and which domains it has. Changes nothing.
+
+    Xen's own libraries are opened the first time they are needed; VMITAP_LIBXENCTRL names another libxenctrl.
+
+    Raises:
+        AttachError: this is no Xen control domain, a library is missing or of another release, or a policy forbids it; `hint`
+            says what to do.
+
+    >>> try:
+    ...     tappable = [domain.target for domain in vmitap.xen_host().domains if domain.obstacle is None]
+    ... except vmitap.AttachError as error:
+    ...     assert error.hint
+    """
+
+@final
+class XenHost:
+    """A Xen machine, as `xen_host` found it.
+
+    >>> def names(host: vmitap.XenHost) -> list[str]:
+    ...     return [domain.name for domain in host.domains]
+    """
+
+    @property
+    def version(self) -> str:
+        """Xen's version and that of its event ring, such as "xen 4.17.5 (vm_event 7)"."""
+    @property
+    def libraries(self) -> list[str]:
+        """The files of Xen's libraries that are open, libxenctrl first."""
+    @property
+    def obstacle(self) -> str | None:
+        """Why no domain of this machine can be tapped; None if nothing is known to be in the way."""
+    @property
+    def hint(self) -> str:
+        """What to do about `obstacle`; empty without one."""
+    @property
+    def domains(self) -> list[XenDomain]:
+        """Its domains, ascending by number; the control domain is the first."""
+
+@final
+class XenDomain:
+    """A domain of a Xen machine.
+
+    >>> def can_be_tapped(domain: vmitap.XenDomain) -> bool:
+    ...     return domain.obstacle is None
+    """
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """Its name; empty while it has none."""
+    @property
+    def kind(self) -> str:
+        """Its kind: "hvm" for HVM and PVH domains, "pv" for others."""
+    @property
+    def vcpus(self) -> int: ...
+    @property
+    def memory_size(self) -> int:
+        """Bytes of memory it has now."""
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be tapped; None if nothing is known to be in the way."""
+    @property
+    def hint(self) -> str:
+        """What to do about `obstacle`; empty without one."""
+    @property
+    def target(self) -> str:
+        """What `attach` takes for it."""
 
 @final
 class Vm:
@@ -267,11 +396,15 @@ class Vm:
         deadline: float | None = None,
         budget: Budget | None = None,
         enabled: bool = True,
+        once: bool = False,
     ) -> Breakpoint:
         """Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
 
         An INT3 is planted in a copy of the page that only execution can reach: the guest's own reads, by whatever instruction
         and from any vCPU, see the original bytes. Takes effect at once, also when called inside a handler.
+
+        If the address is not mapped, the breakpoint is pending until the guest maps it. It follows the guest's page tables from then
+        on: to another frame, and back to pending when the page goes.
 
         Args:
             target: a symbol, "symbol+offset", or a virtual address.
@@ -296,10 +429,11 @@ class Vm:
             deadline: seconds the handler may take before `run` raises `DeadlineExceededError`; None: no limit.
             budget: how many events it may cause in a second before it is disabled; None: any number.
             enabled: False plants nothing until `enable()`.
+            once: the first hit is the last: the breakpoint is removed before the vCPU goes on, and no other hit of it is told.
 
         Raises:
             SymbolNotFoundError: no such symbol; `nearest` has suggestions.
-            TranslationError: the address is not mapped.
+            TranslationError: the address can be none (it is not canonical), or its page-table entry makes no sense.
             BreakpointConflictError: that key is taken at that address.
             DefaultViewError, ViewNotFoundError: nothing can be hidden in `view`.
             InvalidArgumentError: a column of `capture` that is there already with another type.
@@ -326,6 +460,7 @@ class Vm:
         tag: object = None,
         deadline: float | None = None,
         budget: Budget | None = None,
+        once: bool = False,
     ) -> list[Breakpoint]:
         """Puts many breakpoints into the guest at once: all of them, or on an error none.
 
@@ -756,9 +891,14 @@ class Breakpoint:
     def state(self) -> Literal["active", "pending", "disabled", "removed"]:
         """One of "active": planted; "pending": its page is not mapped now; "disabled"; "removed": for ever.
 
+        A pending breakpoint is planted when the guest maps its page, and an active one is pending again once it is unmapped:
+        the guest's page tables are watched for that, and nobody has to ask for it.
+
         >>> bp = vm.breakpoint("open_file")
         >>> bp.remove(); bp.state
         'removed'
+        >>> vm.breakpoint(0x7000_0000_0000).state
+        'pending'
         """
     @property
     def stats(self) -> BreakpointStats:
@@ -782,7 +922,8 @@ class Breakpoint:
 
         Raises:
             StaleContextError: it was removed.
-            TranslationError: its address is no longer mapped; it stays disabled.
+            TranslationError: its address can no longer be looked up, for another reason than that its page is not present; it
+                stays disabled.
 
         >>> bp = vm.breakpoint("open_file", enabled=False)
         >>> bp.enable(); bp.state
@@ -831,6 +972,20 @@ class Breakpoints:
         >>> bp = vm.breakpoint("open_file")
         >>> vm.breakpoints.on_page(bp.address | 0xFFF) == [bp]
         True
+        """
+    def remove_many(self, breakpoints: Iterable[Breakpoint]) -> None:
+        """Takes breakpoints and watches out for good: all of them or, on an error, none. Those that are removed already are fine.
+
+        Costs driver calls by pages and not by breakpoints.
+
+        Raises:
+            InvalidArgumentError: one of them is of another session.
+            UndoFailedError: something failed, and putting back what was taken out failed too; it says what is left behind.
+
+        >>> _ = vm.insert_many(["open_file", "check_licence"])
+        >>> vm.breakpoints.remove_many(vm.breakpoints.on_page("open_file"))
+        >>> "open_file" in [each.symbol for each in vm.breakpoints]
+        False
         """
     def by_key(self, key: Hashable) -> list[Breakpoint]:
         """Those of that owner.
@@ -1389,6 +1544,15 @@ class Stats:
     @property
     def removed_by_write(self) -> int:
         """Breakpoints that `OnWrite.REMOVE` took out."""
+    @property
+    def table_writes(self) -> int:
+        """Stores of the guest to page tables that breakpoints are found through; each costs an event."""
+    @property
+    def page_ins(self) -> int:
+        """Addresses of breakpoints that the guest mapped, or mapped elsewhere."""
+    @property
+    def page_outs(self) -> int:
+        """Addresses of breakpoints that the guest unmapped, or mapped elsewhere."""
     @property
     def shadow_frames(self) -> int:
         """Frames that hold shadow pages now."""
@@ -1980,9 +2144,104 @@ class BreakpointManager:
         """Whether `get_by_event` finds one."""
     def contains_by_address(self, address: int, root: int, view: View) -> bool:
         """Whether a breakpoint of any key is at that address, active or pending."""
+    def handle_page_table_events(self, events: Sequence[PageTableEvent]) -> int:
+        """Carries out what a `PageTableMonitor` told: breakpoints whose page went are pending, those whose page came are planted.
+
+        All events are tried, whatever fails.
+
+        Returns:
+            How many breakpoints changed.
+
+        Raises:
+            DriverError: the first failure; breakpoints of an event that failed are as they were before it.
+        """
     def clear(self) -> None:
         """Removes all.
 
         Raises:
             UndoFailedError: some could not be taken out; these are still there, and it says which.
         """
+
+@final
+class PageTableEvent:
+    """What became of an address that a `PageTableMonitor` monitors.
+
+    >>> [name for name in dir(vmitap.PageTableEvent) if not name.startswith("_")]
+    ['address', 'kind', 'pa', 'root']
+    """
+
+    @property
+    def kind(self) -> Literal["page-out", "page-in"]:
+        """What happened: "page-out", it is no longer mapped at `pa`; "page-in", it is mapped at `pa` now."""
+    @property
+    def address(self) -> int:
+        """The virtual address."""
+    @property
+    def root(self) -> int:
+        """The page-table root it is monitored under."""
+    @property
+    def pa(self) -> int:
+        """The physical address that it had or has."""
+
+@final
+class PageTableMonitor:
+    """Watches the page tables that map addresses, and says when these are mapped, unmapped or mapped elsewhere.
+
+    For people who write their own loop with `Vm.wait_event`; the session does this for its own breakpoints by itself. The right to
+    write is taken away from exactly the tables that are looked at to find the addresses, at all levels, and put back as it was found.
+    A denied store is answered with `single_step` in the default view, and once that is reported `process` says what it did: stores are
+    not decoded, so that none of any width or kind goes by. Accessed and dirty bits tell nothing, nor does a change that leaves an
+    address where it was.
+
+    >>> monitor = vmitap.PageTableMonitor(vm)
+    >>> manager, root, address = vmitap.BreakpointManager(vm), vm.registers().root, 0x7000_0010_0000
+    >>> manager.insert(address, root, vm.views.tap)  # not mapped, so it is pending
+    True
+    >>> monitor.monitor(address, root) is None, monitor.tables
+    (True, 1)
+    >>> vm.write_pa(root + 224 * 8, vm.read_pa(root, 8))  # maps the low addresses there once more
+    >>> events = monitor.process()
+    >>> [(event.kind, hex(event.pa)) for event in events]
+    [('page-in', '0x100000')]
+    >>> manager.handle_page_table_events(events)
+    1
+    >>> [hex(each.pa) for each in manager]
+    ['0x100000']
+    """
+
+    def __new__(cls, vm: Vm, controller: BreakpointController | None = None, *, views: Sequence[View] | None = None) -> PageTableMonitor:
+        """A monitor of nothing yet.
+
+        Args:
+            vm: the session.
+            controller: where breakpoints on pages that are tables too are planted: the two count what they deny together. None: those
+                of the session itself.
+            views: where tables are watched; None: in the session's tap view. vCPUs in another view can write them unseen.
+
+        Raises:
+            DefaultViewError: the default view is among `views`, where stores are carried out.
+        """
+    def __len__(self) -> int: ...
+    @property
+    def tables(self) -> int:
+        """How many page tables are watched."""
+    def monitor(self, address: int, root: int) -> int | None:
+        """Monitors an address under a root, or counts one more who wants it; returns where it is mapped, or None.
+
+        Raises:
+            TranslationError: it can be no address, or its entry has a reserved bit or leads beyond memory.
+        """
+    def unmonitor(self, address: int, root: int) -> bool:
+        """Takes one `monitor` back; returns whether there was one."""
+    def mark_dirty(self, event: VmiEvent) -> bool:
+        """Notes a store to a watched table that is about to happen; returns whether the event is one.
+
+        Answer it with `VmiEventResponse.single_step(vm.views.default)`, and call `process` with the "single-step" event that follows.
+        """
+    def process(self, event: VmiEvent | None = None) -> list[PageTableEvent]:
+        """The page-ins and page-outs of what the vCPU of `event` has stored by now; None: looks at every table anew.
+
+        Stores that other vCPUs have begun are left alone. For each address the page-out comes before the page-in.
+        """
+    def clear(self) -> None:
+        """Restores the access of every table and forgets every address."""

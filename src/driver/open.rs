@@ -8,13 +8,16 @@ use crate::error::{Result, VmiError};
 use crate::image::Image;
 use crate::symbols::SymbolTable;
 
+#[cfg(feature = "xen")]
+pub use super::xen::{DomainSummary, host as xen_host};
+
 /// Names the engine's library where the options do not.
 pub const LIBRARY_VARIABLE: &str = "VMITAP_LIBUNICORN";
 
 /// The guest that comes with vmitap (guests/demo).
 const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
-const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, or \"emu:PATH\" for an ELF image of your own";
+const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, \"emu:PATH\" for an ELF image of your own, or \"xen:NAME\" for a Xen domain";
 
 /// Which guest.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -23,10 +26,12 @@ pub enum Target {
     Demo,
     /// The ELF image at this path, on the embedded driver.
     Emu(PathBuf),
+    /// The Xen domain of this name or number.
+    Xen(String),
 }
 
 impl Target {
-    /// Reads `"demo"` or `"emu:PATH"`.
+    /// Reads `"demo"`, `"emu:PATH"`, `"xen:NAME"` or `"xen:NUMBER"`.
     ///
     /// # Errors
     /// [`VmiError::Attach`], whose hint names the forms.
@@ -36,7 +41,8 @@ impl Target {
             None if target == "demo" => Ok(Self::Demo),
             Some(("emu", "")) => refuse("\"emu:\" is followed by no path"),
             Some(("emu", path)) => Ok(Self::Emu(PathBuf::from(path))),
-            Some(("xen", _)) => refuse("Xen domains are not part of this version"),
+            Some(("xen", "")) => refuse("\"xen:\" is followed by neither a name nor a number"),
+            Some(("xen", which)) => Ok(Self::Xen(which.to_owned())),
             Some(("dump", _)) => refuse("memory dumps are not part of this version"),
             _ => refuse("this is no kind of guest that vmitap knows"),
         }
@@ -48,6 +54,7 @@ impl std::fmt::Display for Target {
         match self {
             Self::Demo => f.write_str("demo"),
             Self::Emu(path) => write!(f, "emu:{}", path.display()),
+            Self::Xen(which) => write!(f, "xen:{which}"),
         }
     }
 }
@@ -63,9 +70,11 @@ pub struct OpenOptions {
     pub command_line: String,
     /// The engine's library; the environment's [`LIBRARY_VARIABLE`] if not given.
     pub libunicorn: Option<PathBuf>,
+    /// A Xen domain's listener loses its place: right only if it has died. False if not given.
+    pub take_over: bool,
 }
 
-/// A guest that is ready to run and has not run yet.
+/// A guest that is ready to be tapped. One on the embedded driver has not run yet.
 pub struct Opened {
     /// The guest.
     pub driver: Box<dyn VmiDriver>,
@@ -79,12 +88,65 @@ impl std::fmt::Debug for Opened {
     }
 }
 
-/// Boots the guest. Nothing of it runs until the first [`crate::driver::VmiEvents::wait`].
+/// Boots the guest, or attaches to it. Nothing of a guest on the embedded driver runs until the first
+/// [`crate::driver::VmiEvents::wait`]; a Xen domain goes on running.
 ///
 /// # Errors
-/// [`VmiError::Attach`] if the file or the engine's library cannot be used, [`VmiError::Image`] if the file is no such guest,
-/// [`VmiError::InvalidArgument`] for options out of range. Nothing is left behind.
+/// [`VmiError::Attach`] if the file, the engine's library or the domain cannot be used, [`VmiError::Image`] if the file is no such
+/// guest, [`VmiError::InvalidArgument`] for options out of range or that the target does not have. Nothing is left behind.
 pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
+    match target {
+        Target::Demo => start(target, "demo", DEMO, options),
+        Target::Emu(path) => {
+            let bytes = std::fs::read(path).map_err(|error| {
+                attach(&target.to_string(), error.to_string(), format!("check that {} can be read", path.display()))
+            })?;
+            start(target, &path.display().to_string(), &bytes, options)
+        }
+        Target::Xen(which) => attach_xen(which, options),
+    }
+}
+
+/// Who the guest is, for good, and which driver has it: a name of letters, digits and hyphens that no other guest ever has. `None`
+/// for one that lives in its driver and ends with it.
+///
+/// # Errors
+/// [`VmiError::Attach`] if there is no such guest.
+pub fn identity(target: &Target) -> Result<Option<(&'static str, String)>> {
+    match target {
+        Target::Demo | Target::Emu(_) => Ok(None),
+        #[cfg(feature = "xen")]
+        Target::Xen(which) => super::xen::identity(which, None).map(|id| Some(("xen", id))),
+        #[cfg(not(feature = "xen"))]
+        Target::Xen(which) => Err(no_xen(which)),
+    }
+}
+
+#[cfg(feature = "xen")]
+fn attach_xen(which: &str, options: &OpenOptions) -> Result<Opened> {
+    let given =
+        [("memory", options.memory.is_some()), ("vcpus", options.vcpus.is_some()), ("cmdline", !options.command_line.is_empty())];
+    if let Some((what, _)) = given.into_iter().find(|(_, is_given)| *is_given) {
+        let reason = "a Xen domain has what its own configuration says".to_owned();
+        return Err(VmiError::InvalidArgument { what, reason });
+    }
+    let xen = super::xen::XenOptions::from_environment()?;
+    let xen = super::xen::XenOptions { take_over: options.take_over, ..xen };
+    let driver = super::xen::XenDriver::attach(which, &xen)?;
+    Ok(Opened { driver: Box::new(driver), symbols: SymbolTable::default() })
+}
+
+#[cfg(not(feature = "xen"))]
+fn attach_xen(which: &str, _: &OpenOptions) -> Result<Opened> {
+    Err(no_xen(which))
+}
+
+#[cfg(not(feature = "xen"))]
+fn no_xen(which: &str) -> VmiError {
+    attach(&format!("xen:{which}"), "this build has no Xen driver".to_owned(), "build it with the feature xen".to_owned())
+}
+
+fn start(target: &Target, name: &str, bytes: &[u8], options: &OpenOptions) -> Result<Opened> {
     let defaults = BootOptions::default();
     let boot = BootOptions {
         memory: options.memory.unwrap_or(defaults.memory),
@@ -92,23 +154,11 @@ pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
         command_line: options.command_line.clone(),
     };
     boot.check()?;
-    match target {
-        Target::Demo => start(target, "demo", DEMO, &boot, options),
-        Target::Emu(path) => {
-            let bytes = std::fs::read(path).map_err(|error| {
-                attach(&target.to_string(), error.to_string(), format!("check that {} can be read", path.display()))
-            })?;
-            start(target, &path.display().to_string(), &bytes, &boot, options)
-        }
-    }
-}
-
-fn start(target: &Target, name: &str, bytes: &[u8], boot: &BootOptions, options: &OpenOptions) -> Result<Opened> {
     let image = Image::parse(name, bytes)?;
     let library = library(target, options)?;
     // What the library is refused for is about attaching, and no fault of the guest's image.
     super::emu::probe(&library).map_err(|error| attach(&target.to_string(), error.to_string(), hint()))?;
-    let driver = EmuDriver::boot(&library, name, &image, boot)?;
+    let driver = EmuDriver::boot(&library, name, &image, &boot)?;
     Ok(Opened { driver: Box::new(driver), symbols: image.symbols })
 }
 

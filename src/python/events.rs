@@ -118,6 +118,12 @@ pub struct Stats {
     hidden_writes: u64,
     /// Breakpoints that `OnWrite.REMOVE` took out.
     removed_by_write: u64,
+    /// Stores of the guest to page tables that breakpoints are found through; each costs an event.
+    table_writes: u64,
+    /// Addresses of breakpoints that the guest mapped, or mapped elsewhere.
+    page_ins: u64,
+    /// Addresses of breakpoints that the guest unmapped, or mapped elsewhere.
+    page_outs: u64,
     /// Frames that hold shadow pages now.
     shadow_frames: usize,
 }
@@ -137,6 +143,9 @@ impl Stats {
             hidden_reads: counters.hidden_reads,
             hidden_writes: counters.hidden_writes,
             removed_by_write: counters.removed_by_write,
+            table_writes: counters.table_writes,
+            page_ins: counters.page_ins,
+            page_outs: counters.page_outs,
             shadow_frames,
         }
     }

@@ -16,7 +16,7 @@ use crate::tap::OnWrite;
 /// What is put in.
 #[derive(Clone, Copy)]
 pub enum Kind {
-    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool },
+    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool, once: bool },
     Watch { len: u64, access: MemoryAccess },
 }
 
@@ -90,6 +90,11 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
             session.check_capture(&captured.entry, captured.on_return.as_ref())?;
         }
         let ids = session.add_many(&specs)?;
+        if matches!(kind, Kind::Breakpoint { once: true, .. }) {
+            for id in &ids {
+                session.set_once(*id);
+            }
+        }
         if let Some(Captured { entry, on_return }) = &given.captured {
             for (id, label) in ids.iter().zip(&labels) {
                 session.set_capture(*id, entry.clone(), on_return.clone(), label)?;

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
-use crate::arch::amd64::AddressContext;
+use crate::arch::amd64::{AddressContext, ControlRegister};
 use crate::core::VmiCore;
 use crate::driver::{VmiDriver, Wait};
 use crate::error::{Result, TranslationFault, VmiError};
@@ -46,6 +46,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.finish()?;
         }
         self.answer_raw()?;
+        if self.has_page_changes(None) {
+            self.update_pages(None, None)?;
+        }
         let now = self.answered_at.take().unwrap_or_else(Instant::now);
         let patience = now + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
@@ -123,6 +126,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
             self.finish_write(event.vcpu, &event.registers)?;
         }
+        if self.has_page_changes(Some(event.vcpu)) {
+            self.update_pages(Some(event.vcpu), Some(&event.registers))?;
+        }
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
@@ -151,21 +157,23 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             EventReason::MemoryAccess { pa, va, access, .. } => {
                 let va = va.unwrap_or_default();
                 let is_hidden = self.controller.is_hidden(view, pa.gfn());
+                let is_table = self.tables.watches(view, pa.gfn());
                 let is_watched = self.find_watches(view, pa, access);
                 let mut course = Course::StepClean;
                 if access.contains(MemoryAccess::X) {
                     // Executed in the default view, the instruction would pass by the INT3 on it.
                     self.find_breakpoints(view, pa, va, event);
                 } else if access.contains(MemoryAccess::W) {
-                    if is_hidden {
-                        self.stats.hidden_writes += 1;
+                    self.stats.hidden_writes += u64::from(is_hidden);
+                    self.stats.table_writes += u64::from(is_table);
+                    if is_hidden || is_table {
                         course = Course::Write;
                     }
                 } else if is_hidden {
                     self.stats.hidden_reads += 1;
                     course = Course::Emulate;
                 }
-                if self.owners.is_empty() && (!is_watched || is_hidden) && !access.contains(MemoryAccess::X) {
+                if self.owners.is_empty() && (!is_watched || is_hidden || is_table) && !access.contains(MemoryAccess::X) {
                     // Nobody asked for it: the price of hiding.
                     return if course == Course::Write { self.sort_write(event, home) } else { Ok(Sorted::Answer(course)) };
                 }
@@ -175,9 +183,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
             }
             EventReason::SingleStep { gfn } => Ok(self.sort_step(event, home, gfn)),
-            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => {
+            EventReason::WriteControlRegister { register, new, .. } => {
+                if register == ControlRegister::Cr3 {
+                    self.note_root(&event.registers, new)?;
+                }
                 Ok(Sorted::Answer(Course::Retry))
             }
+            EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => Ok(Sorted::Answer(Course::Retry)),
         }
     }
 
@@ -198,7 +210,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.spend_budgets();
         self.filter_owners(&event.registers, (event.vcpu, va));
         self.capture_owners(event, va);
-        let Self { taps, questions, owners, .. } = self;
+        let Self { taps, questions, owners, spent, .. } = self;
         let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
         for id in &*owners {
@@ -206,6 +218,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let asked = is_asked(id);
                 is_wanted |= tap.spec.wanted || asked;
                 tap.stats.hits += u64::from(!asked);
+                if tap.once && !asked {
+                    spent.push(*id);
+                }
             }
         }
         self.stats.hits += (owners.len() - questions.len()) as u64;
@@ -271,6 +286,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
+        self.tables.mark_store(&self.vmi, event);
         let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
             vcpu.after_write = after;
@@ -500,6 +516,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         course: Course,
         registers: Option<crate::arch::amd64::GpRegisters>,
     ) -> Result<()> {
+        if !self.spent.is_empty() {
+            self.remove_spent()?;
+        }
         let clean = View::DEFAULT;
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
         if vcpu.walk.is_some_and(|walk| walk.left == 0) {

@@ -5,10 +5,17 @@
 
 mod event_loop;
 mod filter;
+#[cfg(feature = "emu")]
+mod guard;
 mod hold;
+pub mod journal;
+mod journaled;
+mod paging;
 mod pending;
 mod record;
+mod repair;
 mod returns;
+mod roots;
 mod sink;
 mod taps;
 mod types;
@@ -21,21 +28,27 @@ use std::time::{Duration, Instant};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
 use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::{EventAction, VmiEvent, VmiEventResponse};
-use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use crate::ptm::PageTableMonitor;
+use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 
+#[cfg(feature = "emu")]
+pub use guard::{Watchdog, open_guarded, repair_guest};
 pub use hold::{Budget, Histogram};
+pub use journaled::Journaled;
+pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
 pub use record::DURATION;
+pub use repair::{Repaired, repair};
 use returns::Returns;
 pub use returns::WAITING;
 use sink::Sink;
-use taps::Tap;
+use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 
@@ -50,9 +63,21 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     views: Vec<View>,
     controller: BreakpointController,
     manager: BreakpointManager<TapId, ()>,
+    /// Watches the page tables of breakpoints.
+    tables: PageTableMonitor,
+    /// Global breakpoints that are looked up under each root that is loaded.
+    roaming: FxHashSet<TapId>,
+    /// The roots that were loaded since there are such, the oldest first.
+    roots: Vec<AddressContext>,
+    /// Taps for one hit that have had it.
+    spent: Vec<TapId>,
+    /// Writes of CR3 are announced.
+    tracks_roots: bool,
+    /// Addresses whose breakpoints could not be brought to where they are mapped.
+    owed: Vec<(Va, AddressContext)>,
     taps: Vec<Tap>,
     /// Whose key is taken where.
-    keys: FxHashSet<(View, Va, Option<Pa>, u64)>,
+    keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
     /// The event whose hits are being handed out.
@@ -124,6 +149,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             views: vec![tap_view],
             controller: BreakpointController::default(),
             manager: BreakpointManager::default(),
+            tables: PageTableMonitor::new(&[tap_view]),
+            owed: Vec::new(),
+            roaming: FxHashSet::default(),
+            roots: Vec::new(),
+            tracks_roots: false,
+            spent: Vec::new(),
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
@@ -156,6 +187,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The driver, for tools that work below the session.
     pub fn vmi_mut(&mut self) -> &mut VmiCore<D> {
         &mut self.vmi
+    }
+
+    /// The driver, and who denies what on which page: for tools that deny more.
+    pub fn vmi_and_rights(&mut self) -> (&mut VmiCore<D>, &mut Rights) {
+        (&mut self.vmi, self.controller.rights())
     }
 
     /// Counters so far.
@@ -208,6 +244,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Makes a view that maps every page to itself with `access`.
     pub fn create_view(&mut self, access: MemoryAccess) -> Result<View> {
         let view = self.vmi.driver_mut().create_view(access)?;
+        if let Err(cause) = self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+            return Err(match self.vmi.driver_mut().destroy_view(view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.push(view);
         Ok(view)
     }
@@ -235,7 +277,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 break;
             }
         }
-        self.vmi.driver_mut().destroy_view(view)?;
+        self.tables.remove_view(&mut self.vmi, self.controller.rights(), view)?;
+        if let Err(cause) = self.vmi.driver_mut().destroy_view(view) {
+            return Err(match self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.remove(index);
         Ok(())
     }
@@ -249,6 +297,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let Some(pending) = &mut self.pending {
             pending.moved_to = Some(view);
         }
+        // In the default view stores to page tables are not seen.
+        self.tables.mark_all_dirty();
         Ok(())
     }
 
@@ -326,6 +376,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
             });
         }
+        if !self.tables.is_empty() {
+            self.tables_written(spans.iter().map(|(pa, ..)| pa.gfn()));
+        }
         Ok(())
     }
 
@@ -351,6 +404,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
+            self.tables.mark_store(&self.vmi, event);
+            if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
+                && let Err(error) = self.note_root(&event.registers, new)
+            {
+                log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
+            }
             if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
                 vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
             }
@@ -396,19 +455,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let mut failed: Vec<(String, VmiError)> = Vec::new();
         let mut note = |what: &str, result: Result<()>| {
-            if let Err(error) = result {
+            // A guest that is gone has nothing left behind in it.
+            if let Err(error) = result.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) }) {
                 failed.push((what.to_owned(), error));
             }
         };
         self.end_waiting_rows();
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
+        self.tables.forget();
+        self.owed.clear();
+        self.roaming.clear();
+        note("the CR3 monitor", self.track_roots(false).map(drop));
         self.watches.clear();
         self.keys.clear();
         for tap in &mut self.taps {
             tap.state = TapState::Removed;
         }
-        // With the breakpoints gone a retry is all that a held vCPU needs.
+        // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
+        // answers: that is taken back too.
         let held = self.pending.take().map(|pending| pending.event);
         let driver = self.vmi.driver_mut();
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
@@ -419,11 +484,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             *vcpu = Vcpu::default();
         }
+        note("a vCPU that steps", driver.release_held().map(drop));
         note("the INT3 monitor", driver.monitor(Monitor::Breakpoint, false));
         note("the vCPUs' view", driver.switch_to_view(View::DEFAULT));
         for view in self.views.drain(..) {
             note("a view", driver.destroy_view(view));
         }
+        note("the driver's own", driver.let_go());
         let mut failed = failed.into_iter();
         let Some((what, cause)) = failed.next() else { return Ok(()) };
         let left_behind = failed.fold(what, |list, (what, error)| format!("{list}, {what} ({error})"));
@@ -432,6 +499,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     fn check_open(&self) -> Result<()> {
         if self.detached { Err(VmiError::DomainGone { reason: "the session has ended".to_owned() }) } else { Ok(()) }
+    }
+}
+
+/// Whether it failed because there is no guest any more.
+fn is_gone(error: &VmiError) -> bool {
+    match error {
+        VmiError::DomainGone { .. } => true,
+        VmiError::UndoFailed { cause, .. } => is_gone(cause),
+        _ => false,
     }
 }
 

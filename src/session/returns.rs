@@ -138,7 +138,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             wanted: false,
             enabled: true,
         };
-        let tap = self.add(&spec).inspect_err(|error| log::debug!("the return address {to} is not tapped: {error}")).ok()?;
+        // What is not mapped would wait for its page: a row that may never end.
+        let tap = self.vmi.translate(to, context).and_then(|_| self.add(&spec));
+        let tap = tap.inspect_err(|error| log::debug!("the return address {to} is not tapped: {error}")).ok()?;
         self.returns.places.insert(tap, place);
         self.returns.sites.insert(place, Site { tap, calls: Vec::new() });
         Some(place)

@@ -52,6 +52,8 @@ pub struct TapSpec {
 pub enum TapState {
     /// Planted.
     Active,
+    /// A breakpoint whose page is not mapped; it is planted when the guest maps it.
+    Pending,
     /// Taken out of the guest, and kept.
     Disabled,
     /// Gone for good.
@@ -103,6 +105,12 @@ pub struct Stats {
     pub hidden_writes: u64,
     /// Breakpoints that [`OnWrite::Remove`] took out.
     pub removed_by_write: u64,
+    /// Stores to page tables that breakpoints are found through.
+    pub table_writes: u64,
+    /// Addresses of breakpoints that were mapped, or mapped elsewhere.
+    pub page_ins: u64,
+    /// Addresses of breakpoints that were unmapped, or mapped elsewhere.
+    pub page_outs: u64,
     /// How long vCPUs stood still for hits that were handed out, all together.
     pub hold_total: Duration,
     /// The longest of these times.

@@ -502,7 +502,7 @@ def test_a_hit_survives_pickling(vm: Vm) -> None:
 
 def test_many_are_inserted_or_none(vm: Vm) -> None:
     with pytest.raises(vmitap.TranslationError):
-        vm.insert_many(["open_file", 0x1234_5678_9000])
+        vm.insert_many(["open_file", 1 << 47])
     with pytest.raises(vmitap.BreakpointConflictError):
         vm.insert_many(["open_file", "check_licence", "open_file"], key="one")
     assert (len(vm.breakpoints), vm.stats.shadow_frames) == (0, 0)

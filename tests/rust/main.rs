@@ -21,10 +21,18 @@ mod filter;
 mod guest;
 mod harness;
 mod image;
+mod journal;
 mod layering;
 mod mock;
+mod mortal;
 mod paging;
+#[cfg(feature = "emu")]
+mod paging_guest;
+mod paging_session;
+mod ptm;
 mod repair;
 mod session;
 mod tap;
 mod tap_manager;
+#[cfg(feature = "xen")]
+mod xen;

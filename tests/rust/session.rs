@@ -336,7 +336,7 @@ fn bad_taps_are_refused_and_change_nothing() {
     for bad in [
         TapSpec { view: View::DEFAULT, ..good },
         TapSpec { view: View(9), ..good },
-        TapSpec { va: Va(0x7000_0000), ..good },
+        TapSpec { va: Va(0x7000_0000), kind: watch(1, MemoryAccess::R), ..good },
         TapSpec { va: Va(1 << 50), ..good },
         TapSpec { key: Some(1), ..good },
         TapSpec { kind: watch(0, MemoryAccess::R), ..good },
