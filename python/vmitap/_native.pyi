@@ -1029,7 +1029,7 @@ class BreakpointStats:
         """Seconds vCPUs stood still for hits that were handed to Python, all together."""
     @property
     def hold_p50(self) -> float:
-        """The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long."""
+        """The time that half of its hits do not exceed; at most a quarter too long. Of hits that are only counted each sixteenth is timed."""
     @property
     def hold_p99(self) -> float:
         """The time that 99 of 100 do not exceed."""

@@ -73,6 +73,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             let home = self.home_of(event);
             match self.take(event, home) {
                 Ok(false) => {
+                    self.end_hold(self.recording.is_unsettled());
                     self.settle_captured()?;
                     self.enforce_budgets()?;
                 }
@@ -217,6 +218,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.stats.filtered += 1;
             return Sorted::Answer(course);
         }
+        self.begin_hold();
         self.returned(event);
         self.spend_budgets();
         self.filter_owners(&event.registers, (event.vcpu, va));
@@ -239,6 +241,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         owners.retain(|id| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        self.sampler.in_hand = None;
         // Given back by `finish`.
         let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
         let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);

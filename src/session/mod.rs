@@ -105,6 +105,7 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     returns: Returns,
     /// How long vCPUs stood still for hits.
     holds: Histogram,
+    sampler: hold::Sampler,
     /// Taps that are to be switched off once the event in hand is answered.
     over_budget: Vec<TapId>,
     /// What times are counted from.
@@ -174,6 +175,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             sink: None,
             returns: Returns::default(),
             holds: Histogram::default(),
+            sampler: hold::Sampler::default(),
             over_budget: Vec::new(),
             began,
             last_hold: None,

@@ -13,7 +13,7 @@ use vmitap::arch::amd64::{AddressContext, Registers, pte};
 use vmitap::capture::{Abi, Column, Format, Node, Plan, Program, Register, Source};
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::event::{EventReason, VmiEvent};
-use vmitap::session::{Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, WAITING};
+use vmitap::session::{Histogram, Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, WAITING};
 use vmitap::tap::OnWrite;
 use vmitap::{Pa, Va, VcpuId, VmiError};
 
@@ -479,23 +479,30 @@ fn a_tap_over_its_budget_is_disabled_after_its_event_and_says_so() {
 }
 
 #[test]
-fn holding_times_are_counted_for_hits_that_are_captured_or_handed_out_and_for_no_others() {
+fn holding_times_are_counted_for_every_hit_that_is_captured_or_handed_out_and_sampled_for_the_others() {
     let mut guest = tapped();
     let tap = guest.tap;
     guest.enter(0, 0, 1);
     assert!(guest.run().is_ok());
-    assert_eq!((guest.session.holds().count(), guest.session.tap_holds(tap)), (0, None));
+    assert_eq!((guest.session.holds().count(), guest.session.tap_holds(tap).map(Histogram::count)), (1, Some(1)));
+    // The first one is timed, and each sixteenth after it, which stands for those before.
+    for round in 1..=33_u64 {
+        guest.enter(0, 0, 1);
+        assert!(guest.run().is_ok());
+        assert_eq!(guest.session.tap_holds(tap).map(Histogram::count), Some(1 + round / 16 * 16), "after {round} more");
+    }
+    assert_eq!(guest.session.holds().count(), 33);
     guest.session.set_capture(tap, plan(vec![number("n", argument(0))]), None, "f").unwrap();
     guest.enter(0, 0, 2);
     assert!(guest.run().is_ok());
-    assert_eq!(guest.session.tap_holds(tap).unwrap().count(), 1);
+    assert_eq!(guest.session.tap_holds(tap).unwrap().count(), 34);
     guest.session.set_wanted(tap, true);
     guest.enter(0, 0, 3);
     assert!(matches!(guest.run(), Ok(Poll::Hit(_))));
     std::thread::sleep(Duration::from_millis(2));
     assert!(guest.run().is_ok());
     let holds = guest.session.tap_holds(tap).unwrap();
-    assert_eq!(holds.count(), 2);
+    assert_eq!(holds.count(), 35);
     assert!(holds.max_ns() >= 2_000_000 && holds.quantile_ns(0.5) < 2_000_000, "{}", holds.quantile_ns(0.5));
     assert!(words(&guest.rows(), "hold_ns")[1] >= Some(2_000_000));
 }
