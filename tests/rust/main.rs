@@ -29,6 +29,8 @@ mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
 mod paging_session;
+#[cfg(feature = "emu")]
+mod poke_guest;
 mod ptm;
 mod repair;
 mod session;
