@@ -281,12 +281,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         self.note_removed(id);
         Ok(())
     }
 
     fn note_removed(&mut self, id: TapId) {
-        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
@@ -317,6 +317,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(left.after(cause));
         }
         for id in ids {
+            self.forget_returns(*id);
             self.note_removed(*id);
         }
         Ok(())
@@ -332,7 +333,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Removes the taps for one hit that have had it; those that fail stay, and are tried again with the next event.
     pub(super) fn remove_spent(&mut self) -> Result<()> {
         while let Some(id) = self.spent.last().copied() {
-            self.remove(id)?;
+            // Unlike `remove`: a call that is under way may still return.
+            self.lift(id)?;
+            self.note_removed(id);
             self.spent.pop();
         }
         Ok(())
