@@ -205,7 +205,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let (mut others, mut breakpoints, mut roaming) = (Vec::new(), Vec::new(), Vec::new());
         let mut in_use = None;
         for (id, spec) in wanted {
-            let more = if self.starts_to_roam(spec) {
+            let more = if self.starts_to_roam(spec)? {
                 roaming.push(*id);
                 self.other_roots(spec, &mut in_use)?
             } else {
