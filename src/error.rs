@@ -177,6 +177,26 @@ pub enum VmiError {
         /// What happened to it.
         reason: String,
     },
+    /// A journal cannot be read or written, or is none. Nothing was changed in the guest.
+    #[error("the journal {path} is not usable: {reason}")]
+    Journal {
+        /// The file.
+        path: String,
+        /// What is wrong with it, and where.
+        reason: String,
+    },
+    /// Another session with this guest is alive.
+    #[error("a session with this guest is alive and holds its journal {path}")]
+    JournalInUse {
+        /// Its journal.
+        path: String,
+    },
+    /// A session with this guest ended without a word, and has left something in it.
+    #[error("a session with this guest was killed and may have left something in it, as {path} says")]
+    JournalLeft {
+        /// Its journal.
+        path: String,
+    },
     /// A value given by the caller makes no sense.
     #[error("{what}: {reason}")]
     InvalidArgument {
@@ -184,6 +204,18 @@ pub enum VmiError {
         what: &'static str,
         /// What is wrong with it.
         reason: String,
+    },
+    /// A recording could not be written.
+    #[error("the recording {path} could not be written: {reason}; {rows} rows are in it")]
+    Recording {
+        /// The file; empty for one in memory.
+        path: String,
+        /// The system's error number, where there is one.
+        errno: Option<i32>,
+        /// What happened.
+        reason: String,
+        /// Rows in the file up to the last whole batch.
+        rows: u64,
     },
     /// An operation failed, and putting things back as they were failed too.
     #[error("{cause}; and undoing it failed too, which left behind: {left_behind}")]

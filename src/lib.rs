@@ -3,16 +3,20 @@
 pub mod addr;
 pub mod arch;
 pub mod bytes;
+pub mod capture;
 pub mod core;
 pub mod driver;
 pub mod error;
 pub mod event;
 pub mod image;
+pub mod ptm;
 #[cfg(feature = "python")]
 mod python;
+mod rights;
 pub mod session;
 pub mod symbols;
 pub mod tap;
+mod undo;
 
 pub use addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
 pub use bytes::GuestBytes;

@@ -27,7 +27,12 @@ from vmitap._native import (
     ManagedBreakpoint,
     Memory,
     MemoryController,
+    PageTableEvent,
+    PageTableMonitor,
+    Recording,
+    RecordingFile,
     Registers,
+    Repaired,
     RunResult,
     Stats,
     Symbol,
@@ -43,8 +48,10 @@ from vmitap._native import (
     XenDomain,
     XenHost,
     __version__,
+    repair,
     xen_host,
 )
+from vmitap.capture import Backtrace, Stack, Struct
 from vmitap.errors import (
     AttachError,
     BadAccessError,
@@ -57,9 +64,11 @@ from vmitap.errors import (
     HandlerError,
     ImageError,
     InvalidArgumentError,
+    JournalError,
     NoPendingEventError,
     NotSupportedError,
     OutOfRangeError,
+    RecordingError,
     SessionBusyError,
     StaleContextError,
     StringTooLongError,
@@ -70,15 +79,19 @@ from vmitap.errors import (
     ViewNotFoundError,
     VmitapError,
 )
-from vmitap.policy import Access, OnWrite
+from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
+from vmitap.policy import Access, Budget, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
 if TYPE_CHECKING:
     import os
+    from typing import Literal
 
 __all__ = [
     "Access",
+    "Arg",
     "AttachError",
+    "Backtrace",
     "BadAccessError",
     "Breakpoint",
     "BreakpointConflictError",
@@ -87,36 +100,54 @@ __all__ = [
     "BreakpointNotFoundError",
     "BreakpointStats",
     "Breakpoints",
+    "Budget",
+    "Bytes",
     "Caps",
+    "Cstr",
     "DeadlineExceededError",
     "DefaultViewError",
     "DomainGoneError",
     "DriverError",
     "Events",
+    "Filter",
     "HandlerError",
     "Hit",
     "ImageError",
     "InvalidArgumentError",
+    "JournalError",
     "ManagedBreakpoint",
+    "Mem",
     "Memory",
     "MemoryController",
     "NoPendingEventError",
     "NotSupportedError",
+    "Number",
     "OnWrite",
     "OutOfRangeError",
+    "PageTableEvent",
+    "PageTableMonitor",
+    "Recording",
+    "RecordingError",
+    "RecordingFile",
+    "Reg",
     "RegisterValues",
     "Registers",
+    "Repaired",
     "RunResult",
     "SessionBusyError",
+    "Stack",
     "StaleContextError",
     "Stats",
     "StringTooLongError",
+    "Struct",
     "Symbol",
     "SymbolNotFoundError",
     "Symbols",
     "TapController",
+    "Text",
     "TranslationError",
     "UndoFailedError",
+    "Utf16",
     "VcpuNotFoundError",
     "Verdict",
     "View",
@@ -133,6 +164,7 @@ __all__ = [
     "__version__",
     "attach",
     "find_libunicorn",
+    "repair",
     "xen_host",
 ]
 
@@ -145,6 +177,9 @@ def attach(
     cmdline: str = "",
     libunicorn: str | os.PathLike[str] | None = None,
     on_write: OnWrite | None = None,
+    abi: Literal["sysv", "ms"] = "sysv",
+    repair: bool = False,
+    watchdog: bool = True,
 ) -> Vm:
     """Opens a session with a guest. Use it as a context manager: leaving `with` restores the guest.
 
@@ -161,9 +196,14 @@ def attach(
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        repair: whether what a killed session has left in the guest is undone first; else that is an error. See `repair`.
+        watchdog: whether a child process undoes it at once when this one is killed. A guest on the embedded driver ends with
+            this process, and needs none.
 
     Raises:
-        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
+        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped, has a session or was
+            left by one that was killed; `hint` says what to do.
         ImageError: the file is no usable ELF image.
         InvalidArgumentError: `memory` or `vcpus` make no sense.
 
@@ -172,8 +212,21 @@ def attach(
     ...     vm.vcpus
     2
     """
+    import sys
+
     path = str(libunicorn) if libunicorn is not None else find_libunicorn()
-    return _native.open(target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write)
+    guard = [sys.executable, "-m", "vmitap", "repair", target, "--when-input-ends"] if watchdog and sys.executable else None
+    return _native.open(
+        target,
+        memory=memory,
+        vcpus=vcpus,
+        cmdline=cmdline,
+        libunicorn=path,
+        on_write=on_write,
+        abi=abi,
+        repair=repair,
+        watchdog=guard,
+    )
 
 
 def find_libunicorn() -> str | None:

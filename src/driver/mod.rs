@@ -235,7 +235,7 @@ pub struct Additions {
     pub is_paused: bool,
 }
 
-/// Cleaning up after a session that ended without a word. Not for a session that is alive.
+/// Cleaning up: at the end of a session, and after one that ended without a word.
 pub trait VmiRepair {
     /// What the guest has now. Changes nothing.
     fn additions(&self) -> Result<Additions>;

@@ -2,13 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-#[cfg(feature = "xen")]
-pub use super::xen::{DomainSummary, HostSummary, host as xen_host};
 use crate::driver::VmiDriver;
 use crate::driver::emu::{BootOptions, EmuDriver};
 use crate::error::{Result, VmiError};
 use crate::image::Image;
 use crate::symbols::SymbolTable;
+
+#[cfg(feature = "xen")]
+pub use super::xen::{DomainSummary, host as xen_host};
 
 /// Names the engine's library where the options do not.
 pub const LIBRARY_VARIABLE: &str = "VMITAP_LIBUNICORN";
@@ -106,6 +107,21 @@ pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
     }
 }
 
+/// Who the guest is, for good, and which driver has it: a name of letters, digits and hyphens that no other guest ever has. `None`
+/// for one that lives in its driver and ends with it.
+///
+/// # Errors
+/// [`VmiError::Attach`] if there is no such guest.
+pub fn identity(target: &Target) -> Result<Option<(&'static str, String)>> {
+    match target {
+        Target::Demo | Target::Emu(_) => Ok(None),
+        #[cfg(feature = "xen")]
+        Target::Xen(which) => super::xen::identity(which, None).map(|id| Some(("xen", id))),
+        #[cfg(not(feature = "xen"))]
+        Target::Xen(which) => Err(no_xen(which)),
+    }
+}
+
 #[cfg(feature = "xen")]
 fn attach_xen(which: &str, options: &OpenOptions) -> Result<Opened> {
     let given =
@@ -122,7 +138,12 @@ fn attach_xen(which: &str, options: &OpenOptions) -> Result<Opened> {
 
 #[cfg(not(feature = "xen"))]
 fn attach_xen(which: &str, _: &OpenOptions) -> Result<Opened> {
-    Err(attach(&format!("xen:{which}"), "this build has no Xen driver".to_owned(), "build it with the feature xen".to_owned()))
+    Err(no_xen(which))
+}
+
+#[cfg(not(feature = "xen"))]
+fn no_xen(which: &str) -> VmiError {
+    attach(&format!("xen:{which}"), "this build has no Xen driver".to_owned(), "build it with the feature xen".to_owned())
 }
 
 fn start(target: &Target, name: &str, bytes: &[u8], options: &OpenOptions) -> Result<Opened> {

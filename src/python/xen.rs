@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::gil;
-use crate::driver::open::{self, DomainSummary};
+use crate::driver::open::{DomainSummary, xen_host as find_xen_host};
 
 /// A domain of a Xen machine.
 #[pyclass(frozen, get_all, module = "vmitap._native")]
@@ -84,7 +84,7 @@ impl XenHost {
 /// Asks the Xen that this machine runs under what it is and which domains it has. Changes nothing.
 #[pyfunction]
 pub fn xen_host(py: Python<'_>) -> PyResult<XenHost> {
-    let found = gil::detached(py, || open::xen_host(None))?;
+    let found = gil::detached(py, || find_xen_host(None))?;
     let domains = found.domains.into_iter().map(|domain| Py::new(py, XenDomain::from(domain))).collect::<PyResult<_>>()?;
     let (obstacle, hint) = found.obstacle.map(|obstacle| (obstacle.reason, obstacle.hint)).unzip();
     Ok(XenHost { version: found.version, libraries: found.libraries, obstacle, hint: hint.unwrap_or_default(), domains })

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
-use crate::arch::amd64::AddressContext;
+use crate::arch::amd64::{AddressContext, ControlRegister};
 use crate::core::VmiCore;
 use crate::driver::{VmiDriver, Wait};
 use crate::error::{Result, TranslationFault, VmiError};
@@ -46,6 +46,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.finish()?;
         }
         self.answer_raw()?;
+        if self.has_page_changes(None) {
+            self.update_pages(None, None)?;
+        }
         let now = self.answered_at.take().unwrap_or_else(Instant::now);
         let patience = now + PATIENCE;
         let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
@@ -60,13 +63,16 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             // By reference: an event is large, and this is done once for each.
             let event = match &wait {
                 Ok(Wait::Event(event)) => event,
-                Ok(Wait::Timeout) => return Ok(Poll::Timeout),
-                Ok(Wait::Idle) => return Ok(Poll::Idle),
+                Ok(Wait::Timeout) => return self.flush_followed().map(|()| Poll::Timeout),
+                Ok(Wait::Idle) => return self.flush_followed().map(|()| Poll::Idle),
                 Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
             match self.take(event) {
-                Ok(false) => {}
+                Ok(false) => {
+                    self.settle_captured()?;
+                    self.enforce_budgets()?;
+                }
                 Ok(true) => {
                     if let Some(hit) = self.next_hit() {
                         return Ok(Poll::Hit(hit));
@@ -83,6 +89,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 left = EVENTS;
                 timeout = deadline.saturating_duration_since(Instant::now());
                 if timeout.is_zero() {
+                    self.flush_followed()?;
                     return Ok(Poll::Timeout);
                 }
             }
@@ -118,6 +125,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
             self.finish_write(event.vcpu, &event.registers)?;
         }
+        if self.has_page_changes(Some(event.vcpu)) {
+            self.update_pages(Some(event.vcpu), Some(&event.registers))?;
+        }
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
@@ -146,21 +156,23 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             EventReason::MemoryAccess { pa, va, access, .. } => {
                 let va = va.unwrap_or_default();
                 let is_hidden = self.controller.is_hidden(view, pa.gfn());
+                let is_table = self.tables.watches(view, pa.gfn());
                 let is_watched = self.find_watches(view, pa, access);
                 let mut course = Course::StepClean;
                 if access.contains(MemoryAccess::X) {
                     // Executed in the default view, the instruction would pass by the INT3 on it.
                     self.find_breakpoints(view, pa, va, event);
                 } else if access.contains(MemoryAccess::W) {
-                    if is_hidden {
-                        self.stats.hidden_writes += 1;
+                    self.stats.hidden_writes += u64::from(is_hidden);
+                    self.stats.table_writes += u64::from(is_table);
+                    if is_hidden || is_table {
                         course = Course::Write;
                     }
                 } else if is_hidden {
                     self.stats.hidden_reads += 1;
                     course = Course::Emulate;
                 }
-                if self.owners.is_empty() && (!is_watched || is_hidden) && !access.contains(MemoryAccess::X) {
+                if self.owners.is_empty() && (!is_watched || is_hidden || is_table) && !access.contains(MemoryAccess::X) {
                     // Nobody asked for it: the price of hiding.
                     return if course == Course::Write { self.sort_write(event, home) } else { Ok(Sorted::Answer(course)) };
                 }
@@ -170,9 +182,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
             }
             EventReason::SingleStep { gfn } => Ok(self.sort_step(event, home, gfn)),
-            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => {
+            EventReason::WriteControlRegister { register, new, .. } => {
+                if register == ControlRegister::Cr3 {
+                    self.note_root(&event.registers, new)?;
+                }
                 Ok(Sorted::Answer(Course::Retry))
             }
+            EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => Ok(Sorted::Answer(Course::Retry)),
         }
     }
 
@@ -188,22 +204,33 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.stats.filtered += 1;
             return Sorted::Answer(course);
         }
+        self.returned(event);
+        self.spend_budgets();
+        self.filter_owners(&event.registers, (event.vcpu, va));
+        self.capture_owners(event, va);
+        let Self { taps, questions, owners, spent, .. } = self;
+        let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
-        for tap in &self.owners {
-            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
-                tap.stats.hits += 1;
-                is_wanted |= tap.spec.wanted;
+        for id in &*owners {
+            if let Some(tap) = taps.get_mut(id.0 as usize) {
+                let asked = is_asked(id);
+                is_wanted |= tap.spec.wanted || asked;
+                tap.stats.hits += u64::from(!asked);
+                if tap.once && !asked {
+                    spent.push(*id);
+                }
             }
         }
-        self.stats.hits += self.owners.len() as u64;
+        self.stats.hits += (owners.len() - questions.len()) as u64;
         if !is_wanted {
             return Sorted::Answer(course);
         }
-        let taps = &self.taps;
-        self.owners.retain(|tap| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        owners.retain(|id| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted));
         // Given back by `finish`.
-        let wanted = std::mem::take(&mut self.owners);
-        self.pending = Some(Self::pending(event, home, course, (va, pa), access, wanted));
+        let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
+        let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);
+        pending.questions = questions;
+        self.pending = Some(pending);
         Sorted::Wanted
     }
 
@@ -224,6 +251,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             access,
             wanted,
             told: 0,
+            questions: Vec::new(),
+            is_question: false,
             verdict: None,
             asking: None,
             touched: false,
@@ -254,6 +283,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
+        self.tables.mark_store(&self.vmi, event);
         let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
             vcpu.after_write = after;
@@ -286,9 +316,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Some(tap) => (*tap, false),
                 None => (pending.asking.filter(|_| pending.told == pending.wanted.len())?, true),
             };
-            pending.told += 1;
             // A handler before may have taken it out, which is meant to take effect at once.
             let gone = self.taps.get(tap.0 as usize).is_none_or(|tap| tap.state != TapState::Active);
+            let question = if gone || ask { None } else { pending.question() };
+            pending.is_question = question.is_some();
+            pending.told += usize::from(question.is_none());
             if gone && !ask {
                 continue;
             }
@@ -303,6 +335,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 access: pending.access,
                 step: pending.step,
                 ask,
+                question,
                 at: pending.received,
             }));
         }
@@ -318,6 +351,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_out) else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };
+        if pending.is_question {
+            return self.answer_question_of_filter(false);
+        }
         pending.is_out = false;
         if pending.told > pending.wanted.len() {
             // The question was not answered: as the default policy says.
@@ -329,6 +365,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         {
             pending.verdict = Some((tap, verdict));
         }
+        self.go_on_after_answer()
+    }
+
+    /// Ends the event, unless somebody is still to be told or asked.
+    pub(super) fn go_on_after_answer(&mut self) -> Result<()> {
+        let Some(pending) = &self.pending else { return Ok(()) };
         if pending.told < pending.wanted.len() || matches!(pending.verdict, Some((_, Verdict::Pause))) {
             return Ok(());
         }
@@ -398,7 +440,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.rescue(&pending.event);
         }
         self.owners = pending.wanted;
-        done
+        done.and(self.settle()).and(self.enforce_budgets())
     }
 
     fn note_hold(&mut self, pending: &Pending) {
@@ -409,6 +451,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
+        self.count_hold(&pending.wanted, held.as_nanos() as u64);
         for tap in &pending.wanted {
             self.stats.handled += 1;
             if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
@@ -470,6 +513,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         course: Course,
         registers: Option<crate::arch::amd64::GpRegisters>,
     ) -> Result<()> {
+        if !self.spent.is_empty() {
+            self.remove_spent()?;
+        }
         let clean = View::DEFAULT;
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
         if vcpu.walk.is_some_and(|walk| walk.left == 0) {

@@ -4,7 +4,19 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+mod filter;
+#[cfg(feature = "emu")]
+mod guard;
+mod hold;
+pub mod journal;
+mod journaled;
+mod paging;
 mod pending;
+mod record;
+mod repair;
+mod returns;
+mod roots;
+mod sink;
 mod taps;
 mod types;
 mod watch;
@@ -16,15 +28,27 @@ use std::time::{Duration, Instant};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
+use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::{EventAction, VmiEvent, VmiEventResponse};
-use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use crate::ptm::PageTableMonitor;
+use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 
+#[cfg(feature = "emu")]
+pub use guard::{Watchdog, open_guarded, repair_guest};
+pub use hold::{Budget, Histogram};
+pub use journaled::Journaled;
+pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
-use taps::Tap;
+pub use record::DURATION;
+pub use repair::{Repaired, repair};
+use returns::Returns;
+pub use returns::WAITING;
+use sink::Sink;
+use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 
@@ -39,20 +63,47 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     views: Vec<View>,
     controller: BreakpointController,
     manager: BreakpointManager<TapId, ()>,
+    /// Watches the page tables of breakpoints.
+    tables: PageTableMonitor,
+    /// Global breakpoints that are looked up under each root that is loaded.
+    roaming: FxHashSet<TapId>,
+    /// The roots that were loaded since there are such, the oldest first.
+    roots: Vec<AddressContext>,
+    /// Taps for one hit that have had it.
+    spent: Vec<TapId>,
+    /// Writes of CR3 are announced.
+    tracks_roots: bool,
+    /// Addresses whose breakpoints could not be brought to where they are mapped.
+    owed: Vec<(Va, AddressContext)>,
     taps: Vec<Tap>,
     /// Whose key is taken where.
-    keys: FxHashSet<(View, Va, Option<Pa>, u64)>,
+    keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
     /// The event whose hits are being handed out.
     pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// Open questions of the filters of those.
+    questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
     last_hold: Option<(Instant, Duration)>,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
+    recording: Recording,
+    /// The row that is being filled; kept to spare allocations.
+    row: Row,
+    /// When the first row of the event in hand was captured.
+    captured_at: u64,
+    sink: Option<Sink>,
+    returns: Returns,
+    /// How long vCPUs stood still for hits.
+    holds: Histogram,
+    /// Taps that are to be switched off once the event in hand is answered.
+    over_budget: Vec<TapId>,
+    /// What times are counted from.
+    began: Instant,
     on_write: OnWrite,
     detached: bool,
 }
@@ -90,18 +141,34 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
             });
         }
+        let (recording, began) = Self::new_recording();
         Ok(Self {
             vmi,
             tap_view,
             views: vec![tap_view],
             controller: BreakpointController::default(),
             manager: BreakpointManager::default(),
+            tables: PageTableMonitor::new(&[tap_view]),
+            owed: Vec::new(),
+            roaming: FxHashSet::default(),
+            roots: Vec::new(),
+            tracks_roots: false,
+            spent: Vec::new(),
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
             vcpus: vec![Vcpu::default(); count],
             pending: None,
             owners: Vec::new(),
+            questions: Vec::new(),
+            recording,
+            row: Row::default(),
+            captured_at: 0,
+            sink: None,
+            returns: Returns::default(),
+            holds: Histogram::default(),
+            over_budget: Vec::new(),
+            began,
             last_hold: None,
             answered_at: None,
             stats: Stats::default(),
@@ -120,9 +187,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         &mut self.vmi
     }
 
+    /// The driver, and who denies what on which page: for tools that deny more.
+    pub fn vmi_and_rights(&mut self) -> (&mut VmiCore<D>, &mut Rights) {
+        (&mut self.vmi, self.controller.rights())
+    }
+
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
     }
 
     /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
@@ -133,6 +205,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Frames that hold shadow pages of this session's breakpoints now.
     pub fn shadow_frames(&self) -> usize {
         self.controller.shadow_frames()
+    }
+
+    /// What the times of hits are counted from.
+    pub const fn began(&self) -> Instant {
+        self.began
     }
 
     /// Whether [`Session::detach`] was called.
@@ -165,6 +242,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Makes a view that maps every page to itself with `access`.
     pub fn create_view(&mut self, access: MemoryAccess) -> Result<View> {
         let view = self.vmi.driver_mut().create_view(access)?;
+        if let Err(cause) = self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+            return Err(match self.vmi.driver_mut().destroy_view(view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.push(view);
         Ok(view)
     }
@@ -192,7 +275,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 break;
             }
         }
-        self.vmi.driver_mut().destroy_view(view)?;
+        self.tables.remove_view(&mut self.vmi, self.controller.rights(), view)?;
+        if let Err(cause) = self.vmi.driver_mut().destroy_view(view) {
+            return Err(match self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
+                Ok(()) => cause,
+                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
+            });
+        }
         self.views.remove(index);
         Ok(())
     }
@@ -206,6 +295,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let Some(pending) = &mut self.pending {
             pending.moved_to = Some(view);
         }
+        // In the default view stores to page tables are not seen.
+        self.tables.mark_all_dirty();
         Ok(())
     }
 
@@ -283,6 +374,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
             });
         }
+        if !self.tables.is_empty() {
+            self.tables_written(spans.iter().map(|(pa, ..)| pa.gfn()));
+        }
         Ok(())
     }
 
@@ -308,6 +402,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
+            self.tables.mark_store(&self.vmi, event);
+            if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
+                && let Err(error) = self.note_root(&event.registers, new)
+            {
+                log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
+            }
             if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
                 vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
             }
@@ -358,14 +458,20 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 failed.push((what.to_owned(), error));
             }
         };
+        self.end_waiting_rows();
         note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
         note("access rights", self.controller.clear(&mut self.vmi));
+        self.tables.forget();
+        self.owed.clear();
+        self.roaming.clear();
+        note("the CR3 monitor", self.track_roots(false).map(drop));
         self.watches.clear();
         self.keys.clear();
         for tap in &mut self.taps {
             tap.state = TapState::Removed;
         }
-        // With the breakpoints gone a retry is all that a held vCPU needs.
+        // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
+        // answers: that is taken back too.
         let held = self.pending.take().map(|pending| pending.event);
         let driver = self.vmi.driver_mut();
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
@@ -376,6 +482,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             *vcpu = Vcpu::default();
         }
+        note("a vCPU that steps", driver.release_held().map(drop));
         note("the INT3 monitor", driver.monitor(Monitor::Breakpoint, false));
         note("the vCPUs' view", driver.switch_to_view(View::DEFAULT));
         for view in self.views.drain(..) {

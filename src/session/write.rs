@@ -88,14 +88,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let (first, last) = (first >> 12, last >> 12);
         let mut written: Vec<Gfn> = if last - first > MAX_PAGES {
-            self.controller.hidden_pages().collect()
+            self.controller.hidden_pages().chain(self.tables.watched_tables()).collect()
         } else {
             // A page that is not mapped was not written either.
             let mapped = (first..=last).filter_map(|page| self.vmi.translate(Va(page << 12), done.context).ok());
-            mapped.map(Pa::gfn).filter(|gfn| self.controller.hides_anywhere(*gfn)).collect()
+            let concerns = |gfn: &Gfn| self.controller.hides_anywhere(*gfn) || self.tables.is_table(*gfn);
+            mapped.map(Pa::gfn).filter(concerns).collect()
         };
         written.sort_unstable();
         written.dedup();
+        for gfn in &written {
+            self.tables.mark_dirty(Some(vcpu), *gfn);
+        }
         for gfn in written.into_iter().filter(|gfn| *gfn != done.pa.gfn()) {
             self.controller.refresh(&mut self.vmi, gfn)?;
         }

@@ -414,6 +414,27 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         })
     }
 
+    /// Takes one root of a global breakpoint that has others out of the books, where it waits under that root. Calls no driver. Returns
+    /// whether there was such a root.
+    pub fn forget_root(&mut self, view: View, va: Va, root: Pa, key: &K) -> bool {
+        let id = self.books.find_global(view, va, root, key);
+        id.and_then(|id| self.books.entry_mut(id)).is_some_and(|entry| entry.forget_root(root))
+    }
+
+    /// The breakpoints at `va` that were inserted with `root`, in every view; a global one is shown as it is under that root.
+    pub fn owners(&self, va: Va, root: Pa) -> impl Iterator<Item = Found<'_, K, T>> {
+        self.books.owners_at(va, root).filter_map(|id| self.books.entry(id)).map(move |entry| {
+            let mapping = entry.mappings().find(|mapping| mapping.context.root == root);
+            entry.found(mapping.and_then(|mapping| mapping.pa))
+        })
+    }
+
+    /// The breakpoint with that identity; a global one with any of its roots, and with the first place it is planted at.
+    pub fn get(&self, view: View, va: Va, root: Pa, key: &K) -> Option<Found<'_, K, T>> {
+        let entry = self.books.entry(self.books.find(view, va, root, key)?)?;
+        Some(entry.found(entry.mappings().find_map(|mapping| mapping.pa)))
+    }
+
     /// The breakpoint of `key` that `event` hit: one of the event's root before a global one.
     pub fn get_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent, key: &K) -> Option<Found<'_, K, T>> {
         let (view, pa) = address(controller, event)?;
@@ -428,6 +449,15 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             .filter(fits)
             .min_by_key(|entry| entry.global)?;
         Some(hit.found(Some(pa)))
+    }
+
+    /// Every breakpoint that `event` hit, whoever's, in the order they were planted.
+    pub fn all_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent) -> Vec<Found<'_, K, T>> {
+        let at = address(controller, event).and_then(|(view, pa)| Some((self.books.site(view, pa)?, pa)));
+        let Some((site, pa)) = at else { return Vec::new() };
+        let (va, root) = (event.registers.rip(), event.registers.root());
+        let fits = |entry: &&Entry<K, T>| entry.va == va && (entry.global || entry.first.context.root == root);
+        site.owners().filter_map(|id| self.books.entry(id)).filter(fits).map(|entry| entry.found(Some(pa))).collect()
     }
 
     /// Whether `key` has a breakpoint that `event` hit.

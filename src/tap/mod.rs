@@ -7,14 +7,13 @@ mod guarded;
 mod manager;
 mod memory;
 mod policy;
-mod rights;
 mod shadow;
 
+pub use crate::rights::Rights;
 pub use breakpoint::BreakpointController;
 pub use manager::{Breakpoint, BreakpointManager, Found};
 pub use memory::MemoryController;
 pub use policy::{OnWrite, WriteDecision, decide};
-pub use rights::Rights;
 
 use rustc_hash::FxHashMap;
 
@@ -25,6 +24,7 @@ use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
 use crate::event::VmiEvent;
+use crate::undo::Left;
 
 /// Which events are those of a tap. Apart from [`TapController`], because it needs no driver.
 pub trait TapEvents {
@@ -154,39 +154,6 @@ forward!(events [T: TapEvents + ?Sized], &mut T);
 forward!(events [T: TapEvents + ?Sized], Box<T>);
 forward!(controller [D: VmiDriver + ?Sized, T: TapController<D> + ?Sized], &mut T);
 forward!(controller [D: VmiDriver + ?Sized, T: TapController<D> + ?Sized], Box<T>);
-
-/// What could not be undone or taken back, and the first error of doing so.
-#[derive(Default)]
-struct Left {
-    first: Option<VmiError>,
-    what: Vec<String>,
-}
-
-impl Left {
-    /// Takes note of `what` if `result` is an error; then it returns true.
-    fn note(&mut self, result: Result<()>, what: impl FnOnce() -> String) -> bool {
-        let Err(error) = result else { return false };
-        self.what.push(format!("{} ({error})", what()));
-        self.first.get_or_insert(error);
-        true
-    }
-
-    /// The error of an operation that failed for `cause` and was then undone.
-    fn after(self, cause: VmiError) -> VmiError {
-        if self.what.is_empty() {
-            return cause;
-        }
-        VmiError::UndoFailed { cause: Box::new(cause), left_behind: self.what.join(", ") }
-    }
-
-    /// The result of taking things back.
-    fn done(mut self) -> Result<()> {
-        match self.first.take() {
-            None => Ok(()),
-            Some(cause) => Err(self.after(cause)),
-        }
-    }
-}
 
 /// An error unless `gfn` is guest memory: frames of ours, and what lies beyond, cannot be tapped.
 fn check_page<D: VmiDriver + ?Sized>(vmi: &VmiCore<D>, gfn: Gfn) -> Result<()> {

@@ -585,16 +585,15 @@ UNMAPPED = 0x0000_7000_0000_0000
 WRONG: dict[str, tuple[Callable[[vmitap.Vm], object], type[vmitap.VmitapError], dict[str, object]]] = {
     "reading an unmapped address": (lambda vm: vm.read(UNMAPPED, 8), vmitap.TranslationError, {"va": UNMAPPED, "fault": "not-present"}),
     "writing an unmapped address": (lambda vm: vm.write(UNMAPPED, b"x"), vmitap.TranslationError, {"va": UNMAPPED, "fault": "not-present"}),
-    "tapping an unmapped address": (lambda vm: vm.breakpoint(UNMAPPED), vmitap.TranslationError, {"va": UNMAPPED, "fault": "not-present"}),
     "watching an unmapped address": (
         lambda vm: vm.watch(UNMAPPED, 8, Access.W),
         vmitap.TranslationError,
         {"va": UNMAPPED, "fault": "not-present"},
     ),
     "a good and a bad address": (
-        lambda vm: vm.insert_many(["open_file", UNMAPPED]),
+        lambda vm: vm.insert_many(["open_file", NON_CANONICAL]),
         vmitap.TranslationError,
-        {"va": UNMAPPED, "fault": "not-present"},
+        {"va": NON_CANONICAL, "fault": "non-canonical"},
     ),
     "a non-canonical address": (
         lambda vm: vm.read(NON_CANONICAL, 8),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import vmitap
+
 SOURCE = Path(__file__).parents[2] / "crates" / "xen-sys" / "fake" / "fake.c"
 
 # A guest that calls 0x8000 in a loop and reads the first byte there each time round; page tables that map every address to itself.
@@ -232,3 +234,83 @@ def test_without_xen_everything_says_so_with_a_hint() -> None:
     [xen] = [driver for driver in json.loads(done.stdout)["drivers"] if driver["driver"] == "xen"]
     assert xen["usable"] is False
     assert "control domain" in xen["hint"]
+
+
+# journals, repair and the watchdog
+
+TAPPED = """
+vm = vmitap.attach("xen:guest", watchdog={watchdog})
+vm.breakpoint(0x8000)
+print("tapped", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "state"
+    monkeypatch.setenv("VMITAP_STATE", str(folder))
+    return folder
+
+
+def kill_a_session(library: Path, *, watchdog: bool) -> None:
+    environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
+    code = PREPARE + "import time\n" + TAPPED.format(watchdog=watchdog)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as tool:
+        assert tool.stdout is not None
+        assert tool.stdout.readline() == "tapped\n"
+        tool.kill()
+
+
+def test_a_session_has_a_journal_that_only_its_owner_can_read_and_that_goes_with_it(library: Path, state: Path) -> None:
+    done = run(
+        library,
+        f"""
+import pathlib
+state = pathlib.Path({str(state)!r})
+with vmitap.attach("xen:guest") as vm:
+    vm.breakpoint(0x8000)
+    [journal] = state.iterdir()
+    text = journal.read_text()
+    assert oct(journal.stat().st_mode)[-3:] == "600" and oct(state.stat().st_mode)[-3:] == "700"
+    assert "view 1\\n" in text and "frames 0x" in text and "monitor int3\\n" in text, text
+    try:
+        vmitap.attach("xen:7")
+    except vmitap.AttachError as error:
+        print(error.hint)
+assert list(state.iterdir()) == []
+""",
+    )
+    assert done.stdout == "end that session first: a guest has one at a time\n"
+
+
+def test_what_a_killed_session_has_left_is_repaired_when_asked(library: Path, state: Path) -> None:
+    kill_a_session(library, watchdog=False)
+    [journal] = state.iterdir()
+    refused = command(library, "info", "xen:guest")
+    assert refused.returncode == 3
+    assert "vmitap repair xen:guest" in refused.stderr
+    assert journal.exists()
+    done = command(library, "repair", "xen:guest", "--json")
+    assert (done.returncode, json.loads(done.stdout)["repaired"]) == (0, True), done.stderr
+    assert list(state.iterdir()) == []
+    assert "nothing was left" in command(library, "repair", "xen:guest").stdout
+    kill_a_session(library, watchdog=False)
+    run(library, "vmitap.attach('xen:guest', repair=True).detach()\n" + UNTOUCHED)
+    assert list(state.iterdir()) == []
+
+
+def test_the_watchdog_repairs_at_once_when_the_tool_is_killed(library: Path, state: Path) -> None:
+    kill_a_session(library, watchdog=True)
+    end = time.monotonic() + 20
+    while list(state.iterdir()):
+        assert time.monotonic() < end, "the journal is still there"
+        time.sleep(0.05)
+
+
+def test_a_guest_that_ends_with_its_tool_needs_no_repair(library: Path, state: Path) -> None:
+    refused = command(library, "repair", "demo")
+    assert refused.returncode == 6
+    assert "emu" in refused.stderr
+    with vmitap.attach("demo", repair=True):
+        assert not state.exists()

@@ -15,10 +15,11 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[&[&str]] = &[
     &["addr"],
     &["bytes", "error"],
-    &["arch", "symbols"],
+    &["arch", "symbols", "undo"],
     &["event", "image"],
     &["driver"],
     &["core"],
+    &["rights"],
     &["tap", "ptm", "capture"],
     &["session"],
     &["python"],

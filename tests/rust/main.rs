@@ -8,6 +8,7 @@
 )]
 
 mod atomic;
+mod capture;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
@@ -15,13 +16,20 @@ mod emu;
 mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
+mod filter;
 #[cfg(feature = "emu")]
 mod guest;
 mod harness;
 mod image;
+mod journal;
 mod layering;
 mod mock;
+mod mortal;
 mod paging;
+#[cfg(feature = "emu")]
+mod paging_guest;
+mod paging_session;
+mod ptm;
 mod repair;
 mod session;
 mod tap;

@@ -19,6 +19,7 @@ from vmitap.cli.doctor import doctor
 from vmitap.cli.domains import list_domains
 from vmitap.cli.inspect import info, read, translate
 from vmitap.cli.output import harmless
+from vmitap.cli.repair import repair
 from vmitap.cli.script import run
 from vmitap.cli.trace import trace
 
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, doctor, info, list_domains, read, run, trace, translate):
+for command in (demo, doctor, info, list_domains, read, repair, run, trace, translate):
     cli.add_command(command)
 
 

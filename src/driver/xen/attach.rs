@@ -135,6 +135,17 @@ pub fn find_domain(xen: &Xen, which: &str) -> Result<(DomainInfo, String), Obsta
     }
 }
 
+/// Number and UUID of a domain: no other domain ever has both, also not on another start of the machine.
+///
+/// # Errors
+/// [`VmiError::Attach`] if Xen cannot be used here or there is no such domain.
+pub fn identity(which: &str, library: Option<&Path>) -> Result<String> {
+    let refuse = |obstacle: Obstacle| obstacle.error(&format!("xen:{which}"));
+    let xen = open_xen(library).map_err(refuse)?;
+    let (info, _) = find_domain(&xen, which).map_err(refuse)?;
+    Ok(format!("{}-{:032x}", info.domain, u128::from_be_bytes(info.handle)))
+}
+
 fn all_domains(control: &Control) -> Result<Vec<DomainInfo>, Obstacle> {
     let mut found: Vec<DomainInfo> = Vec::new();
     let mut first = 0;

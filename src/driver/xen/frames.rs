@@ -71,7 +71,10 @@ impl Frames {
     /// Takes a pool over that another program has made, in which some frames are taken.
     pub fn adopt(&mut self, taken: &[Gfn], pool: &[Gfn]) {
         self.used.extend(taken.iter().map(|frame| frame.0));
+        let before = self.adopted.len();
         self.adopted.extend(pool.iter().chain(taken).map(|frame| frame.0).filter(|frame| *frame < self.first));
+        // That program has raised the domain's limit by as much as it added.
+        self.limit_kib = self.limit_kib.saturating_sub((self.adopted.len() - before) as u64 * PAGE_KIB);
     }
 
     pub fn in_use(&self) -> usize {

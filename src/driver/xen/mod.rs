@@ -37,7 +37,7 @@ use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
 
 pub use abi::{Abi, Layout, MAX_EVENT};
-pub use attach::{DomainSummary, HostSummary, Obstacle, host};
+pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
 use frames::Frames;
 use pages::Pages;
 use ring::Ring;

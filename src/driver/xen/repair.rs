@@ -71,6 +71,8 @@ impl VmiRepair for XenDriver {
             self.info.memory_size = self.info.memory_size.min(first.0 << PAGE_SHIFT);
         }
         self.pauses = self.pauses.max(pauses);
+        // Views that are on although nobody else has one were switched on by the program that died.
+        self.switched_on |= self.additions()?.views.iter().all(|view| left.views.contains(view));
         Ok(())
     }
 

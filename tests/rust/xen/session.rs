@@ -15,7 +15,7 @@ use super::{CODE, guest, is_untouched, options};
 /// push rbp; pop rbp; mov al, [rbx]; jmp
 const LOOP: &[u8] = &[0x55, 0x5d, 0x8a, 0x03, 0xeb, 0xfa];
 
-fn spec(view: vmitap::View, wanted: bool) -> TapSpec {
+pub fn spec(view: vmitap::View, wanted: bool) -> TapSpec {
     TapSpec {
         kind: TapKind::Breakpoint,
         va: Va(CODE),
@@ -35,7 +35,7 @@ fn session(fake: &Fake, stepping: Stepping) -> Session<XenDriver> {
 }
 
 /// A guest that runs its loop on every vCPU and reads its own first byte each time round.
-fn looping(kind: Kind, vcpus: i64) -> Fake {
+pub fn looping(kind: Kind, vcpus: i64) -> Fake {
     let fake = guest(kind);
     fake.set("vcpus", vcpus);
     fake.write(CODE, LOOP);

@@ -2,11 +2,11 @@
 
 use rustc_hash::FxHashMap;
 
-use super::Left;
 use crate::addr::{Gfn, MemoryAccess, View};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
+use crate::undo::Left;
 
 const BITS: [MemoryAccess; 3] = [MemoryAccess::R, MemoryAccess::W, MemoryAccess::X];
 
@@ -228,7 +228,7 @@ impl Rights {
     }
 
     /// As [`Self::clear`], but for the pages `keep` says yes to.
-    pub(super) fn clear_but<D: VmiDriver + ?Sized>(
+    pub(crate) fn clear_but<D: VmiDriver + ?Sized>(
         &mut self,
         vmi: &mut VmiCore<D>,
         keep: impl Fn(View, Gfn) -> bool,
