@@ -28,6 +28,7 @@ mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
 mod repair;
+mod schedules;
 mod session;
 mod session_atomic;
 mod tap;
