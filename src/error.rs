@@ -185,6 +185,18 @@ pub enum VmiError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A recording could not be written.
+    #[error("the recording {path} could not be written: {reason}; {rows} rows are in it")]
+    Recording {
+        /// The file; empty for one in memory.
+        path: String,
+        /// The system's error number, where there is one.
+        errno: Option<i32>,
+        /// What happened.
+        reason: String,
+        /// Rows in the file up to the last whole batch.
+        rows: u64,
+    },
     /// An operation failed, and putting things back as they were failed too.
     #[error("{cause}; and undoing it failed too, which left behind: {left_behind}")]
     UndoFailed {

@@ -3,6 +3,7 @@
 pub mod addr;
 pub mod arch;
 pub mod bytes;
+pub mod capture;
 pub mod core;
 pub mod driver;
 pub mod error;

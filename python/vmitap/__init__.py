@@ -27,6 +27,8 @@ from vmitap._native import (
     ManagedBreakpoint,
     Memory,
     MemoryController,
+    Recording,
+    RecordingFile,
     Registers,
     RunResult,
     Stats,
@@ -42,6 +44,7 @@ from vmitap._native import (
     VmInfo,
     __version__,
 )
+from vmitap.capture import Backtrace, Stack, Struct
 from vmitap.errors import (
     AttachError,
     BadAccessError,
@@ -57,6 +60,7 @@ from vmitap.errors import (
     NoPendingEventError,
     NotSupportedError,
     OutOfRangeError,
+    RecordingError,
     SessionBusyError,
     StaleContextError,
     StringTooLongError,
@@ -67,15 +71,19 @@ from vmitap.errors import (
     ViewNotFoundError,
     VmitapError,
 )
-from vmitap.policy import Access, OnWrite
+from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
+from vmitap.policy import Access, Budget, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
 if TYPE_CHECKING:
     import os
+    from typing import Literal
 
 __all__ = [
     "Access",
+    "Arg",
     "AttachError",
+    "Backtrace",
     "BadAccessError",
     "Breakpoint",
     "BreakpointConflictError",
@@ -84,36 +92,50 @@ __all__ = [
     "BreakpointNotFoundError",
     "BreakpointStats",
     "Breakpoints",
+    "Budget",
+    "Bytes",
     "Caps",
+    "Cstr",
     "DeadlineExceededError",
     "DefaultViewError",
     "DomainGoneError",
     "DriverError",
     "Events",
+    "Filter",
     "HandlerError",
     "Hit",
     "ImageError",
     "InvalidArgumentError",
     "ManagedBreakpoint",
+    "Mem",
     "Memory",
     "MemoryController",
     "NoPendingEventError",
     "NotSupportedError",
+    "Number",
     "OnWrite",
     "OutOfRangeError",
+    "Recording",
+    "RecordingError",
+    "RecordingFile",
+    "Reg",
     "RegisterValues",
     "Registers",
     "RunResult",
     "SessionBusyError",
+    "Stack",
     "StaleContextError",
     "Stats",
     "StringTooLongError",
+    "Struct",
     "Symbol",
     "SymbolNotFoundError",
     "Symbols",
     "TapController",
+    "Text",
     "TranslationError",
     "UndoFailedError",
+    "Utf16",
     "VcpuNotFoundError",
     "Verdict",
     "View",
@@ -139,6 +161,7 @@ def attach(
     cmdline: str = "",
     libunicorn: str | os.PathLike[str] | None = None,
     on_write: OnWrite | None = None,
+    abi: Literal["sysv", "ms"] = "sysv",
 ) -> Vm:
     """Opens a session with a guest. Use it as a context manager: leaving `with` restores the guest.
 
@@ -153,6 +176,7 @@ def attach(
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
 
     Raises:
         AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
@@ -165,7 +189,7 @@ def attach(
     2
     """
     path = str(libunicorn) if libunicorn is not None else find_libunicorn()
-    return _native.open(target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write)
+    return _native.open(target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write, abi=abi)
 
 
 def find_libunicorn() -> str | None:

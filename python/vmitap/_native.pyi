@@ -9,14 +9,20 @@ meant: that of the hit's vCPU through `hit.vm`, else that of vCPU 0. `timeout`, 
 Symbols are written `"open_file"` or `"open_file+0x10"`. Whatever fails raises a `vmitap.VmitapError` and changes nothing.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from os import PathLike
 from types import TracebackType
 from typing import Literal, TypeAlias, TypeVar, Unpack, final
 
-from typing_extensions import Buffer
+import pandas
+import polars
+import pyarrow
+from typing_extensions import Buffer, CapsuleType
 
-from vmitap.policy import Access, OnWrite
+from vmitap.capture import Capturable
+from vmitap.filters import Filter
+from vmitap.policy import Access, Budget, OnWrite
 from vmitap.protocols import RegisterValues, TapController
 
 __all__ = [
@@ -31,6 +37,8 @@ __all__ = [
     "ManagedBreakpoint",
     "Memory",
     "MemoryController",
+    "Recording",
+    "RecordingFile",
     "Registers",
     "RunResult",
     "Stats",
@@ -63,6 +71,7 @@ def open(
     cmdline: str = "",
     libunicorn: str | None = None,
     on_write: OnWrite | None = None,
+    abi: Literal["sysv", "ms"] = "sysv",
 ) -> Vm:
     """Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 
@@ -76,6 +85,7 @@ def open(
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
+        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
 
     Raises:
         AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
@@ -153,6 +163,45 @@ class Vm:
         True
         """
     @property
+    def recording(self) -> Recording:
+        """What was captured, in columns.
+
+        >>> bp = vm.breakpoint("open_file", capture={"path": Cstr(Arg(0), max=64)})
+        >>> _ = vm.run(timeout=5, max_hits=2)
+        >>> len(vm.recording)
+        2
+        """
+    def record_to(
+        self,
+        path: str | PathLike[str],
+        *,
+        format: Literal["parquet", "jsonl"] | None = None,
+        batch: int = 65_536,
+    ) -> RecordingFile:
+        """Writes what is captured to a file while the guest runs, in bounded memory.
+
+        It is a context manager that ends the file. Batches are written by a thread of their own. Rows that are in memory go first, then rows go to the file and no longer to
+        memory. A writer that is more than four batches behind holds the guest up for a second at most; then rows are lost, and counted
+        in `Recording.lost`. JSON lines are also written every 0.1 s, for who reads along.
+
+        Args:
+            path: the file; "-" is this process' standard output.
+            format: None: by the ending of `path`, .parquet or .jsonl.
+            batch: rows a batch, 1 to 1048576. The file can be read up to the last whole batch, whatever happens.
+
+        Raises:
+            RecordingError: it cannot be written. Once open, `run` raises it, or `close`: a full disk, a closed pipe.
+            InvalidArgumentError: another file is being written, or no such format.
+
+        >>> import tempfile, os
+        >>> bp = vm.breakpoint("open_file", capture={"path": Cstr(Arg(0), max=64)})
+        >>> path = os.path.join(tempfile.mkdtemp(), "opened.jsonl")
+        >>> with vm.record_to(path) as file:
+        ...     _ = vm.run(timeout=5, max_hits=2)
+        >>> file.rows, os.path.getsize(path) > 0
+        (2, True)
+        """
+    @property
     def memory(self) -> Memory:
         """Guest-physical memory as a whole, and scattered reads.
 
@@ -208,11 +257,16 @@ class Vm:
         *,
         root: int | None = None,
         view: View | None = None,
+        where: Filter | None = None,
+        capture: Mapping[str, Capturable] | None = None,
+        on_return: Mapping[str, Capturable] | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
         on_write: OnWrite | None = None,
         ask: _WriteHandler | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
+        budget: Budget | None = None,
         enabled: bool = True,
     ) -> Breakpoint:
         """Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
@@ -231,11 +285,20 @@ class Vm:
             root: only hits under these page tables count; None: hits under every root (the address is looked up under the
                 root in use).
             view: where it is planted; None: the session's tap view.
+            where: only hits for which it holds count; the others are counted in `BreakpointStats.filtered` and `RunResult.filtered`,
+                and are stepped over without entering Python. See `vmitap.Filter`.
+            capture: what is read at each hit that counts, in Rust while the vCPU is held: a row of `vm.recording`. Without a handler
+                Python is not entered. Names become columns; the same name in several breakpoints is one column, of one type.
+            on_return: what is read when the function that was entered returns; it completes the row, with `duration_ns`. Calls are
+                told apart by their stack pointer. Of more than 4096 that have not returned the oldest is given up, counted
+                (`Stats.returns_lost`), and recorded with missing values, as are those that are open when the breakpoint goes.
+            abi: how the function gets its arguments, for `Arg`; None: as the session was opened with.
             on_write: what a write to its byte does; None: as the session was opened with.
             ask: called with a hit of a write (`hit.access` is W) to its byte, returns the `OnWrite` to apply; goes with `OnWrite.ASK` only.
             key: owner of the breakpoint; None: one of its own. The same address, root and key twice is an error.
             tag: anything; comes back in each `Hit` and finds the breakpoint again.
             deadline: seconds the handler may take before `run` raises `DeadlineExceededError`; None: no limit.
+            budget: how many events it may cause in a second before it is disabled; None: any number.
             enabled: False plants nothing until `enable()`.
 
         Raises:
@@ -243,6 +306,7 @@ class Vm:
             TranslationError: the address can be none (it is not canonical), or its page-table entry makes no sense.
             BreakpointConflictError: that key is taken at that address.
             DefaultViewError, ViewNotFoundError: nothing can be hidden in `view`.
+            InvalidArgumentError: a column of `capture` that is there already with another type.
 
         >>> @vm.breakpoint("open_file")
         ... def opened(hit):
@@ -257,10 +321,15 @@ class Vm:
         *,
         root: int | None = None,
         view: View | None = None,
+        where: Filter | None = None,
+        capture: Mapping[str, Capturable] | None = None,
+        on_return: Mapping[str, Capturable] | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
         on_write: OnWrite | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
+        budget: Budget | None = None,
     ) -> list[Breakpoint]:
         """Puts many breakpoints into the guest at once: all of them, or on an error none.
 
@@ -277,9 +346,13 @@ class Vm:
         handler: _Handler | None = None,
         *,
         root: int | None = None,
+        where: Filter | None = None,
+        capture: Mapping[str, Capturable] | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
+        budget: Budget | None = None,
     ) -> Breakpoint:
         """Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
 
@@ -290,7 +363,7 @@ class Vm:
             address: first byte of the range; a symbol or a virtual address.
             length: bytes in the range, 1 or more.
             access: which accesses to report: any of R, W and X together.
-            handler, root, key, tag, deadline: as for `breakpoint`.
+            handler, root, where, capture, abi, key, tag, deadline, budget: as for `breakpoint`.
 
         Raises:
             InvalidArgumentError: `length` or `access` is empty.
@@ -671,6 +744,13 @@ class Breakpoint:
         ('any', 'thing')
         """
     @property
+    def where(self) -> Filter | None:
+        """The filter, as it was given.
+
+        >>> vm.breakpoint("open_file", where=vmitap.Filter.ring(3)).where
+        Filter.ring(3)
+        """
+    @property
     def enabled(self) -> bool:
         """Whether it is to raise hits.
 
@@ -790,14 +870,183 @@ class BreakpointStats:
     def hits(self) -> int:
         """How often it was hit."""
     @property
+    def filtered(self) -> int:
+        """Hits that its filter kept back; they are not among `hits`."""
+    @property
+    def filter_faults(self) -> int:
+        """Hits at which its filter looked at memory that could not be read."""
+    @property
     def py_calls(self) -> int:
-        """How often its handler was called."""
+        """How often its handler, or a predicate of its filter, was called."""
     @property
     def hold_total(self) -> float:
-        """Seconds vCPUs stood still for it, all together."""
+        """Seconds vCPUs stood still for hits that were handed to Python, all together."""
+    @property
+    def hold_p50(self) -> float:
+        """The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long."""
+    @property
+    def hold_p99(self) -> float:
+        """The time that 99 of 100 do not exceed."""
     @property
     def hold_max(self) -> float:
         """The longest of these times."""
+    @property
+    def over_budget(self) -> bool:
+        """Whether it was disabled because it exceeded its budget."""
+
+@final
+class Recording:
+    """The rows that captures gave, in columns.
+
+    Batches of it leave through the Arrow C data interface without being copied. Every row has `time_ns` (nanoseconds since the session began), `hold_ns` (how long the vCPU stood still for the event that completed the
+    row), `vcpu`, `breakpoint` (a number, in order of insertion), `symbol`, `address` and `root`. The schema's metadata has the version of these
+    columns (`vmitap.schema`) and when the session began (`vmitap.began_unix_ns`). Captured columns follow; a value that could not be read,
+    or that the row's breakpoint does not capture, is missing.
+
+    >>> vm.recording.columns
+    ['time_ns', 'hold_ns', 'vcpu', 'breakpoint', 'symbol', 'address', 'root']
+    """
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns: those that every row has first."""
+    @property
+    def rows(self) -> int:
+        """Rows captured so far, also those that went to a file, were cleared, or were lost."""
+    @property
+    def lost(self) -> int:
+        """Rows that there was no room for, in memory or in the queue of a file whose disk or reader was too slow."""
+    @property
+    def limit(self) -> int:
+        """Bytes of values that are kept in memory at most; what comes then is lost, and counted.
+
+        >>> vm.recording.limit = 1 << 20
+        """
+    @limit.setter
+    def limit(self, value: int) -> None: ...
+    def __len__(self) -> int:
+        """Rows in memory.
+
+        >>> len(vm.recording)
+        0
+        """
+    def clear(self) -> None:
+        """Forgets the rows in memory.
+
+        >>> vm.recording.clear()
+        """
+    def to_arrow(self) -> pyarrow.Table:
+        """The rows in memory as a `pyarrow.Table`, without copying them.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+
+        >>> bp = vm.breakpoint("open_file", capture={"path": Cstr(Arg(0), max=64)})
+        >>> _ = vm.run(timeout=5, max_hits=2)
+        >>> vm.recording.to_arrow()["path"].to_pylist()
+        ['/opt/app/app.conf', '/opt/app/data.db']
+        """
+    def to_polars(self) -> polars.DataFrame:
+        """The rows in memory as a `polars.DataFrame`.
+
+        Raises:
+            ImportError: polars is not installed.
+
+        >>> vm.recording.to_polars().height
+        0
+        """
+    def to_pandas(self) -> pandas.DataFrame:
+        """The rows in memory as a `pandas.DataFrame`.
+
+        Raises:
+            ImportError: pandas or pyarrow is not installed.
+
+        >>> len(vm.recording.to_pandas())
+        0
+        """
+    def write_parquet(self, path: str | PathLike[str]) -> None:
+        """Writes the rows in memory to a Parquet file.
+
+        Takes no other package.
+
+        Raises:
+            RecordingError: it cannot be written.
+
+        >>> import tempfile, os
+        >>> vm.recording.write_parquet(os.path.join(tempfile.mkdtemp(), "hits.parquet"))
+        """
+    def write_jsonl(self, path: str | PathLike[str]) -> None:
+        """Writes the rows in memory to a file of JSON lines.
+
+        An object for each row; bytes are hexadecimal.
+
+        Raises:
+            RecordingError: it cannot be written.
+
+        >>> import tempfile, os
+        >>> vm.recording.write_jsonl(os.path.join(tempfile.mkdtemp(), "hits.jsonl"))
+        """
+    def __arrow_c_stream__(self, requested_schema: object = None) -> CapsuleType:
+        """The rows in memory as an Arrow C stream; the Arrow PyCapsule protocol. `requested_schema` is not looked at.
+
+        >>> import pyarrow
+        >>> pyarrow.RecordBatchReader.from_stream(vm.recording).read_all().num_rows
+        0
+        """
+    def __arrow_c_schema__(self) -> CapsuleType:
+        """The columns as an Arrow C schema; the Arrow PyCapsule protocol.
+
+        >>> import pyarrow
+        >>> pyarrow.schema(vm.recording).metadata[b"vmitap.schema"]
+        b'1'
+        """
+
+@final
+class RecordingFile:
+    """A file that rows go to while the guest runs.
+
+    Made by `Vm.record_to`. Leaving `with` ends it.
+
+    >>> import tempfile, os
+    >>> vm.record_to(os.path.join(tempfile.mkdtemp(), "hits.parquet")).close()
+    """
+
+    @property
+    def path(self) -> str:
+        """The file's name."""
+    @property
+    def rows(self) -> int:
+        """Rows in the file so far: whole batches."""
+    def close(self) -> None:
+        """Writes what is left and ends the file. Twice is fine.
+
+        Raises:
+            RecordingError: writing failed, or nobody takes what is written.
+
+        >>> import tempfile, os
+        >>> file = vm.record_to(os.path.join(tempfile.mkdtemp(), "hits.parquet"))
+        >>> file.close(); file.rows
+        0
+        """
+    def __enter__(self) -> RecordingFile:
+        """Returns the file itself.
+
+        >>> import tempfile, os
+        >>> with vm.record_to(os.path.join(tempfile.mkdtemp(), "hits.jsonl")) as file: file.rows
+        0
+        """
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        """Ends the file, as `close` does; an exception on its way goes on.
+
+        >>> import tempfile, os
+        >>> vm.record_to(os.path.join(tempfile.mkdtemp(), "hits.jsonl")).__exit__(None, None, None)
+        """
 
 @final
 class Hit:
@@ -1074,7 +1323,7 @@ class RunResult:
         """Hits of breakpoints and watches; an event that several own counts once for each."""
     @property
     def filtered(self) -> int:
-        """Events at a tapped address that nobody wanted: under another root, or in the rest of a watched page."""
+        """Hits that filters kept back, and events nobody wanted: under another root, or in the rest of a watched page."""
     @property
     def py_calls(self) -> int:
         """Calls of handlers."""
@@ -1091,8 +1340,17 @@ class RunResult:
     def hold_mean(self) -> float:
         """Seconds a vCPU stood still for one hit, on average; 0 without hits."""
     @property
+    def hold_p50(self) -> float:
+        """The time that half of them do not exceed; at most a quarter too long, like the next. 0 without such hits."""
+    @property
+    def hold_p99(self) -> float:
+        """The time that 99 of 100 do not exceed."""
+    @property
     def hold_max(self) -> float:
         """The longest of these times."""
+    @property
+    def disabled_by_budget(self) -> int:
+        """Breakpoints that exceeded their budget and were disabled."""
     @property
     def hits_per_second(self) -> float:
         """`hits / elapsed`."""
@@ -1121,6 +1379,15 @@ class Stats:
     @property
     def lost(self) -> int:
         """As `RunResult.lost`."""
+    @property
+    def rows(self) -> int:
+        """Rows that were captured."""
+    @property
+    def rows_lost(self) -> int:
+        """As `Recording.lost`."""
+    @property
+    def returns_lost(self) -> int:
+        """Calls whose return values were given up, of `on_return`."""
     @property
     def reinjected(self) -> int:
         """INT3 of the guest's own that were delivered to it."""

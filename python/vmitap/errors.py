@@ -31,6 +31,7 @@ __all__ = [
     "NoPendingEventError",
     "NotSupportedError",
     "OutOfRangeError",
+    "RecordingError",
     "SessionBusyError",
     "StaleContextError",
     "StringTooLongError",
@@ -304,6 +305,24 @@ class UndoFailedError(VmitapError):
 
     def __str__(self) -> str:
         return f"{self.cause}; and undoing it failed too, which left behind: {self.left_behind}"
+
+
+class RecordingError(VmitapError):
+    """A recording could not be written: a full disk, a closed pipe, a reader that stopped. The guest is fine, and so are later runs.
+
+    `path` is the file, `errno` the system's error number or None, `reason` what happened. The file can be read up to the last whole batch:
+    `rows` rows.
+    """
+
+    def __init__(self, path: str, errno: int | None, reason: str, rows: int) -> None:
+        super().__init__(path, errno, reason, rows)
+        self.path = path
+        self.errno = errno
+        self.reason = reason
+        self.rows = rows
+
+    def __str__(self) -> str:
+        return f"the recording {self.path} could not be written: {self.reason}; {self.rows} rows are in it"
 
 
 class HandlerError(VmitapError):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum, Flag
 
-__all__ = ["Access", "OnWrite"]
+from vmitap.errors import InvalidArgumentError
+
+__all__ = ["Access", "Budget", "OnWrite"]
 
 
 class OnWrite(Enum):
@@ -50,3 +53,27 @@ class Access(Flag):
     """Write and execute."""
     RWX = 7
     """Everything."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many events a breakpoint may cause before it is disabled, so that it cannot starve the guest.
+
+    Every event at its address counts, those that its filter keeps back too. With one more than `per_second` within a second the breakpoint
+    is disabled: its state says so, `BreakpointStats.over_budget` and `RunResult.disabled_by_budget` too, and a warning is logged.
+    `enable()` plants it again.
+
+    >>> bp = vm.breakpoint("open_file", budget=Budget(per_second=3))
+    >>> _ = vm.run(timeout=1)
+    >>> bp.state, bp.stats.hits, bp.stats.over_budget
+    ('disabled', 4, True)
+    """
+
+    per_second: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per_second, int) or isinstance(self.per_second, bool):
+            msg = f"Budget(per_second={self.per_second!r}): a number is needed"
+            raise TypeError(msg)
+        if not 1 <= self.per_second < 1 << 63:
+            raise InvalidArgumentError("per_second", f"Budget(per_second={self.per_second}): at least one event a second")

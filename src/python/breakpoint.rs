@@ -11,6 +11,8 @@ use pyo3::types::{PyIterator, PyList, PyString};
 
 use super::convert::{access_to_python, address};
 use super::errors::stale;
+use super::events::seconds;
+use super::expression::{Captured, Condition};
 use super::shared::Shared;
 use super::views::View;
 use crate::addr::{MemoryAccess, Va};
@@ -33,6 +35,10 @@ pub struct Breakpoint {
     pub deadline: Option<f64>,
     handler: Mutex<Option<Py<PyAny>>>,
     ask: Option<Py<PyAny>>,
+    /// What its filter asks, by number; taken by the collector only.
+    predicates: Mutex<Vec<Py<PyAny>>>,
+    /// The filter, as Python gave it.
+    filter: Option<Py<PyAny>>,
     /// Calls of its handler.
     pub calls: AtomicU64,
 }
@@ -45,6 +51,11 @@ pub struct Given {
     pub tag: Py<PyAny>,
     pub deadline: Option<f64>,
     pub root: Option<u64>,
+    pub filter: Option<Py<PyAny>>,
+    pub condition: Condition,
+    pub captured: Option<Captured>,
+    /// Events a second.
+    pub budget: Option<u64>,
 }
 
 impl Breakpoint {
@@ -68,6 +79,8 @@ impl Breakpoint {
             deadline: given.deadline,
             handler: Mutex::new(given.handler.as_ref().map(|handler| handler.clone_ref(py))),
             ask: given.ask.as_ref().map(|ask| ask.clone_ref(py)),
+            predicates: Mutex::new(given.condition.clone_ref(py).predicates),
+            filter: given.filter.as_ref().map(|filter| filter.clone_ref(py)),
             calls: AtomicU64::new(0),
             shared: shared.clone(),
         }
@@ -88,6 +101,17 @@ impl Breakpoint {
 
     pub fn handler(&self, py: Python<'_>) -> Option<Py<PyAny>> {
         self.handler.lock().as_ref().map(|handler| handler.clone_ref(py))
+    }
+
+    /// Its name in a recording.
+    pub fn label(&self, py: Python<'_>) -> String {
+        let symbol = self.symbol.as_ref().map(|symbol| symbol.bind(py).to_string_lossy().into_owned());
+        symbol.unwrap_or_else(|| format!("{:#x}", self.va.0))
+    }
+
+    /// The function that a question of its filter is put to.
+    pub fn predicate(&self, py: Python<'_>, number: u16) -> Option<Py<PyAny>> {
+        self.predicates.lock().get(usize::from(number)).map(|predicate| predicate.clone_ref(py))
     }
 
     pub fn ask(&self) -> Option<&Py<PyAny>> {
@@ -183,6 +207,12 @@ impl Breakpoint {
         self.tag_object(py)
     }
 
+    /// The filter, as it was given.
+    #[getter]
+    fn r#where(&self, py: Python<'_>) -> Option<Py<PyAny>> {
+        self.filter.as_ref().map(|filter| filter.clone_ref(py))
+    }
+
     /// Whether it is to raise hits.
     #[getter]
     fn enabled(&self, py: Python<'_>) -> bool {
@@ -203,12 +233,20 @@ impl Breakpoint {
     /// Its counters so far, as a snapshot.
     #[getter]
     fn stats(&self, py: Python<'_>) -> BreakpointStats {
-        let stats = self.shared.quick(py, |inner| inner.session.tap_stats(self.id()));
+        let (stats, holds, budget) = self.shared.quick(py, |inner| {
+            let (session, id) = (&inner.session, self.id());
+            (session.tap_stats(id), session.tap_holds(id).cloned().unwrap_or_default(), session.budget(id))
+        });
         BreakpointStats {
             hits: stats.hits,
+            filtered: stats.filtered,
+            filter_faults: stats.filter_faults,
             py_calls: self.calls.load(Ordering::Relaxed),
             hold_total: stats.hold_total.as_secs_f64(),
-            hold_max: stats.hold_max.as_secs_f64(),
+            hold_p50: seconds(holds.quantile_ns(0.5)),
+            hold_p99: seconds(holds.quantile_ns(0.99)),
+            hold_max: stats.hold_max.as_secs_f64().max(seconds(holds.max_ns())),
+            over_budget: budget.is_some_and(|budget| budget.is_exceeded()),
         }
     }
 
@@ -254,16 +292,21 @@ impl Breakpoint {
         visit.call(&self.key)?;
         visit.call(&self.tag)?;
         visit.call(&self.ask)?;
+        visit.call(&self.filter)?;
         // Held by nobody while the collector runs, except by a thread that is about to let go of it: then it is left for later.
         if let Some(handler) = self.handler.try_lock() {
             visit.call(&*handler)?;
+        }
+        if let Some(predicates) = self.predicates.try_lock() {
+            predicates.iter().try_for_each(|predicate| visit.call(predicate))?;
         }
         Ok(())
     }
 
     fn __clear__(&self) {
         let handler = self.handler.lock().take();
-        drop(handler);
+        let predicates = std::mem::take(&mut *self.predicates.lock());
+        drop((handler, predicates));
     }
 }
 
@@ -272,18 +315,28 @@ impl Breakpoint {
 pub struct BreakpointStats {
     /// How often it was hit.
     hits: u64,
-    /// How often its handler was called.
+    /// Hits that its filter kept back; they are not among `hits`.
+    filtered: u64,
+    /// Hits at which its filter looked at memory that could not be read.
+    filter_faults: u64,
+    /// How often its handler, or a predicate of its filter, was called.
     py_calls: u64,
-    /// Seconds vCPUs stood still for it, all together.
+    /// Seconds vCPUs stood still for hits that were handed to Python, all together.
     hold_total: f64,
+    /// The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long.
+    hold_p50: f64,
+    /// The time that 99 of 100 do not exceed.
+    hold_p99: f64,
     /// The longest of these times.
     hold_max: f64,
+    /// Whether it was disabled because it exceeded its budget.
+    over_budget: bool,
 }
 
 #[pymethods]
 impl BreakpointStats {
     fn __repr__(&self) -> String {
-        format!("<BreakpointStats hits={} py_calls={}>", self.hits, self.py_calls)
+        format!("<BreakpointStats hits={} filtered={} py_calls={}>", self.hits, self.filtered, self.py_calls)
     }
 }
 

@@ -19,6 +19,7 @@ import_exception!(vmitap.errors, InvalidArgumentError);
 import_exception!(vmitap.errors, NoPendingEventError);
 import_exception!(vmitap.errors, NotSupportedError);
 import_exception!(vmitap.errors, OutOfRangeError);
+import_exception!(vmitap.errors, RecordingError);
 import_exception!(vmitap.errors, SessionBusyError);
 import_exception!(vmitap.errors, StaleContextError);
 import_exception!(vmitap.errors, StringTooLongError);
@@ -68,6 +69,7 @@ impl From<VmiError> for PyErr {
             VmiError::NoPendingEvent { vcpu } => NoPendingEventError::new_err((vcpu.0,)),
             VmiError::DomainGone { reason } => DomainGoneError::new_err((reason,)),
             VmiError::InvalidArgument { what, reason } => InvalidArgumentError::new_err((what, reason)),
+            VmiError::Recording { path, errno, reason, rows } => RecordingError::new_err((path, errno, reason, rows)),
             VmiError::UndoFailed { cause, left_behind } => UndoFailedError::new_err(Undo { cause: *cause, left_behind }),
         }
     }

@@ -26,7 +26,7 @@ pub struct RunResult {
     reason: &'static str,
     /// Hits of breakpoints and watches; an event that several own counts once for each.
     hits: u64,
-    /// Events at a tapped address that nobody wanted: under another root, or in the rest of a watched page.
+    /// Hits that filters kept back, and events nobody wanted: under another root, or in the rest of a watched page.
     filtered: u64,
     /// Calls of handlers.
     py_calls: u64,
@@ -38,17 +38,30 @@ pub struct RunResult {
     hold_total: f64,
     /// Seconds a vCPU stood still for one hit, on average; 0 without hits.
     hold_mean: f64,
+    /// The time that half of them do not exceed; at most a quarter too long, like the next. 0 without such hits.
+    hold_p50: f64,
+    /// The time that 99 of 100 do not exceed.
+    hold_p99: f64,
     /// The longest of these times.
     hold_max: f64,
+    /// Breakpoints that exceeded their budget and were disabled.
+    disabled_by_budget: u64,
     /// `hits / elapsed`.
     hits_per_second: f64,
+}
+
+/// Nanoseconds as seconds.
+#[expect(clippy::cast_precision_loss, reason = "a time that was measured")]
+pub fn seconds(ns: u64) -> f64 {
+    ns as f64 / 1e9
 }
 
 impl RunResult {
     #[expect(clippy::cast_precision_loss, reason = "averages of counters")]
     pub fn new(py: Python<'_>, shared: &Shared, course: &Course, reason: Reason) -> Self {
         let elapsed = course.begun.elapsed().as_secs_f64();
-        let now = shared.quick(py, |inner| inner.session.stats());
+        let before = &course.holds_before;
+        let (now, holds) = shared.quick(py, |inner| (inner.session.stats(), inner.session.holds().since(before)));
         let hits = now.hits.saturating_sub(course.before.hits);
         let handled = now.handled.saturating_sub(course.before.handled);
         let hold_total = now.hold_total.saturating_sub(course.before.hold_total).as_secs_f64();
@@ -61,7 +74,10 @@ impl RunResult {
             elapsed,
             hold_total,
             hold_mean: if handled == 0 { 0.0 } else { hold_total / handled as f64 },
-            hold_max: course.hold_max.as_secs_f64(),
+            hold_p50: seconds(holds.quantile_ns(0.5)),
+            hold_p99: seconds(holds.quantile_ns(0.99)),
+            hold_max: course.hold_max.as_secs_f64().max(seconds(holds.max_ns())),
+            disabled_by_budget: now.disabled_by_budget.saturating_sub(course.before.disabled_by_budget),
             hits_per_second: if elapsed > 0.0 { hits as f64 / elapsed } else { 0.0 },
         }
     }
@@ -88,6 +104,12 @@ pub struct Stats {
     py_calls: u64,
     /// As `RunResult.lost`.
     lost: u64,
+    /// Rows that were captured.
+    rows: u64,
+    /// As `Recording.lost`.
+    rows_lost: u64,
+    /// Calls whose return values were given up, of `on_return`.
+    returns_lost: u64,
     /// INT3 of the guest's own that were delivered to it.
     reinjected: u64,
     /// Reads of hidden pages that were served with the original bytes.
@@ -114,6 +136,9 @@ impl Stats {
             filtered: counters.filtered,
             py_calls: shared.calls.load(Ordering::Relaxed),
             lost: shared.lost.load(Ordering::Relaxed),
+            rows: counters.rows,
+            rows_lost: counters.rows_lost,
+            returns_lost: counters.returns_lost,
             reinjected: counters.reinjected,
             hidden_reads: counters.hidden_reads,
             hidden_writes: counters.hidden_writes,

@@ -15,7 +15,7 @@ use super::shared::{Inner, Listener, Shared};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
-use crate::session::{self, Limits, Poll, Session, Stats};
+use crate::session::{self, Histogram, Limits, Poll, Session, Stats};
 use crate::tap::OnWrite;
 
 /// Between two looks at Python's signals.
@@ -52,6 +52,7 @@ pub struct Course {
     /// The session's hits at which it ends.
     last_hit: Option<u64>,
     pub before: Stats,
+    pub holds_before: Box<Histogram>,
     pub calls_before: u64,
     pub lost_before: u64,
     pub hold_max: Duration,
@@ -59,13 +60,14 @@ pub struct Course {
 
 impl Course {
     pub fn begin(py: Python<'_>, shared: &Shared, timeout: Option<Duration>, max_hits: Option<u64>) -> Self {
-        let before = shared.quick(py, |inner| inner.session.stats());
+        let (before, holds_before) = shared.quick(py, |inner| (inner.session.stats(), Box::new(inner.session.holds().clone())));
         let begun = Instant::now();
         Self {
             begun,
             deadline: timeout.and_then(|timeout| begun.checked_add(timeout)),
             last_hit: max_hits.map(|hits| before.hits.saturating_add(hits)),
             before,
+            holds_before,
             calls_before: shared.calls.load(Ordering::Relaxed),
             lost_before: shared.lost.load(Ordering::Relaxed),
             hold_max: Duration::ZERO,
@@ -77,6 +79,27 @@ impl Course {
 enum Answer {
     Verdict(session::Verdict),
     Write(OnWrite),
+    /// Of a question of a filter.
+    Admit(bool),
+}
+
+/// What a function is called for.
+#[derive(Clone, Copy)]
+enum Asked {
+    Verdict,
+    Policy,
+    Condition,
+}
+
+impl Asked {
+    /// What holds if there is no answer.
+    const fn unanswered(self) -> Answer {
+        match self {
+            Self::Verdict => Answer::Verdict(session::Verdict::Continue),
+            Self::Policy => Answer::Write(OnWrite::Reapply),
+            Self::Condition => Answer::Admit(false),
+        }
+    }
 }
 
 impl Answer {
@@ -84,6 +107,7 @@ impl Answer {
         match self {
             Self::Verdict(verdict) => session.answer(verdict),
             Self::Write(policy) => session.answer_write(policy),
+            Self::Admit(value) => session.answer_question_of_filter(value),
         }
     }
 }
@@ -235,7 +259,12 @@ fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
 /// Tells everybody who wants to know of a hit, and finds the answer to it.
 fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session::Hit>) {
     let now = Instant::now();
-    state.answer = Some(Answer::Verdict(session::Verdict::Continue));
+    let asked = match (hit.question, hit.ask) {
+        (Some(_), _) => Asked::Condition,
+        (None, true) => Asked::Policy,
+        (None, false) => Asked::Verdict,
+    };
+    state.answer = Some(asked.unanswered());
     state.met_at = Some(now);
     if state.event.replace((hit.at, hit.vcpu)) != Some((hit.at, hit.vcpu)) {
         state.decider = None;
@@ -246,18 +275,18 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session
     let Some((_, breakpoint)) = &state.breakpoint else { return };
     let breakpoint = breakpoint.clone_ref(py);
     let tap = breakpoint.get();
-    let listeners = if hit.ask { Vec::new() } else { listeners_of(shared, hit.tap) };
+    let listeners = if hit.ask || hit.question.is_some() { Vec::new() } else { listeners_of(shared, hit.tap) };
     // After an error nobody is called any more, but no hit is kept back from those who only look.
-    let handler = match (state.raised.is_some(), hit.ask) {
-        (true, _) => None,
-        (false, true) => tap.ask().map(|ask| ask.clone_ref(py)),
-        (false, false) => tap.handler(py),
+    let handler = match (state.raised.is_some(), hit.ask, hit.question) {
+        (true, ..) => None,
+        (false, _, Some(number)) => tap.predicate(py, number),
+        (false, true, None) => tap.ask().map(|ask| ask.clone_ref(py)),
+        (false, false, None) => tap.handler(py),
     };
     if handler.is_none() && listeners.is_empty() {
         return;
     }
     let generation = if handler.is_some() { shared.generation.fetch_add(1, Ordering::AcqRel) + 1 } else { 0 };
-    let ask = hit.ask;
     let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation)) {
         Ok(object) => object,
         Err(error) => {
@@ -269,7 +298,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session
         enqueue(py, shared, &listener, &object);
     }
     let Some(handler) = handler else { return };
-    let said = call(py, shared, state, &breakpoint, &handler, &object, ask);
+    let said = call(py, shared, state, &breakpoint, &handler, &object, asked);
     if generation != 0 {
         shared.generation.fetch_add(1, Ordering::AcqRel);
     }
@@ -301,7 +330,7 @@ fn call(
     breakpoint: &Py<Breakpoint>,
     handler: &Py<PyAny>,
     hit: &Py<Hit>,
-    ask: bool,
+    asked: Asked,
 ) -> Answer {
     let tap = breakpoint.get();
     shared.calls.fetch_add(1, Ordering::Relaxed);
@@ -309,15 +338,18 @@ fn call(
     let began = tap.deadline.map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));
     let took = began.map(|began| began.elapsed().as_secs_f64());
-    let go_on = Answer::Verdict(session::Verdict::Continue);
-    let answer =
-        match returned.and_then(|returned| if ask { read_policy(&returned) } else { read_verdict(&returned, state, hit) }) {
-            Ok(answer) => answer,
-            Err(error) => {
-                state.raised.get_or_insert_with(|| handler_error(py, hit, error));
-                return go_on;
-            }
-        };
+    let read = |returned: Bound<'_, PyAny>| match asked {
+        Asked::Condition => read_condition(&returned),
+        Asked::Policy => read_policy(&returned),
+        Asked::Verdict => read_verdict(&returned, state, hit),
+    };
+    let answer = match returned.and_then(read) {
+        Ok(answer) => answer,
+        Err(error) => {
+            state.raised.get_or_insert_with(|| handler_error(py, hit, error));
+            return asked.unanswered();
+        }
+    };
     if let (Some(deadline), Some(took)) = (tap.deadline, took)
         && took > deadline
     {
@@ -354,6 +386,11 @@ fn read_verdict(returned: &Bound<'_, PyAny>, state: &mut Loop, hit: &Py<Hit>) ->
         state.decider = Some(hit.clone_ref(returned.py()));
     }
     Ok(Answer::Verdict(verdict.clone()))
+}
+
+fn read_condition(returned: &Bound<'_, PyAny>) -> PyResult<Answer> {
+    let refuse = |_| PyTypeError::new_err("the function of a Filter.predicate returns True or False");
+    returned.extract::<bool>().map(Answer::Admit).map_err(refuse)
 }
 
 fn read_policy(returned: &Bound<'_, PyAny>) -> PyResult<Answer> {

@@ -6,8 +6,10 @@ use pyo3::prelude::*;
 use super::breakpoint::{Breakpoint, Given};
 use super::convert::optional;
 use super::errors::invalid;
+use super::expression::{Captured, condition};
 use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
+use crate::capture::Abi;
 use crate::session::{TapKind, TapSpec};
 use crate::tap::OnWrite;
 
@@ -19,6 +21,7 @@ pub enum Kind {
 }
 
 /// Checks what Python gave.
+#[expect(clippy::too_many_arguments, reason = "what the signatures Python sees have in common")]
 pub fn given(
     py: Python<'_>,
     handler: Option<Py<PyAny>>,
@@ -26,6 +29,8 @@ pub fn given(
     key: Option<&Bound<'_, PyAny>>,
     tag: Option<Py<PyAny>>,
     (deadline, root): (Option<f64>, Option<&Bound<'_, PyAny>>),
+    (filter, captured, abi): (Option<&Bound<'_, PyAny>>, Option<Captured>, Abi),
+    budget: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<Given> {
     for (function, name) in [(&handler, "a handler"), (&ask, "what is given as ask=")] {
         if function.as_ref().is_some_and(|function| !function.bind(py).is_callable()) {
@@ -37,7 +42,19 @@ pub fn given(
     }
     let root = optional("root", root)?;
     let key = key.map_or_else(|| py.None(), |key| key.clone().unbind());
-    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root })
+    let budget = budget.map(|budget| self::budget(budget)).transpose()?;
+    let condition = condition("where", filter, abi)?;
+    let filter = filter.map(|filter| filter.clone().unbind());
+    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition, captured, budget })
+}
+
+/// A `Budget` argument.
+fn budget(budget: &Bound<'_, PyAny>) -> PyResult<u64> {
+    let class = budget.py().import("vmitap.policy")?.getattr("Budget")?;
+    if !budget.is_instance(&class)? {
+        return Err(PyTypeError::new_err("expected a vmitap.Budget"));
+    }
+    budget.getattr("per_second")?.extract()
 }
 
 /// Puts them in: all or none.
@@ -54,6 +71,8 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
     let make = |va: &Va| Py::new(py, Breakpoint::new(py, shared, given, (*va, length, access), view));
     let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
     let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
+    let name = |object: &Py<Breakpoint>| object.get().label(py);
+    let labels: Vec<String> = if given.captured.is_some() { objects.iter().map(name).collect() } else { Vec::new() };
     let everybody = shared.listeners.lock().iter().any(|listener| listener.taps.is_none());
     let wanted = given.handler.is_some() || everybody;
     shared.open_released(py, |session| {
@@ -66,7 +85,24 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
             TapSpec { kind, va: *va, context, global: given.root.is_none(), view, on_write, key, wanted, enabled }
         };
         let specs: Vec<TapSpec> = vas.iter().map(spec).collect();
+        if let Some(captured) = &given.captured {
+            session.check_capture(&captured.entry, captured.on_return.as_ref())?;
+        }
         let ids = session.add_many(&specs)?;
+        if let Some(Captured { entry, on_return }) = &given.captured {
+            for (id, label) in ids.iter().zip(&labels) {
+                session.set_capture(*id, entry.clone(), on_return.clone(), label)?;
+            }
+        }
+        if given.budget.is_some() {
+            for id in &ids {
+                session.set_budget(*id, given.budget);
+            }
+        }
+        if let Some(program) = &given.condition.program {
+            // No event can come in between: the loop needs this lock.
+            ids.iter().try_for_each(|id| session.set_filter(*id, Some(program)))?;
+        }
         // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
         let mut taps = shared.taps.lock();
         for (id, object) in ids.into_iter().zip(kept) {

@@ -11,6 +11,7 @@ use super::errors::invalid;
 use super::{gil, shared, vm};
 use crate::addr::{Pa, Va, VcpuId};
 use crate::arch::amd64::Registers;
+use crate::capture::Abi;
 use crate::driver::open::{OpenOptions, Opened, Remote, Still, Target, open_still};
 use crate::error::Result;
 use crate::event::{EventAction, EventReason, VmiEvent};
@@ -145,5 +146,5 @@ pub fn _still(
         Ok((Session::new(driver, on_write)?, symbols, version, Script { remote, registers, scratch }))
     });
     let (session, symbols, version, script) = opened?;
-    Ok((vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, on_write))), script))
+    Ok((vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, (on_write, Abi::default())))), script))
 }

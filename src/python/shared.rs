@@ -19,6 +19,7 @@ use super::errors::{busy, stale};
 use super::floor::Planted;
 use super::gil::detached;
 use super::hit::Hit;
+use crate::capture::Abi;
 use crate::driver::{Caps, VmInfo, Waker};
 use crate::error::{Result, VmiError};
 use crate::session::{Session, TapId};
@@ -60,6 +61,8 @@ pub struct Shared {
     pub version: String,
     /// What a write does where a breakpoint says nothing else.
     pub on_write: OnWrite,
+    /// How arguments are passed where a breakpoint says nothing else.
+    pub abi: Abi,
     pub began: Instant,
     pub waker: Arc<dyn Waker>,
     /// By the number of the tap.
@@ -85,11 +88,12 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(py: Python<'_>, session: Session, symbols: SymbolTable, version: String, on_write: OnWrite) -> Self {
+    pub fn new(py: Python<'_>, session: Session, symbols: SymbolTable, version: String, (on_write, abi): (OnWrite, Abi)) -> Self {
         let (info, caps) = (session.vmi().driver().info().clone(), session.vmi().driver().caps());
         let vcpus = usize::from(info.vcpus);
         Self {
             waker: session.waker(),
+            began: session.began(),
             inner: Mutex::new(Inner { session, planted: Vec::new() }),
             turn: Mutex::default(),
             symbols,
@@ -97,7 +101,7 @@ impl Shared {
             caps,
             version,
             on_write,
-            began: Instant::now(),
+            abi,
             taps: Mutex::default(),
             keys: PyDict::new(py).unbind(),
             key_count: AtomicU64::new(0),
@@ -263,7 +267,9 @@ impl Shared {
                     failed.get_or_insert(error);
                 }
             }
-            session.detach().and(failed.map_or(Ok(()), Err))
+            // A file that could not be ended is told of last: the guest comes first.
+            let ended = session.end_recording().map(drop);
+            session.detach().and(failed.map_or(Ok(()), Err)).and(ended)
         });
         // What Python handed in is dropped last, and without a lock.
         let taps = std::mem::take(&mut *self.taps.lock());

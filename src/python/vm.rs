@@ -1,5 +1,6 @@
 //! A session, as Python holds it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -13,16 +14,19 @@ use super::breakpoint::{Breakpoint, Breakpoints};
 use super::convert::{self, AccessArg, OnWriteArg};
 use super::errors::{invalid, stale};
 use super::events::{Events, RunResult, Stats};
+use super::expression;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
 use super::plant::{self, Kind};
+use super::recording::{Recording, RecordingFile};
 use super::registers::Registers;
 use super::shared::Shared;
 use super::symbols::Symbols;
 use super::views::{Caps, View, Views, VmInfo};
 use crate::addr::{Pa, Va, VcpuId};
 use crate::arch::amd64::{AddressContext, Injection, InjectionKind};
+use crate::capture::Abi;
 use crate::error::Result;
 use crate::session::Session;
 use crate::tap::OnWrite;
@@ -97,6 +101,11 @@ impl Vm {
             Some(number) => convert::vcpu(number, self.shared.info.vcpus),
             None => Ok(self.scope.map_or(VcpuId(0), |scope| scope.vcpu)),
         }
+    }
+
+    /// How arguments are passed.
+    fn abi(&self, abi: Option<&str>) -> PyResult<Abi> {
+        abi.map_or(Ok(self.open()?.abi), expression::abi)
     }
 
     fn address(&self, address: &Bound<'_, PyAny>) -> PyResult<Va> {
@@ -189,6 +198,18 @@ impl Vm {
         Ok(Views(self.current()?.clone()))
     }
 
+    /// What was captured, in columns.
+    #[getter]
+    fn recording(&self) -> PyResult<Recording> {
+        Ok(Recording(self.current()?.clone()))
+    }
+
+    /// Writes what is captured to a file while the guest runs, in bounded memory.
+    #[pyo3(signature = (path, *, format=None, batch=65_536))]
+    fn record_to(&self, py: Python<'_>, path: PathBuf, format: Option<&str>, batch: usize) -> PyResult<RecordingFile> {
+        RecordingFile::open(py, self.open()?, path, format, batch)
+    }
+
     /// Guest-physical memory as a whole, and scattered reads.
     #[getter]
     fn memory(&self) -> PyResult<Memory> {
@@ -235,7 +256,7 @@ impl Vm {
     }
 
     /// Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (target, handler=None, *, root=None, view=None, on_write=None, ask=None, key=None, tag=None, deadline=None, enabled=true))]
+    #[pyo3(signature = (target, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, ask=None, key=None, tag=None, deadline=None, budget=None, enabled=true))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn breakpoint(
         &self,
@@ -244,11 +265,16 @@ impl Vm {
         handler: Option<Py<PyAny>>,
         root: Option<&Bound<'_, PyAny>>,
         view: Option<&Bound<'_, View>>,
+        r#where: Option<&Bound<'_, PyAny>>,
+        capture: Option<&Bound<'_, PyAny>>,
+        on_return: Option<&Bound<'_, PyAny>>,
+        abi: Option<&str>,
         on_write: Option<OnWriteArg>,
         ask: Option<Py<PyAny>>,
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
         enabled: bool,
     ) -> PyResult<Py<Breakpoint>> {
         let shared = self.open()?;
@@ -258,7 +284,9 @@ impl Vm {
         if ask.is_some() && on_write.map_or(shared.on_write, |policy| policy.0) != OnWrite::Ask {
             return Err(invalid("ask", "it goes with OnWrite.ASK only"));
         }
-        let given = plant::given(py, handler, ask, key, tag, (deadline, root))?;
+        let abi = self.abi(abi)?;
+        let captured = expression::captured(py, capture, on_return, abi)?;
+        let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let va = convert::address("target", target, &shared.symbols)?;
         let kind =
             Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled };
@@ -266,7 +294,7 @@ impl Vm {
     }
 
     /// Puts many breakpoints into the guest at once: all of them, or on an error none.
-    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, on_write=None, key=None, tag=None, deadline=None))]
+    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, key=None, tag=None, deadline=None, budget=None))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn insert_many(
         &self,
@@ -275,10 +303,15 @@ impl Vm {
         handler: Option<Py<PyAny>>,
         root: Option<&Bound<'_, PyAny>>,
         view: Option<&Bound<'_, View>>,
+        r#where: Option<&Bound<'_, PyAny>>,
+        capture: Option<&Bound<'_, PyAny>>,
+        on_return: Option<&Bound<'_, PyAny>>,
+        abi: Option<&str>,
         on_write: Option<OnWriteArg>,
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Vec<Py<Breakpoint>>> {
         let shared = self.open()?;
         if targets.is_instance_of::<PyString>() {
@@ -287,7 +320,9 @@ impl Vm {
         if on_write.is_some_and(|policy| policy.0 == OnWrite::Ask) {
             return Err(invalid("on_write", "OnWrite.ASK needs a function to ask: use breakpoint()"));
         }
-        let given = plant::given(py, handler, None, key, tag, (deadline, root))?;
+        let abi = self.abi(abi)?;
+        let captured = expression::captured(py, capture, on_return, abi)?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let resolve = |target: PyResult<Bound<'_, PyAny>>| convert::address("targets", &target?, &shared.symbols);
         let vas = targets.try_iter()?.map(resolve).collect::<PyResult<Vec<Va>>>()?;
         let kind =
@@ -296,7 +331,7 @@ impl Vm {
     }
 
     /// Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (address, length, access, handler=None, *, root=None, key=None, tag=None, deadline=None))]
+    #[pyo3(signature = (address, length, access, handler=None, *, root=None, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn watch(
         &self,
@@ -306,13 +341,19 @@ impl Vm {
         access: AccessArg,
         handler: Option<Py<PyAny>>,
         root: Option<&Bound<'_, PyAny>>,
+        r#where: Option<&Bound<'_, PyAny>>,
+        capture: Option<&Bound<'_, PyAny>>,
+        abi: Option<&str>,
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<Breakpoint>> {
         let va = self.address(address)?;
         let kind = Kind::Watch { len: convert::number("length", length)?, access: access.0 };
-        let given = plant::given(py, handler, None, key, tag, (deadline, root))?;
+        let abi = self.abi(abi)?;
+        let captured = expression::captured(py, capture, None, abi)?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("address", "none was given"))
     }
 

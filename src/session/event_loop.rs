@@ -65,14 +65,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             // By reference: an event is large, and this is done once for each.
             let event = match &wait {
                 Ok(Wait::Event(event)) => event,
-                Ok(Wait::Timeout) => return Ok(Poll::Timeout),
-                Ok(Wait::Idle) => return Ok(Poll::Idle),
+                Ok(Wait::Timeout) => return self.flush_followed().map(|()| Poll::Timeout),
+                Ok(Wait::Idle) => return self.flush_followed().map(|()| Poll::Idle),
                 Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
             let home = self.home_of(event);
             match self.take(event, home) {
-                Ok(false) => {}
+                Ok(false) => {
+                    self.settle_captured()?;
+                    self.enforce_budgets()?;
+                }
                 Ok(true) => {
                     if let Some(hit) = self.next_hit() {
                         return Ok(Poll::Hit(hit));
@@ -91,6 +94,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 left = EVENTS;
                 timeout = deadline.saturating_duration_since(Instant::now());
                 if timeout.is_zero() {
+                    self.flush_followed()?;
                     return Ok(Poll::Timeout);
                 }
             }
@@ -208,22 +212,30 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.stats.filtered += 1;
             return Sorted::Answer(course);
         }
+        self.returned(event);
+        self.spend_budgets();
+        self.filter_owners(&event.registers, (event.vcpu, va));
+        self.capture_owners(event, va);
+        let Self { taps, questions, owners, .. } = self;
+        let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
-        for tap in &self.owners {
-            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
-                tap.stats.hits += 1;
-                is_wanted |= tap.spec.wanted;
+        for id in &*owners {
+            if let Some(tap) = taps.get_mut(id.0 as usize) {
+                let asked = is_asked(id);
+                is_wanted |= tap.spec.wanted || asked;
+                tap.stats.hits += u64::from(!asked);
             }
         }
-        self.stats.hits += self.owners.len() as u64;
+        self.stats.hits += (owners.len() - questions.len()) as u64;
         if !is_wanted {
             return Sorted::Answer(course);
         }
-        let taps = &self.taps;
-        self.owners.retain(|tap| taps.get(tap.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        owners.retain(|id| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted));
         // Given back by `finish`.
-        let wanted = std::mem::take(&mut self.owners);
-        self.pending = Some(Self::pending(event, home, course, (va, pa), access, wanted));
+        let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
+        let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);
+        pending.questions = questions;
+        self.pending = Some(pending);
         Sorted::Wanted
     }
 
@@ -244,6 +256,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             access,
             wanted,
             told: 0,
+            questions: Vec::new(),
+            is_question: false,
             verdict: None,
             asking: None,
             touched: false,
@@ -307,9 +321,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Some(tap) => (*tap, false),
                 None => (pending.asking.filter(|_| pending.told == pending.wanted.len())?, true),
             };
-            pending.told += 1;
             // A handler before may have taken it out, which is meant to take effect at once.
             let gone = self.taps.get(tap.0 as usize).is_none_or(|tap| tap.state != TapState::Active);
+            let question = if gone || ask { None } else { pending.question() };
+            pending.is_question = question.is_some();
+            pending.told += usize::from(question.is_none());
             if gone && !ask {
                 continue;
             }
@@ -324,6 +340,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 access: pending.access,
                 step: pending.step,
                 ask,
+                question,
                 at: pending.received,
             }));
         }
@@ -339,6 +356,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_out) else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };
+        if pending.is_question {
+            return self.answer_question_of_filter(false);
+        }
         pending.is_out = false;
         if pending.told > pending.wanted.len() {
             // The question was not answered: as the default policy says.
@@ -350,6 +370,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         {
             pending.verdict = Some((tap, verdict));
         }
+        self.go_on_after_answer()
+    }
+
+    /// Ends the event, unless somebody is still to be told or asked.
+    pub(super) fn go_on_after_answer(&mut self) -> Result<()> {
+        let Some(pending) = &self.pending else { return Ok(()) };
         if pending.told < pending.wanted.len() || matches!(pending.verdict, Some((_, Verdict::Pause))) {
             return Ok(());
         }
@@ -419,7 +445,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.rescue(&pending.event, pending.home(), pending.course == Course::Deny);
         }
         self.owners = pending.wanted;
-        done
+        done.and(self.settle()).and(self.enforce_budgets())
     }
 
     fn note_hold(&mut self, pending: &Pending) {
@@ -430,6 +456,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
+        self.count_hold(&pending.wanted, held.as_nanos() as u64);
         for tap in &pending.wanted {
             self.stats.handled += 1;
             if let Some(tap) = self.taps.get_mut(tap.0 as usize) {

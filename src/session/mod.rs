@@ -4,8 +4,13 @@
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
 mod event_loop;
+mod filter;
+mod hold;
 mod paging;
 mod pending;
+mod record;
+mod returns;
+mod sink;
 mod taps;
 mod types;
 mod views;
@@ -19,6 +24,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
@@ -27,8 +33,13 @@ use crate::ptm::PageTableMonitor;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
 use crate::undo::Left;
 
+pub use hold::{Budget, Histogram};
 pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
+pub use record::DURATION;
+use returns::Returns;
+pub use returns::WAITING;
+use sink::Sink;
 use taps::Tap;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
@@ -60,11 +71,26 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// Open questions of the filters of those.
+    questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
     last_hold: Option<(Instant, Duration)>,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
+    recording: Recording,
+    /// The row that is being filled; kept to spare allocations.
+    row: Row,
+    /// When the first row of the event in hand was captured.
+    captured_at: u64,
+    sink: Option<Sink>,
+    returns: Returns,
+    /// How long vCPUs stood still for hits.
+    holds: Histogram,
+    /// Taps that are to be switched off once the event in hand is answered.
+    over_budget: Vec<TapId>,
+    /// What times are counted from.
+    began: Instant,
     on_write: OnWrite,
     detached: bool,
     /// Nothing of the session is left in the guest.
@@ -103,6 +129,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             left.note(driver.destroy_view(tap_view), || format!("view {tap_view}"));
             return Err(left.after(cause));
         }
+        let (recording, began) = Self::new_recording();
         Ok(Self {
             vmi,
             tap_view,
@@ -118,6 +145,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             overdue: Vec::new(),
             pending: None,
             owners: Vec::new(),
+            questions: Vec::new(),
+            recording,
+            row: Row::default(),
+            captured_at: 0,
+            sink: None,
+            returns: Returns::default(),
+            holds: Histogram::default(),
+            over_budget: Vec::new(),
+            began,
             last_hold: None,
             answered_at: None,
             stats: Stats::default(),
@@ -139,7 +175,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        self.stats
+        Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
     }
 
     /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
@@ -150,6 +186,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Frames that hold shadow pages of this session's breakpoints now.
     pub fn shadow_frames(&self) -> usize {
         self.controller.shadow_frames()
+    }
+
+    /// What the times of hits are counted from.
+    pub const fn began(&self) -> Instant {
+        self.began
     }
 
     /// Whether [`Session::detach`] was called, whatever it left behind.
@@ -313,6 +354,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.restored {
             return Ok(());
         }
+        self.end_waiting_rows();
         let mut left = Left::default();
         // The controller knows all that is in the guest, and takes it back by the page.
         let cleared = self.controller.clear(&mut self.vmi);

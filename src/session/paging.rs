@@ -120,7 +120,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
         }
         for (va, context) in changed {
-            if let Err(error) = self.settle(va, context, here) {
+            if let Err(error) = self.follow_page(va, context, here) {
                 self.owed.push((va, context));
                 failed = failed.and(Err(error));
             }
@@ -129,7 +129,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Brings the breakpoints of one address to where it is mapped.
-    fn settle(&mut self, va: Va, context: AddressContext, here: Option<AddressContext>) -> Result<()> {
+    fn follow_page(&mut self, va: Va, context: AddressContext, here: Option<AddressContext>) -> Result<()> {
         let now = self.tables.mapped(va, context);
         let elsewhere: Vec<(TapId, Pa, bool)> = self
             .manager

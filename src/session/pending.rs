@@ -5,6 +5,7 @@ use std::time::Instant;
 use crate::addr::{MemoryAccess, Pa, Va, View};
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 
+use super::filter::Question;
 use super::write::AfterWrite;
 use super::{TapId, Verdict};
 
@@ -70,6 +71,10 @@ pub struct Pending {
     /// Taps to be told, and how many were.
     pub wanted: Vec<TapId>,
     pub told: usize,
+    /// Filters of those to be told that need an answer first.
+    pub questions: Vec<Question>,
+    /// What was handed out last is such a question.
+    pub is_question: bool,
     /// The first verdict that says something.
     pub verdict: Option<(TapId, Verdict)>,
     /// The write was put to a question, which is open.

@@ -6,6 +6,9 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 use crate::undo::Left;
 
+use super::filter::Filter;
+use super::hold::{Budget, Histogram};
+use super::record::Capture;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// One tap.
@@ -14,10 +17,14 @@ pub struct Tap {
     /// Active also while it waits for its page.
     pub state: TapState,
     pub stats: TapStats,
+    pub filter: Option<Box<Filter>>,
+    pub capture: Option<Box<Capture>>,
+    pub budget: Option<Box<Budget>>,
+    pub holds: Option<Box<Histogram>>,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
-    fn tap(&self, id: TapId) -> Option<&Tap> {
+    pub(super) fn tap(&self, id: TapId) -> Option<&Tap> {
         self.taps.get(id.0 as usize)
     }
 
@@ -48,7 +55,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// The counters of a tap.
     pub fn tap_stats(&self, id: TapId) -> TapStats {
-        self.tap(id).map(|tap| tap.stats).unwrap_or_default()
+        let Some(tap) = self.tap(id) else { return TapStats::default() };
+        let (filtered, filter_faults) = tap.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
+        TapStats { filtered, filter_faults, ..tap.stats }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.
@@ -168,6 +177,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             spec: *spec,
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
+            filter: None,
+            capture: None,
+            budget: None,
+            holds: None,
         }));
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
@@ -202,6 +215,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// A tap is out of the guest for good.
     pub(super) fn bury(&mut self, id: TapId) {
+        self.forget_returns(id);
         // Once only: somebody else may have its key since.
         let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
@@ -216,6 +230,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::remove`].
     pub fn disable(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         if let Some(tap) = self.tap_mut(id).filter(|tap| tap.state == TapState::Active) {
             tap.state = TapState::Disabled;
         }

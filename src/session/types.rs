@@ -65,6 +65,10 @@ pub enum TapState {
 pub struct TapStats {
     /// How often it was hit.
     pub hits: u64,
+    /// Hits that its filter kept back; they are not among `hits`.
+    pub filtered: u64,
+    /// Looks of its filter at memory that could not be read: at that many hits.
+    pub filter_faults: u64,
     /// How many of its hits were handed to the caller.
     pub handled: u64,
     /// How long vCPUs stood still for the hits that were handed out, all together.
@@ -80,10 +84,19 @@ pub struct Stats {
     pub events: u64,
     /// Hits of taps; an event that several own counts once for each.
     pub hits: u64,
-    /// Events at a tapped place that nobody wanted: under another root, or in the rest of a watched page.
+    /// Hits that filters kept back, and events at a tapped place that nobody wanted: under another root, or in the rest of a
+    /// watched page.
     pub filtered: u64,
     /// Hits that were handed to the caller and answered.
     pub handled: u64,
+    /// Rows that were captured.
+    pub rows: u64,
+    /// Of those, how many had no room in memory or in the file's queue.
+    pub rows_lost: u64,
+    /// Calls whose return values were given up: they did not return while they could be waited for.
+    pub returns_lost: u64,
+    /// Taps that were disabled because they exceeded their budget.
+    pub disabled_by_budget: u64,
     /// INT3s of the guest's own that were delivered to it.
     pub reinjected: u64,
     /// Reads of hidden pages that were served with the original bytes.
@@ -125,6 +138,8 @@ pub struct Hit {
     pub step: u32,
     /// It is a write to a hidden page under [`OnWrite::Ask`], to be answered with [`super::Session::answer_write`].
     pub ask: bool,
+    /// The tap's filter needs an answer first, with [`super::Session::answer_question_of_filter`]: its [`crate::capture::Node::Ask`].
+    pub question: Option<u16>,
     /// When the event was received.
     pub at: Instant,
 }

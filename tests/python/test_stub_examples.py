@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +40,11 @@ EXAMPLES = [example for path in FILES for example in _examples(path)]
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_the_example_prints_what_it_says(example: doctest.DocTest, vm: vmitap.Vm, scratch: int) -> None:
-    example.globs = {"vmitap": vmitap, "vm": vm, "scratch": scratch}
+    # As always with doctest, the names of its own module; those of a stub are the package's.
+    path = Path(example.filename or "")
+    names = "vmitap" if path.suffix == ".pyi" or path.stem == "__init__" else f"vmitap.{path.stem}"
+    module = importlib.import_module(names)
+    example.globs = {**vars(module), "vmitap": vmitap, "vm": vm, "scratch": scratch}
     report: list[str] = []
     result = doctest.DocTestRunner(verbose=False).run(example, out=report.append)
     assert not result.failed, "".join(report)

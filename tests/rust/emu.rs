@@ -174,6 +174,41 @@ fn a_denied_write_has_no_effect_and_counts_as_executed() {
 }
 
 #[test]
+fn a_denied_write_across_a_page_border_has_no_effect_on_either_page() {
+    // The denied page is the second or the first one of the store, and the store is plain, wide or a string's.
+    for (insn, first) in [
+        ("mov qword ptr [page2 - 3], 5", false),
+        ("mov qword ptr [page2 - 3], 5", true),
+        // The engine makes two stores of it; one that ends before the denied page is not taken back.
+        ("movups [page2 - 7], xmm0", false),
+        ("movups [page2 - 7], xmm0", true),
+        ("lock xadd [page2 - 1], rax", false),
+        ("lock xadd [page2 - 1], rax", true),
+        ("lea rdi, [page2 - 2]\nstosq", false),
+        ("lea rdi, [page2 - 2]\nstosq", true),
+    ] {
+        let mut lab = guest(&format!(
+            "mov rax, cr4\nor eax, 0x600\nmov cr4, rax\nxorps xmm0, xmm0\nxor eax, eax\n{insn}\nmov qword ptr [rip + a], 1\n"
+        ));
+        let (page, page2) = (lab.pa("page"), lab.pa("page2"));
+        let before = lab.bytes(page, 8192);
+        lab.view = lab.vm.create_view(MemoryAccess::RWX).unwrap();
+        lab.vm.set_memory_access(lab.view, if first { page.gfn() } else { page2.gfn() }, MemoryAccess::RX).unwrap();
+        lab.vm.switch_to_view(lab.view).unwrap();
+        let mut events = 0;
+        lab.run_with(|lab, event| {
+            events += 1;
+            assert!(lab.bytes(page, 8192) == before, "{insn}: nothing has been written when the event comes");
+            assert!(matches!(event.reason, EventReason::MemoryAccess { access: MemoryAccess::W, .. }), "{event:?}");
+            VmiEventResponse::action(EventAction::Deny)
+        });
+        lab.assert_done();
+        assert_eq!((events, lab.word("a")), (1, 1), "{insn}: it counts as executed");
+        assert!(lab.bytes(page, 8192) == before, "{insn}, {first}");
+    }
+}
+
+#[test]
 fn an_access_event_tells_address_and_length_also_across_a_page_border() {
     for (insn, expected) in [
         ("movzx eax, byte ptr [page + 3]", (3, MemoryAccess::R, 1)),

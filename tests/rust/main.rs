@@ -8,6 +8,7 @@
 )]
 
 mod atomic;
+mod capture;
 mod core;
 #[cfg(feature = "emu")]
 mod emu;
@@ -17,6 +18,7 @@ mod emu_atomic;
 mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
+mod filter;
 #[cfg(feature = "emu")]
 mod guest;
 mod harness;

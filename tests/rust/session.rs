@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use std::sync::Arc;
+
 use vmitap::arch::amd64::{AddressContext, Registers, pte};
+use vmitap::capture::{Abi, Node, Program, Test};
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::driver::{VmiDriver, VmiInfo};
 use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
@@ -408,4 +411,123 @@ fn an_event_is_answered_even_if_its_handling_fails() {
     let result = session.poll(&Limits::default());
     assert!(result.is_err() || !answers(&session).is_empty());
     assert_eq!(answers(&session).len(), 1);
+}
+
+/// A filter made of these steps.
+fn filter(nodes: &[Node]) -> Arc<Program> {
+    Arc::new(Program::compile(nodes, Abi::SystemV).unwrap())
+}
+
+fn argument_is(value: u64) -> Vec<Node> {
+    vec![Node::Argument(0), Node::Const { value, signed: false }, Node::Compare(Test::Eq)]
+}
+
+fn with_rdi(mut event: VmiEvent, rdi: u64) -> VmiEvent {
+    event.registers.gp.rdi = rdi;
+    event
+}
+
+#[test]
+fn a_filtered_hit_is_counted_and_stepped_over_and_nobody_is_told() {
+    let (mut session, context) = session(1);
+    let tap = session.add(&spec(&session, context, CODE)).unwrap();
+    session.set_filter(tap, Some(&filter(&argument_is(7)))).unwrap();
+    let view = session.tap_view();
+    for rdi in [1, 7, 2] {
+        session.vmi_mut().driver_mut().push_event(with_rdi(int3(view, context, CODE, CODE_PA), rdi));
+    }
+    let Poll::Hit(hit) = poll(&mut session) else { panic!("no hit") };
+    assert_eq!((hit.registers.gp.rdi, hit.question), (7, None));
+    session.answer(Verdict::Continue).unwrap();
+    assert!(matches!(poll(&mut session), Poll::Idle));
+    assert_eq!(answers(&session), [step_over(view); 3]);
+    let (all, own) = (session.stats(), session.tap_stats(tap));
+    assert_eq!((all.hits, all.filtered, own.hits, own.filtered, own.filter_faults), (1, 2, 1, 2, 0));
+    session.set_filter(tap, None).unwrap();
+    session.vmi_mut().driver_mut().push_event(int3(view, context, CODE, CODE_PA));
+    assert!(matches!(poll(&mut session), Poll::Hit(_)));
+}
+
+#[test]
+fn a_filter_that_reads_unmapped_memory_keeps_the_hit_back_and_counts_it() {
+    let (mut session, context) = session(1);
+    let tap = session.add(&spec(&session, context, CODE)).unwrap();
+    let nodes =
+        [Node::Argument(0), Node::Load { size: 8 }, Node::Const { value: 0, signed: false }, Node::Compare(Test::Eq), Node::Not];
+    session.set_filter(tap, Some(&filter(&nodes))).unwrap();
+    let view = session.tap_view();
+    session.vmi_mut().driver_mut().push_event(with_rdi(int3(view, context, CODE, CODE_PA), 0x1234_5000));
+    assert!(matches!(poll(&mut session), Poll::Idle));
+    let stats = session.tap_stats(tap);
+    assert_eq!((stats.hits, stats.filtered, stats.filter_faults), (0, 1, 1));
+}
+
+#[test]
+fn a_filter_that_is_a_number_is_refused() {
+    let (mut session, context) = session(1);
+    let tap = session.add(&spec(&session, context, CODE)).unwrap();
+    let result = session.set_filter(tap, Some(&filter(&[Node::Argument(0)])));
+    assert!(matches!(result, Err(VmiError::InvalidArgument { what: "where", .. })), "{result:?}");
+}
+
+/// Two taps at one address; the first one's filter asks twice, the second one has a handler and no filter.
+fn asking() -> (Session<MockDriver>, [TapId; 2]) {
+    let (mut session, context) = session(1);
+    let first = session.add(&TapSpec { wanted: false, ..spec(&session, context, CODE) }).unwrap();
+    let second = session.add(&spec(&session, context, CODE)).unwrap();
+    let nodes = [Node::Ask(4), Node::Ask(5), Node::And];
+    session.set_filter(first, Some(&filter(&nodes))).unwrap();
+    let view = session.tap_view();
+    session.vmi_mut().driver_mut().push_event(int3(view, context, CODE, CODE_PA));
+    (session, [first, second])
+}
+
+#[test]
+fn questions_of_a_filter_are_put_one_by_one_and_only_those_that_matter() {
+    for (said, questions, hits) in
+        [(vec![true, true], vec![4, 5], 2), (vec![true, false], vec![4, 5], 1), (vec![false], vec![4], 1)]
+    {
+        let (mut session, [first, second]) = asking();
+        let mut asked = Vec::new();
+        for answer in said {
+            let Poll::Hit(hit) = poll(&mut session) else { panic!("no question") };
+            assert_eq!((hit.tap, session.stats().hits), (first, 1));
+            asked.push(hit.question.unwrap());
+            session.answer_question_of_filter(answer).unwrap();
+        }
+        assert_eq!(asked, questions);
+        let Poll::Hit(hit) = poll(&mut session) else { panic!("no hit") };
+        assert_eq!((hit.tap, hit.question), (second, None));
+        assert!(matches!(session.answer_question_of_filter(true), Err(VmiError::NoPendingEvent { .. })));
+        session.answer(Verdict::Continue).unwrap();
+        assert_eq!((session.stats().hits, session.tap_stats(first).hits), (hits, hits - 1));
+        assert_eq!(session.tap_stats(first).filtered, 2 - hits);
+        assert_eq!(answers(&session), [step_over(session.tap_view())]);
+    }
+}
+
+#[test]
+fn a_question_that_is_not_answered_counts_as_no_and_the_event_is_answered_once() {
+    let (mut session, [first, second]) = asking();
+    assert!(matches!(poll(&mut session), Poll::Hit(hit) if hit.question == Some(4)));
+    assert!(matches!(poll(&mut session), Poll::Hit(hit) if hit.tap == second));
+    assert!(matches!(poll(&mut session), Poll::Idle));
+    assert_eq!(answers(&session), [step_over(session.tap_view())]);
+    assert_eq!((session.tap_stats(first).filtered, session.tap_stats(second).handled), (1, 1));
+}
+
+#[test]
+fn the_last_question_ends_the_event_if_nobody_else_wants_it() {
+    for answer in [true, false] {
+        let (mut session, [first, second]) = asking();
+        session.remove(second).unwrap();
+        assert!(matches!(poll(&mut session), Poll::Hit(_)));
+        session.answer_question_of_filter(answer).unwrap();
+        if answer {
+            assert!(matches!(poll(&mut session), Poll::Hit(hit) if hit.question == Some(5)));
+            session.answer_question_of_filter(true).unwrap();
+        }
+        assert_eq!(answers(&session), [step_over(session.tap_view())]);
+        assert_eq!(session.tap_stats(first).hits, u64::from(answer));
+    }
 }

@@ -14,6 +14,7 @@ NOT_SUPPORTED = 6
 DRIVER = 7
 HANDLER = 8
 OTHER = 9
+RECORDING = 10
 INTERNAL = 70
 INTERRUPTED = 130
 PIPE = 141
@@ -33,6 +34,7 @@ _BY_KIND: dict[type[errors.VmitapError], int] = {
     errors.DriverError: DRIVER,
     errors.DomainGoneError: DRIVER,
     errors.UndoFailedError: DRIVER,
+    errors.RecordingError: RECORDING,
     errors.HandlerError: HANDLER,
     errors.DeadlineExceededError: HANDLER,
     errors.InvalidArgumentError: USAGE,

@@ -2,14 +2,17 @@
 
 use std::rc::Rc;
 
-use crate::addr::{Gfn, VcpuId, View};
+use crate::addr::{Gfn, PAGE_SIZE, VcpuId, View};
 use crate::arch::amd64::vector;
 use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEventResponse};
 
 use super::deliver;
+use super::hooks::translate;
+use super::memory::Memory;
 use super::run::Machine;
-use super::vcpu::{Held, Step};
+use super::sys::Access;
+use super::vcpu::{Held, Step, Vcpu};
 
 impl Machine {
     /// Answers the event that holds a vCPU.
@@ -40,7 +43,7 @@ impl Machine {
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
-        let denied_page = vcpu.denied_page;
+        let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
         }
@@ -52,8 +55,8 @@ impl Machine {
         // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
         // a read. That is a write, and told as one, unless it is the very store that is answered here.
         let is_told = held == Held::Access && vcpu.denied_store;
-        let step = |view, report, discard: Option<Gfn>| {
-            let guard = (view != back && !is_told && discard.is_none()).then_some(back);
+        let step = |view, report, discard: [Option<Gfn>; 2]| {
+            let guard = (view != back && !is_told && discard == [None; 2]).then_some(back);
             Some(Step { view, back, report, discard, guard })
         };
         match response.action {
@@ -63,11 +66,11 @@ impl Machine {
                 let next = vcpu.rip().wrapping_add(len.into());
                 deliver::software(vcpu, &memory, vector::BP, next);
             }
-            EventAction::FastSingleStep { view } => vcpu.step = step(view, false, None),
+            EventAction::FastSingleStep { view } => vcpu.step = step(view, false, [None; 2]),
             EventAction::SingleStep { view } => {
-                vcpu.step = step(view, true, None);
+                vcpu.step = step(view, true, [None; 2]);
             }
-            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, None),
+            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, [None; 2]),
             EventAction::Deny => match held {
                 Held::Announced(len) => {
                     vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
@@ -76,7 +79,7 @@ impl Machine {
                         vcpu.view = pending.back;
                     }
                 }
-                _ => vcpu.step = step(View::DEFAULT, false, denied_page),
+                _ => vcpu.step = step(View::DEFAULT, false, discard),
             },
         }
         Ok(())
@@ -93,4 +96,21 @@ impl Machine {
         }
         Ok(held)
     }
+}
+
+/// The pages a denied access lies on: that it was told of, and the one beside it, if it crosses the border. Told of at the first byte
+/// of a page, it may have begun on the page before.
+fn pages_of(vcpu: &Vcpu, memory: &Memory) -> [Option<Gfn>; 2] {
+    let Some((gfn, va, len)) = vcpu.denied_page else { return [None; 2] };
+    let offset = va & (PAGE_SIZE - 1);
+    let beside = if offset + u64::from(len) > PAGE_SIZE {
+        Some(va.wrapping_add(len.into()))
+    } else {
+        (offset == 0).then_some(va.wrapping_sub(1))
+    };
+    let translated = beside.and_then(|at| {
+        // Whether the access is allowed there is not the question: a read asks for the least.
+        translate(memory, &vcpu.mode(View::DEFAULT), at, Access::Read, vcpu.cpl(), || vcpu.context.rflags()).ok()
+    });
+    [Some(gfn), translated.map(|page| Gfn(page.gfn))]
 }

@@ -51,10 +51,10 @@ pub enum Exit {
 /// A denied access.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Denied {
-    /// Its address; exact for data, the start of the page (or RIP) for fetches.
+    /// Its address; exact for data, the start of the page (or RIP) for fetches and for stores of the main engine's.
     pub va: u64,
     pub access: Access,
-    /// Bytes of the access; 0 for a fetch, and as long as only the TLB was asked.
+    /// Bytes of the access; 0 for a fetch, and for a store of the main engine's.
     pub len: u8,
     pub why: Why,
 }
@@ -112,8 +112,8 @@ pub struct CpuHooks {
     emptied: Cell<u64>,
     /// Whether addresses inside [`WINDOW`] are answered.
     pub window_open: Cell<bool>,
-    /// A page whose accesses go to another frame for the time of one step.
-    pub discard: Cell<Option<(Gfn, Gfn)>>,
+    /// Pages whose accesses go to another frame for the time of one step.
+    pub discard: Cell<[Option<(Gfn, Gfn)>; 2]>,
     /// A view whose denial of stores holds beside that of the view in use. The TLB must be emptied when it changes.
     pub guard: Cell<Option<View>>,
 }
@@ -143,7 +143,7 @@ impl CpuHooks {
             fetched: vec![Cell::default(); FETCHED_SLOTS],
             emptied: Cell::new(1),
             window_open: Cell::new(false),
-            discard: Cell::new(None),
+            discard: Cell::default(),
             guard: Cell::new(None),
         }
     }
@@ -170,8 +170,16 @@ impl CpuHooks {
     }
 
     fn deny(&self, denied: Denied) -> Option<Fill> {
-        if denied.access == Access::Fetch {
-            self.exit.set(Exit::Denied(denied));
+        let in_second_page = if denied.access == Access::Write { self.bytes_behind_border() } else { 0 };
+        // Asked to store across a page border, the engine goes on after an address that is not mapped, and writes what it may. So a
+        // store is ended before it begins. The main engine cannot tell such a store; the stepper is to find out what it is.
+        let ends_here = match denied.access {
+            Access::Fetch => true,
+            Access::Write => self.which == Which::Main || in_second_page > 0,
+            Access::Read => false,
+        };
+        if ends_here {
+            self.exit.set(Exit::Denied(Denied { len: in_second_page, ..denied }));
             return None;
         }
         let mut slots = self.denied.borrow_mut();
@@ -185,6 +193,12 @@ impl CpuHooks {
         slots.push(denied);
         let rights = if denied.access == Access::Write { MemoryAccess::W } else { MemoryAccess::R };
         Some(Fill { pa: SENTINEL | slot << PAGE_SHIFT, rights: rights.bits() })
+    }
+
+    /// How many bytes of the store under way lie on a second page; the stepper's only.
+    fn bytes_behind_border(&self) -> u8 {
+        let (start, len) = self.last_store.get();
+        ((start & (PAGE_SIZE - 1)) + u64::from(len)).saturating_sub(PAGE_SIZE).min(u8::MAX.into()) as u8
     }
 
     fn scan(&self, engine: EngineRef<'_>, frame: u32, va: u64) {
@@ -314,10 +328,10 @@ impl Hooks for CpuHooks {
             Ok(page) => page,
             Err(why) => return self.deny(Denied { va, access, len: 0, why }),
         };
-        if let Some((gfn, frame)) = self.discard.get()
-            && gfn.0 == page.gfn
-        {
-            page.frame = frame.0 as u32;
+        for (gfn, frame) in self.discard.get().into_iter().flatten() {
+            if gfn.0 == page.gfn {
+                page.frame = frame.0 as u32;
+            }
         }
         if let Some(view) = self.guard.get()
             && self.memory.lookup(view, page.gfn).is_some_and(|(rights, _)| rights & 2 == 0)

@@ -308,7 +308,7 @@ impl VmiControl for EmuDriver {
 impl VmiRepair for EmuDriver {
     fn additions(&self) -> Result<Additions> {
         let machine = self.machine();
-        let frames = machine.memory.taken_frames().filter(|frame| *frame != machine.scratch).collect();
+        let frames = machine.memory.taken_frames().filter(|frame| !machine.scratch.contains(frame)).collect();
         Ok(Additions { views: machine.memory.views(), frames, is_paused: machine.pauses > 0 })
     }
 

@@ -33,8 +33,6 @@ use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
 const SLICE: u64 = 10_000;
-/// The longest single store of the engine, in bytes.
-const MAX_STORE: u64 = 16;
 /// Iterations of a repeated string instruction that are stepped before the clock is looked at.
 pub(super) const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
@@ -147,14 +145,14 @@ pub struct Machine {
     pub(super) stack: Option<(Stack, Page)>,
     /// How instructions were stepped.
     pub steps: Steps,
-    /// Frame that stands in for a page whose stores are to be discarded.
-    pub(super) scratch: Gfn,
+    /// Frames that stand in for pages whose stores are to be discarded.
+    pub(super) scratch: [Gfn; 2],
 }
 
 impl Machine {
     /// A machine without vCPUs over `memory`.
     pub fn new(library: &Arc<Library>, memory: Memory) -> Result<Self> {
-        let scratch = memory.reserve_frame()?;
+        let scratch = [memory.reserve_frame()?, memory.reserve_frame()?];
         let memory = Rc::new(memory);
         let devices = Rc::new(Devices::default());
         let engine = |which, kind| Engine::new(library, kind, memory.ram(), CpuHooks::new(which, &memory, &devices));
@@ -480,20 +478,11 @@ impl Machine {
                 return self.step(index, self.in_place(index)?);
             }
         }
-        let mut len = denied.len;
-        let may_cross = va & (PAGE_SIZE - 1) < MAX_STORE;
-        if denied.access == Access::Write && len == 1 && may_cross && matches!(denied.why, Why::View { .. }) {
-            // The engine splits a store across a page border into bytes, the last one first, if only the second page is
-            // denied. The stepper knows the whole store.
-            if which == Which::Main {
-                return self.step(index, self.in_place(index)?);
-            }
-            let (start, whole) = self.stepper.hooks().last_store.get();
-            if (start & (PAGE_SIZE - 1)) + u64::from(whole) > PAGE_SIZE {
-                len = (va & (PAGE_SIZE - 1)) as u8 + 1;
-                va &= !(PAGE_SIZE - 1);
-            }
+        if denied.access == Access::Write && which == Which::Main {
+            // The stepper finds out which bytes it is about.
+            return self.step(index, self.in_place(index)?);
         }
+        let len = denied.len;
         match denied.why {
             Why::Code => self.step(index, self.in_place(index)?),
             Why::PageFault(code) => {
@@ -520,7 +509,7 @@ impl Machine {
                 let view = step.filter(|_| !is_guarded).map_or(vcpu.view, |step| step.view);
                 let pa = Gfn(gfn).pa(va);
                 let target = self.integer_mut(index)?;
-                target.denied_page = Some(Gfn(gfn));
+                target.denied_page = Some((Gfn(gfn), va, len));
                 target.denied_store = access == MemoryAccess::W;
                 let reason = EventReason::MemoryAccess { pa, va: Some(Va(va)), access, len };
                 Ok(Some(self.raise(index, view, reason, Held::Access)?))

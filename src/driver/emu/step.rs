@@ -30,7 +30,7 @@ impl Machine {
     /// A step in the vCPU's own view that nobody asked for.
     pub(super) fn in_place(&self, index: usize) -> Result<Step> {
         let view = self.vcpu(index)?.view;
-        Ok(Step { view, back: view, report: false, discard: None, guard: None })
+        Ok(Step { view, back: view, report: false, discard: [None; 2], guard: None })
     }
 
     /// Carries out one instruction in the view of `step`; what is left to do stays in the vCPU.
@@ -39,17 +39,23 @@ impl Machine {
             self.steps.direct += 1;
             return self.finish(index, step);
         }
-        if let Some(gfn) = step.discard {
+        if step.discard == [None; 2] {
+            return self.step_once(index, step);
+        }
+        let mut stand_ins = [None; 2];
+        for ((slot, gfn), frame) in stand_ins.iter_mut().zip(step.discard).zip(self.scratch) {
+            let Some(gfn) = gfn else { continue };
             // Loads still see the page; stores go to the copy, which is dropped.
             let mut page = [0; PAGE_SIZE as usize];
             self.memory.read(gfn.pa(0), &mut page)?;
-            self.memory.write(self.scratch.pa(0), &page)?;
+            self.memory.write(frame.pa(0), &page)?;
+            *slot = Some((gfn, frame));
         }
+        self.memory.mark_stale_in(Which::Stepper);
+        self.stepper.hooks().discard.set(stand_ins);
         let event = self.step_once(index, step);
-        if step.discard.is_some() {
-            self.stepper.hooks().discard.set(None);
-            self.memory.mark_stale_in(Which::Stepper);
-        }
+        self.stepper.hooks().discard.set([None; 2]);
+        self.memory.mark_stale_in(Which::Stepper);
         event
     }
 
@@ -73,7 +79,7 @@ impl Machine {
     fn step_directly(&mut self, index: usize, step: &Step) -> bool {
         let Some(vcpu) = self.vcpus.get(index) else { return false };
         let special = vcpu.context.u64(vcpu.layout.eflags) & (rflags::TF | rflags::RF) != 0;
-        if special || vcpu.hflags() & HF_CS64 == 0 || step.discard.is_some() {
+        if special || vcpu.hflags() & HF_CS64 == 0 || step.discard != [None; 2] {
             return false;
         }
         let (mode, rip) = (vcpu.mode(step.view), vcpu.rip());
@@ -140,10 +146,6 @@ impl Machine {
                 Went::Native => {}
             },
             _ => {}
-        }
-        if let Some(gfn) = step.discard {
-            self.memory.mark_stale_in(Which::Stepper);
-            self.stepper.hooks().discard.set(Some((gfn, self.scratch)));
         }
         if self.stepper.hooks().guard.replace(step.guard) != step.guard {
             self.memory.mark_stale_in(Which::Stepper);
@@ -213,6 +215,7 @@ impl Machine {
     fn run_stepper(&mut self, index: usize, rip: u64, count: usize, integer: bool) -> i32 {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return code::OK };
         self.stepper.hooks().stored_to_code.set(false);
+        self.stepper.hooks().last_store.set((0, 0));
         if integer {
             let part = vcpu.layout.copied.integer;
             self.stepper.restore_part(&mut vcpu.context, part);

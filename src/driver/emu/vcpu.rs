@@ -26,8 +26,8 @@ pub struct Step {
     pub back: View,
     /// Whether a single-step event follows.
     pub report: bool,
-    /// A page whose stores are to have no effect.
-    pub discard: Option<Gfn>,
+    /// Pages whose stores are to have no effect: as many as one store can reach.
+    pub discard: [Option<Gfn>; 2],
     /// The vCPU's own view, where a store that it denies is an access like any other although another view is in use.
     pub guard: Option<View>,
 }
@@ -75,8 +75,8 @@ pub struct Vcpu {
     pub injection: Option<Injection>,
     /// The instruction at RIP was announced and is to be carried out now.
     pub announced: bool,
-    /// The page of the access that was denied last.
-    pub denied_page: Option<Gfn>,
+    /// The page of the access that was denied last, its virtual address and its length in bytes.
+    pub denied_page: Option<(Gfn, u64, u8)>,
     /// That access was a store.
     pub denied_store: bool,
     /// The leaf of the CPUID being carried out.

@@ -1,0 +1,17 @@
+//! What is looked at while a vCPU stands still: filters that decide whether a hit counts, and plans of what to read.
+//!
+//! Expressions come as a flat description in postfix order ([`Node`]) and are compiled once into a [`Program`], which evaluates without
+//! allocating, locking or calling anybody.
+
+mod filter;
+mod machine;
+mod output;
+mod plan;
+mod recording;
+mod text;
+
+pub use filter::{Abi, Arith, Node, Program, Register, Test, TextKind, TextTest, Type};
+pub use machine::{Machine, Outcome, Scene};
+pub use output::{Format, Output};
+pub use plan::{Cell, Column, Kind, MAX_BYTES, MAX_COLUMNS, MAX_FRAMES, Plan, Row, Source};
+pub use recording::{Facts, Places, Recording, SCHEMA_VERSION};
