@@ -9,7 +9,7 @@ use vmitap::capture::{Abi, Node, Program, Test};
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::driver::{VmiDriver, VmiInfo};
 use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
-use vmitap::session::{GpChanges, Limits, Poll, Session, TapKind, TapSpec, TapState, Verdict};
+use vmitap::session::{GpChanges, Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, Verdict};
 use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Pa, Va, VcpuId, View, VmiError};
 
