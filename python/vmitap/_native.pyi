@@ -37,6 +37,8 @@ __all__ = [
     "ManagedBreakpoint",
     "Memory",
     "MemoryController",
+    "PageTableEvent",
+    "PageTableMonitor",
     "Recording",
     "RecordingFile",
     "Registers",
@@ -268,6 +270,7 @@ class Vm:
         deadline: float | None = None,
         budget: Budget | None = None,
         enabled: bool = True,
+        once: bool = False,
     ) -> Breakpoint:
         """Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
 
@@ -300,6 +303,7 @@ class Vm:
             deadline: seconds the handler may take before `run` raises `DeadlineExceededError`; None: no limit.
             budget: how many events it may cause in a second before it is disabled; None: any number.
             enabled: False plants nothing until `enable()`.
+            once: the first hit is the last: the breakpoint is removed before the vCPU goes on, and no other hit of it is told.
 
         Raises:
             SymbolNotFoundError: no such symbol; `nearest` has suggestions.
@@ -330,6 +334,7 @@ class Vm:
         tag: object = None,
         deadline: float | None = None,
         budget: Budget | None = None,
+        once: bool = False,
     ) -> list[Breakpoint]:
         """Puts many breakpoints into the guest at once: all of them, or on an error none.
 
@@ -842,6 +847,20 @@ class Breakpoints:
         >>> bp = vm.breakpoint("open_file")
         >>> vm.breakpoints.on_page(bp.address | 0xFFF) == [bp]
         True
+        """
+    def remove_many(self, breakpoints: Iterable[Breakpoint]) -> None:
+        """Takes breakpoints and watches out for good: all of them or, on an error, none. Those that are removed already are fine.
+
+        Costs driver calls by pages and not by breakpoints.
+
+        Raises:
+            InvalidArgumentError: one of them is of another session.
+            UndoFailedError: something failed, and putting back what was taken out failed too; it says what is left behind.
+
+        >>> _ = vm.insert_many(["open_file", "check_licence"])
+        >>> vm.breakpoints.remove_many(vm.breakpoints.on_page("open_file"))
+        >>> "open_file" in [each.symbol for each in vm.breakpoints]
+        False
         """
     def by_key(self, key: Hashable) -> list[Breakpoint]:
         """Those of that owner.
@@ -2000,12 +2019,107 @@ class BreakpointManager:
         """Whether `get_by_event` finds one."""
     def contains_by_address(self, address: int, root: int, view: View) -> bool:
         """Whether a breakpoint of any key is at that address, active or pending."""
+    def handle_page_table_events(self, events: Sequence[PageTableEvent]) -> int:
+        """Carries out what a `PageTableMonitor` told: breakpoints whose page went are pending, those whose page came are planted.
+
+        All events are tried, whatever fails.
+
+        Returns:
+            How many breakpoints changed.
+
+        Raises:
+            DriverError: the first failure; breakpoints of an event that failed are as they were before it.
+        """
     def clear(self) -> None:
         """Removes all.
 
         Raises:
             UndoFailedError: some could not be taken out; these are still there, and it says which.
         """
+
+@final
+class PageTableEvent:
+    """What became of an address that a `PageTableMonitor` monitors.
+
+    >>> [name for name in dir(vmitap.PageTableEvent) if not name.startswith("_")]
+    ['address', 'kind', 'pa', 'root']
+    """
+
+    @property
+    def kind(self) -> Literal["page-out", "page-in"]:
+        """What happened: "page-out", it is no longer mapped at `pa`; "page-in", it is mapped at `pa` now."""
+    @property
+    def address(self) -> int:
+        """The virtual address."""
+    @property
+    def root(self) -> int:
+        """The page-table root it is monitored under."""
+    @property
+    def pa(self) -> int:
+        """The physical address that it had or has."""
+
+@final
+class PageTableMonitor:
+    """Watches the page tables that map addresses, and says when these are mapped, unmapped or mapped elsewhere.
+
+    For people who write their own loop with `Vm.wait_event`; the session does this for its own breakpoints by itself. The right to
+    write is taken away from exactly the tables that are looked at to find the addresses, at all levels, and put back as it was found.
+    A denied store is answered with `single_step` in the default view, and once that is reported `process` says what it did: stores are
+    not decoded, so that none of any width or kind goes by. Accessed and dirty bits tell nothing, nor does a change that leaves an
+    address where it was.
+
+    >>> monitor = vmitap.PageTableMonitor(vm)
+    >>> manager, root, address = vmitap.BreakpointManager(vm), vm.registers().root, 0x7000_0010_0000
+    >>> manager.insert(address, root, vm.views.tap)  # not mapped, so it is pending
+    True
+    >>> monitor.monitor(address, root) is None, monitor.tables
+    (True, 1)
+    >>> vm.write_pa(root + 224 * 8, vm.read_pa(root, 8))  # maps the low addresses there once more
+    >>> events = monitor.process()
+    >>> [(event.kind, hex(event.pa)) for event in events]
+    [('page-in', '0x100000')]
+    >>> manager.handle_page_table_events(events)
+    1
+    >>> [hex(each.pa) for each in manager]
+    ['0x100000']
+    """
+
+    def __new__(cls, vm: Vm, controller: BreakpointController | None = None, *, views: Sequence[View] | None = None) -> PageTableMonitor:
+        """A monitor of nothing yet.
+
+        Args:
+            vm: the session.
+            controller: where breakpoints on pages that are tables too are planted: the two count what they deny together. None: those
+                of the session itself.
+            views: where tables are watched; None: in the session's tap view. vCPUs in another view can write them unseen.
+
+        Raises:
+            DefaultViewError: the default view is among `views`, where stores are carried out.
+        """
+    def __len__(self) -> int: ...
+    @property
+    def tables(self) -> int:
+        """How many page tables are watched."""
+    def monitor(self, address: int, root: int) -> int | None:
+        """Monitors an address under a root, or counts one more who wants it; returns where it is mapped, or None.
+
+        Raises:
+            TranslationError: it can be no address, or its entry has a reserved bit or leads beyond memory.
+        """
+    def unmonitor(self, address: int, root: int) -> bool:
+        """Takes one `monitor` back; returns whether there was one."""
+    def mark_dirty(self, event: VmiEvent) -> bool:
+        """Notes a store to a watched table that is about to happen; returns whether the event is one.
+
+        Answer it with `VmiEventResponse.single_step(vm.views.default)`, and call `process` with the "single-step" event that follows.
+        """
+    def process(self, event: VmiEvent | None = None) -> list[PageTableEvent]:
+        """The page-ins and page-outs of what the vCPU of `event` has stored by now; None: looks at every table anew.
+
+        Stores that other vCPUs have begun are left alone. For each address the page-out comes before the page-in.
+        """
+    def clear(self) -> None:
+        """Restores the access of every table and forgets every address."""
 
 @final
 class _Script:

@@ -12,6 +12,7 @@ use crate::arch::amd64::{AddressContext, walk};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::{Result, TranslationFault, VmiError};
+use crate::event::{EventReason, VmiEvent};
 use crate::rights::Rights;
 use crate::undo::Left;
 use tables::{Path, Tables};
@@ -248,6 +249,23 @@ impl PageTableMonitor {
         }
     }
 
+    /// Notes what the denied store of an event can reach, of the tables that are watched: its page and the page behind, found before
+    /// the store is done, because it may be the one that maps that elsewhere.
+    pub fn mark_store<D: VmiDriver + ?Sized>(&mut self, vmi: &VmiCore<D>, event: &VmiEvent) {
+        if self.is_empty() {
+            return;
+        }
+        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return };
+        self.mark_dirty(Some(event.vcpu), pa.gfn());
+        let Some(next) = va.and_then(|va| va.page().checked_add(PAGE_SIZE)) else { return };
+        match vmi.translate(next, AddressContext::from(&event.registers)) {
+            Ok(pa) => self.mark_dirty(Some(event.vcpu), pa.gfn()),
+            Err(VmiError::Translation { .. }) => {}
+            // It can be any of them.
+            Err(_) => self.mark_all_dirty(Some(event.vcpu)),
+        }
+    }
+
     /// Notes that any table may have changed, as [`Self::mark_dirty`] does for one.
     pub fn mark_all_dirty(&mut self, vcpu: Option<VcpuId>) {
         let tables: Vec<Gfn> = self.tables.frames().collect();
@@ -259,6 +277,11 @@ impl PageTableMonitor {
     /// Whether [`Self::process`] has something to do for that vCPU.
     pub fn is_dirty(&self, vcpu: Option<VcpuId>) -> bool {
         !self.stale.is_empty() || self.dirty.iter().any(|(by, _)| by.is_none() || *by == vcpu)
+    }
+
+    /// Whether a table was stored to by that vCPU since the last [`Self::process`].
+    pub fn is_dirty_table(&self, vcpu: VcpuId, gfn: Gfn) -> bool {
+        self.dirty.contains(&(Some(vcpu), gfn))
     }
 
     /// Where an address that is monitored was mapped when it was last looked at.

@@ -390,6 +390,16 @@ impl Breakpoints {
         Ok(self.that(py, |each| each.touches_page(page)))
     }
 
+    /// Takes breakpoints and watches out for good: all of them or, on an error, none. Those that are removed already are fine.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
+    fn remove_many(&self, py: Python<'_>, breakpoints: Vec<Py<Breakpoint>>) -> PyResult<()> {
+        if breakpoints.iter().any(|each| !Arc::ptr_eq(each.get().shared(), &self.0)) {
+            return Err(super::errors::invalid("breakpoints", "one of them is of another session"));
+        }
+        let ids: Vec<TapId> = breakpoints.iter().map(|each| each.get().id()).collect();
+        self.0.open_released(py, |session| session.remove_many(&ids))
+    }
+
     /// Those of that owner.
     fn by_key(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
         let mut found = Vec::new();

@@ -71,7 +71,8 @@ mod _native {
     use super::events::{Events, RunResult, Stats};
     #[pymodule_export]
     use super::floor::{
-        BreakpointController, BreakpointManager, ManagedBreakpoint, MemoryController, VmiCore, VmiEvent, VmiEventResponse,
+        BreakpointController, BreakpointManager, ManagedBreakpoint, MemoryController, PageTableEvent, PageTableMonitor, VmiCore,
+        VmiEvent, VmiEventResponse,
     };
     #[pymodule_export]
     use super::hit::{_hit, Hit};

@@ -16,7 +16,7 @@ use crate::tap::OnWrite;
 /// What is put in.
 #[derive(Clone, Copy)]
 pub enum Kind {
-    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool },
+    Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool, once: bool },
     Watch { len: u64, access: MemoryAccess },
 }
 
@@ -102,6 +102,11 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         if let Some(program) = &given.condition.program {
             // No event can come in between: the loop needs this lock.
             ids.iter().try_for_each(|id| session.set_filter(*id, Some(program)))?;
+        }
+        if matches!(kind, Kind::Breakpoint { once: true, .. }) {
+            for id in &ids {
+                session.set_once(*id);
+            }
         }
         // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
         let mut taps = shared.taps.lock();

@@ -256,7 +256,7 @@ impl Vm {
     }
 
     /// Puts a hidden breakpoint into the guest; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (target, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, ask=None, key=None, tag=None, deadline=None, budget=None, enabled=true))]
+    #[pyo3(signature = (target, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, ask=None, key=None, tag=None, deadline=None, budget=None, enabled=true, once=false))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn breakpoint(
         &self,
@@ -276,6 +276,7 @@ impl Vm {
         deadline: Option<f64>,
         budget: Option<&Bound<'_, PyAny>>,
         enabled: bool,
+        once: bool,
     ) -> PyResult<Py<Breakpoint>> {
         let shared = self.open()?;
         if on_write.is_some_and(|policy| policy.0 == OnWrite::Ask) && ask.is_none() {
@@ -289,12 +290,12 @@ impl Vm {
         let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let va = convert::address("target", target, &shared.symbols)?;
         let kind =
-            Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled };
+            Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled, once };
         plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("target", "none was given"))
     }
 
     /// Puts many breakpoints into the guest at once: all of them, or on an error none.
-    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, key=None, tag=None, deadline=None, budget=None))]
+    #[pyo3(signature = (targets, handler=None, *, root=None, view=None, r#where=None, capture=None, on_return=None, abi=None, on_write=None, key=None, tag=None, deadline=None, budget=None, once=false))]
     #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
     fn insert_many(
         &self,
@@ -312,6 +313,7 @@ impl Vm {
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
         budget: Option<&Bound<'_, PyAny>>,
+        once: bool,
     ) -> PyResult<Vec<Py<Breakpoint>>> {
         let shared = self.open()?;
         if targets.is_instance_of::<PyString>() {
@@ -325,8 +327,12 @@ impl Vm {
         let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let resolve = |target: PyResult<Bound<'_, PyAny>>| convert::address("targets", &target?, &shared.symbols);
         let vas = targets.try_iter()?.map(resolve).collect::<PyResult<Vec<Va>>>()?;
-        let kind =
-            Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled: true };
+        let kind = Kind::Breakpoint {
+            view: view.map(|view| view.get().id()),
+            on_write: on_write.map(|policy| policy.0),
+            enabled: true,
+            once,
+        };
         plant::plant(py, self, &vas, &given, kind)
     }
 

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
-use crate::arch::amd64::AddressContext;
+use crate::arch::amd64::{AddressContext, ControlRegister};
 use crate::core::VmiCore;
 use crate::driver::{VmiDriver, Wait};
 use crate::error::{Result, TranslationFault, VmiError};
@@ -139,7 +139,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.finish_write(event.vcpu, &event.registers)?;
         }
         if self.has_page_changes(Some(event.vcpu)) {
-            self.update_pages(Some(event.vcpu), Some(AddressContext::from(&event.registers)))?;
+            self.update_pages(Some(event.vcpu), Some(&event.registers))?;
         }
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
@@ -194,9 +194,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
             }
             EventReason::SingleStep { gfn } => Ok(self.sort_step(event, home, gfn)),
-            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => {
+            EventReason::WriteControlRegister { register, new, .. } => {
+                if register == ControlRegister::Cr3 {
+                    self.note_root(&event.registers, new)?;
+                }
                 Ok(Sorted::Answer(Course::Retry))
             }
+            EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => Ok(Sorted::Answer(Course::Retry)),
         }
     }
 
@@ -216,7 +220,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.spend_budgets();
         self.filter_owners(&event.registers, (event.vcpu, va));
         self.capture_owners(event, va);
-        let Self { taps, questions, owners, .. } = self;
+        let Self { taps, questions, owners, spent, .. } = self;
         let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
         for id in &*owners {
@@ -224,6 +228,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let asked = is_asked(id);
                 is_wanted |= tap.spec.wanted || asked;
                 tap.stats.hits += u64::from(!asked);
+                if tap.once && !asked {
+                    spent.push(*id);
+                }
             }
         }
         self.stats.hits += (owners.len() - questions.len()) as u64;
@@ -288,7 +295,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
-        self.note_store(event);
+        self.tables.mark_store(&self.vmi, event);
         let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
             vcpu.after_write = after;
@@ -518,6 +525,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         course: Course,
         registers: Option<crate::arch::amd64::GpRegisters>,
     ) -> Result<()> {
+        if !self.spent.is_empty() {
+            self.remove_spent()?;
+        }
         let clean = View::DEFAULT;
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
         if vcpu.walk.is_some_and(|walk| walk.left == 0) {

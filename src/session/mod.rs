@@ -10,6 +10,7 @@ mod paging;
 mod pending;
 mod record;
 mod returns;
+mod roots;
 mod sink;
 mod taps;
 mod types;
@@ -23,14 +24,14 @@ use std::time::{Duration, Instant};
 use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{AddressContext, Injection, Registers};
+use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
 use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::VmiEventResponse;
+use crate::event::{EventReason, VmiEventResponse};
 use crate::ptm::PageTableMonitor;
-use crate::tap::{BreakpointController, BreakpointManager, OnWrite};
+use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 use crate::undo::Left;
 
 pub use hold::{Budget, Histogram};
@@ -40,7 +41,7 @@ pub use record::DURATION;
 use returns::Returns;
 pub use returns::WAITING;
 use sink::Sink;
-use taps::Tap;
+use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 use write::AfterWrite;
@@ -58,11 +59,19 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     manager: BreakpointManager<TapId, ()>,
     /// Watches the page tables of breakpoints.
     tables: PageTableMonitor,
+    /// Global breakpoints that are looked up under each root that is loaded.
+    roaming: FxHashSet<TapId>,
+    /// The roots that were loaded since there are such, the oldest first.
+    roots: Vec<AddressContext>,
+    /// Taps for one hit that have had it.
+    spent: Vec<TapId>,
+    /// Writes of CR3 are announced.
+    tracks_roots: bool,
     /// Addresses whose breakpoints could not be brought to where they are mapped.
     owed: Vec<(Va, AddressContext)>,
     taps: Vec<Tap>,
     /// Whose key is taken where.
-    keys: FxHashSet<(View, Va, Option<Pa>, u64)>,
+    keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
     /// Stores that are done, and whose shadows could not be brought up to date yet.
@@ -138,6 +147,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             manager: BreakpointManager::default(),
             tables: PageTableMonitor::new(&[tap_view]),
             owed: Vec::new(),
+            roaming: FxHashSet::default(),
+            roots: Vec::new(),
+            tracks_roots: false,
+            spent: Vec::new(),
             taps: Vec::new(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
@@ -171,6 +184,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The driver, for tools that work below the session.
     pub fn vmi_mut(&mut self) -> &mut VmiCore<D> {
         &mut self.vmi
+    }
+
+    /// The driver, and who denies what on which page: for tools that deny more.
+    pub fn vmi_and_rights(&mut self) -> (&mut VmiCore<D>, &mut Rights) {
+        (&mut self.vmi, self.controller.rights())
     }
 
     /// Counters so far.
@@ -309,7 +327,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
-            self.note_store(event);
+            self.tables.mark_store(&self.vmi, event);
+            if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
+                && let Err(error) = self.note_root(&event.registers, new)
+            {
+                log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
+            }
             if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
                 vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
             }
@@ -361,6 +384,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.manager = BreakpointManager::default();
         self.tables.forget();
         self.owed.clear();
+        self.roaming.clear();
         self.overdue.clear();
         self.watches.clear();
         self.keys.clear();
@@ -383,6 +407,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             *vcpu = Vcpu { raw, ..Vcpu::default() };
         }
         left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
+        if self.tracks_roots {
+            let cr3 = driver.monitor(Monitor::ControlRegister(ControlRegister::Cr3), false);
+            self.tracks_roots = left.note(cr3, || "the CR3 monitor".to_owned());
+        }
         left.note(driver.switch_to_view(View::DEFAULT), || "the view of the vCPUs".to_owned());
         let controller = &mut self.controller;
         self.views.retain(|view| {

@@ -3,11 +3,10 @@
 use std::hash::Hash;
 
 use crate::addr::{Gfn, Pa, Va, VcpuId};
-use crate::arch::amd64::AddressContext;
+use crate::arch::amd64::{AddressContext, Registers};
 use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
-use crate::event::{EventReason, VmiEvent};
 use crate::ptm::PageTableEvent;
 use crate::tap::{BreakpointManager, TapController};
 
@@ -70,23 +69,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         left.after(cause)
     }
 
-    /// A vCPU is about to store to the page of an event: tables that it can reach are looked at when it is done.
-    pub(super) fn note_store(&mut self, event: &VmiEvent) {
-        if self.tables.is_empty() {
-            return;
-        }
-        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return };
-        self.tables.mark_dirty(Some(event.vcpu), pa.gfn());
-        // Before the store: it may be the one that maps the page behind elsewhere.
-        let Some(next) = va.and_then(|va| va.page().checked_add(crate::addr::PAGE_SIZE)) else { return };
-        match self.vmi.translate(next, AddressContext::from(&event.registers)) {
-            Ok(pa) => self.tables.mark_dirty(Some(event.vcpu), pa.gfn()),
-            Err(VmiError::Translation { .. }) => {}
-            // It can be any of them.
-            Err(_) => self.tables.mark_all_dirty(Some(event.vcpu)),
-        }
-    }
-
     /// These pages were written from outside the guest.
     pub(super) fn tables_written(&mut self, pages: impl Iterator<Item = Gfn>) {
         pages.for_each(|gfn| self.tables.mark_dirty(None, gfn));
@@ -101,14 +83,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.tables.is_dirty(vcpu) || (vcpu.is_none() && !self.owed.is_empty())
     }
 
-    /// The stores of that vCPU, which runs under `here`, are done: brings the breakpoints to where their addresses are mapped now.
-    /// All are tried, whatever fails; those that failed are tried again next time.
+    /// The stores of that vCPU are done: brings the breakpoints to where their addresses are mapped now. All are tried, whatever fails;
+    /// those that failed are tried again next time.
     ///
     /// # Errors
     /// The driver's, the first one.
-    pub(super) fn update_pages(&mut self, vcpu: Option<VcpuId>, here: Option<AddressContext>) -> Result<()> {
+    pub(super) fn update_pages(&mut self, vcpu: Option<VcpuId>, registers: Option<&Registers>) -> Result<()> {
+        let mut failed = match (vcpu, registers) {
+            (Some(vcpu), Some(registers)) if !self.roots.is_empty() => self.leave_dead_roots(vcpu, registers),
+            _ => Ok(()),
+        };
         let mut events = Vec::new();
-        let mut failed = self.tables.process(&mut self.vmi, self.controller.rights(), vcpu, &mut events);
+        failed = failed.and(self.tables.process(&mut self.vmi, self.controller.rights(), vcpu, &mut events));
         let mut changed = std::mem::take(&mut self.owed);
         for event in events {
             match event {
@@ -119,51 +105,37 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 changed.push(event.address());
             }
         }
+        if changed.is_empty() {
+            return failed;
+        }
         for (va, context) in changed {
-            if let Err(error) = self.follow_page(va, context, here) {
+            if let Err(error) = self.follow_page(va, context, registers) {
                 self.owed.push((va, context));
                 failed = failed.and(Err(error));
             }
         }
-        failed
+        failed.and(self.track_roots(!self.roaming.is_empty()).map(drop))
     }
 
     /// Brings the breakpoints of one address to where it is mapped.
-    fn follow_page(&mut self, va: Va, context: AddressContext, here: Option<AddressContext>) -> Result<()> {
+    fn follow_page(&mut self, va: Va, context: AddressContext, registers: Option<&Registers>) -> Result<()> {
         let now = self.tables.mapped(va, context);
-        let elsewhere: Vec<(TapId, Pa, bool)> = self
-            .manager
-            .owners(va, context.root)
-            .filter_map(|found| Some((*found.key, found.pa.filter(|pa| Some(*pa) != now)?, found.global)))
-            .collect();
-        if let Some(here) = here.filter(|here| here.root != context.root) {
-            for (tap, pa, _) in elsewhere.iter().filter(|(.., global)| *global) {
-                self.move_global(*tap, *pa, context, here)?;
-            }
+        let owners = self.manager.owners(va, context.root).map(|found| (*found.key, found.pa, found.global));
+        let owners: Vec<(TapId, Option<Pa>, bool)> = owners.collect();
+        let is_elsewhere = |pa: &Option<Pa>| pa.is_some() && *pa != now;
+        let moved = owners.iter().filter(|(_, pa, global)| *global && is_elsewhere(pa)).map(|(tap, ..)| *tap);
+        if let Some(registers) = registers {
+            self.move_on(&moved.collect::<Vec<_>>(), context, registers)?;
         }
-        if !elsewhere.is_empty() {
+        if owners.iter().any(|(_, pa, _)| is_elsewhere(pa)) {
             self.manager.page_out(&mut self.vmi, &mut self.controller, va, context.root)?;
         }
         if let Some(pa) = now {
             self.manager.page_in(&mut self.vmi, &mut self.controller, va, context.root, pa)?;
         }
+        for (tap, ..) in owners.iter().filter(|(.., global)| *global) {
+            self.review_roaming(*tap);
+        }
         Ok(())
-    }
-
-    /// A global breakpoint is not where it was under the tables it was inserted with. If it still is under those in use, they take
-    /// over: what was given up is the tables (their process has ended), not the page.
-    fn move_global(&mut self, tap: TapId, pa: Pa, from: AddressContext, to: AddressContext) -> Result<()> {
-        let Some((view, va)) = self.spec(tap).map(|spec| (spec.view, spec.va)) else { return Ok(()) };
-        if self.vmi.translate(va, to) != Ok(pa) {
-            return Ok(());
-        }
-        self.follow(&[(va, to)])?;
-        if !self.manager.move_root(view, va, from.root, to, &tap) {
-            return self.unfollow((va, to));
-        }
-        if let Some(tap) = self.tap_mut(tap) {
-            tap.spec.context = to;
-        }
-        self.unfollow((va, from))
     }
 }

@@ -1,6 +1,7 @@
 //! Taps: putting them in, taking them out, switching them off and on.
 
 use crate::addr::{Pa, Va, View};
+use crate::arch::amd64::AddressContext;
 use crate::driver::VmiDriver;
 use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
@@ -11,16 +12,30 @@ use super::hold::{Budget, Histogram};
 use super::record::Capture;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
+/// What a key is taken for.
+pub type Key = (View, Va, Option<Pa>, u64);
+
 /// One tap.
 pub struct Tap {
     pub spec: TapSpec,
     /// Active also while it waits for its page.
     pub state: TapState,
     pub stats: TapStats,
+    /// Roots that a global breakpoint is looked up under beside that of `spec`.
+    pub more: Vec<AddressContext>,
+    /// Its first hit takes it out.
+    pub once: bool,
     pub filter: Option<Box<Filter>>,
     pub capture: Option<Box<Capture>>,
     pub budget: Option<Box<Budget>>,
     pub holds: Option<Box<Histogram>>,
+}
+
+impl Tap {
+    /// Every root it is looked up under.
+    pub fn contexts(&self) -> impl Iterator<Item = AddressContext> {
+        std::iter::once(self.spec.context).chain(self.more.iter().copied())
+    }
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -104,12 +119,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
     }
 
-    fn key_of(spec: &TapSpec) -> Option<(View, Va, Option<Pa>, u64)> {
+    fn key_of(spec: &TapSpec) -> Option<Key> {
         let root = (!spec.global).then_some(spec.context.root);
         spec.key.map(|key| (spec.view, spec.va, root, key))
     }
 
-    fn breakpoint_of(id: TapId, spec: &TapSpec) -> Breakpoint<TapId, ()> {
+    pub(super) fn breakpoint_of(id: TapId, spec: &TapSpec) -> Breakpoint<TapId, ()> {
         Breakpoint { view: spec.view, va: spec.va, context: spec.context, key: id, tag: (), global: spec.global }
     }
 
@@ -145,7 +160,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 new_keys.push(key);
             }
             if spec.enabled && spec.kind == TapKind::Breakpoint {
-                planted.push(Self::breakpoint_of(TapId((first + index) as u32), spec));
+                planted.push((TapId((first + index) as u32), *spec));
             }
             Ok(())
         });
@@ -157,26 +172,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 watched = index + 1;
             }
-            let at: Vec<_> = planted.iter().map(|breakpoint| (breakpoint.va, breakpoint.context)).collect();
-            let mapped = self.follow(&at)?;
-            let planted = planted.into_iter().zip(mapped).collect();
-            let inserted = self.manager.insert_many_with_hints(&mut self.vmi, &mut self.controller, planted);
-            inserted.map(drop).map_err(|cause| self.unfollow_after(&at, cause))
+            self.insert_breakpoints(&planted)
         });
-        if let Err(cause) = done {
-            for key in &new_keys {
-                self.keys.remove(key);
-            }
-            let mut left = Left::default();
-            for index in 0..watched {
-                left.note(self.unwatch(TapId((first + index) as u32)), || "a watch".to_owned());
-            }
-            return Err(left.after(cause));
-        }
+        let mut others = match done {
+            Ok(others) => others.into_iter(),
+            Err(cause) => return Err(self.give_up(cause, &new_keys, first..first + watched)),
+        };
         self.taps.extend(specs.iter().map(|spec| Tap {
             spec: *spec,
             state: if spec.enabled { TapState::Active } else { TapState::Disabled },
             stats: TapStats::default(),
+            more: if spec.enabled && spec.kind == TapKind::Breakpoint { others.next().unwrap_or_default() } else { Vec::new() },
+            once: false,
             filter: None,
             capture: None,
             budget: None,
@@ -185,20 +192,90 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
 
+    /// Takes back what was done before `cause` happened.
+    fn give_up(&mut self, cause: VmiError, keys: &[Key], watched: std::ops::Range<usize>) -> VmiError {
+        for key in keys {
+            self.keys.remove(key);
+        }
+        let mut left = Left::default();
+        for index in watched {
+            left.note(self.unwatch(TapId(index as u32)), || "a watch".to_owned());
+        }
+        left.after(cause)
+    }
+
+    /// Plants breakpoints, with the tables they are found through watched: all or none. Returns for each the roots that it is looked
+    /// up under beside its own.
+    fn insert_breakpoints(&mut self, wanted: &[(TapId, TapSpec)]) -> Result<Vec<Vec<AddressContext>>> {
+        let (mut others, mut breakpoints, mut roaming) = (Vec::new(), Vec::new(), Vec::new());
+        let mut in_use = None;
+        for (id, spec) in wanted {
+            let more = if self.starts_to_roam(spec)? {
+                roaming.push(*id);
+                self.other_roots(spec, &mut in_use)?
+            } else {
+                Vec::new()
+            };
+            let own = Self::breakpoint_of(*id, spec);
+            breakpoints.push(own);
+            breakpoints.extend(more.iter().map(|context| Breakpoint { context: *context, ..own }));
+            others.push(more);
+        }
+        let at: Vec<_> = breakpoints.iter().map(|breakpoint| (breakpoint.va, breakpoint.context)).collect();
+        let started = !roaming.is_empty() && self.track_roots(true)?;
+        let done = self.follow(&at).and_then(|mapped| {
+            let hinted = breakpoints.into_iter().zip(mapped).collect();
+            let inserted = self.manager.insert_many_with_hints(&mut self.vmi, &mut self.controller, hinted);
+            inserted.map_err(|cause| self.unfollow_after(&at, cause))
+        });
+        if let Err(cause) = done {
+            let mut left = Left::default();
+            if started {
+                left.note(self.track_roots(false).map(drop), || "writes of CR3 announced".to_owned());
+            }
+            return Err(left.after(cause));
+        }
+        self.roaming.extend(roaming);
+        // All that roam are looked up under these now.
+        self.roots = in_use.unwrap_or_else(|| std::mem::take(&mut self.roots));
+        Ok(others)
+    }
+
+    /// Takes breakpoints out of the guest, and the watch of their tables: all or none.
+    fn remove_breakpoints(&mut self, ids: &[TapId]) -> Result<()> {
+        let (mut at, mut identities) = (Vec::new(), Vec::new());
+        for (id, tap) in ids.iter().filter_map(|id| Some((*id, self.tap(*id)?))) {
+            at.extend(tap.contexts().map(|context| (tap.spec.va, context)));
+            identities.push((tap.spec.view, tap.spec.va, tap.spec.context.root, id));
+        }
+        let is_last = self.tracks_roots && self.roaming.iter().all(|id| ids.contains(id));
+        let stopped = is_last && self.track_roots(false)?;
+        let mut unfollowed = 0;
+        let done = at.iter().try_for_each(|at| self.unfollow(*at).map(|()| unfollowed += 1));
+        let done = done.and_then(|()| self.manager.remove_many(&mut self.vmi, &mut self.controller, &identities));
+        if let Err(cause) = done {
+            let mut left = Left::default();
+            let watched = self.follow(at.get(..unfollowed).unwrap_or_default());
+            left.note(watched.map(drop), || "page tables that are not watched".to_owned());
+            if stopped {
+                left.note(self.track_roots(true).map(drop), || "writes of CR3 not announced".to_owned());
+            }
+            return Err(left.after(cause));
+        }
+        for id in ids {
+            self.roaming.remove(id);
+            if let Some(tap) = self.tap_mut(*id) {
+                tap.more = Vec::new();
+            }
+        }
+        Ok(())
+    }
+
     /// Takes the tap out of the guest, whatever becomes of it then.
     pub(super) fn lift(&mut self, id: TapId) -> Result<()> {
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
-            TapKind::Breakpoint => {
-                let (view, va, context) = (spec.view, spec.va, spec.context);
-                self.unfollow((va, context))?;
-                let removed = self.manager.remove(&mut self.vmi, &mut self.controller, view, va, context.root, &id);
-                removed.map(drop).map_err(|cause| {
-                    let mut left = Left::default();
-                    left.note(self.follow(&[(va, context)]).map(drop), || format!("page tables of {va} not watched"));
-                    left.after(cause)
-                })
-            }
+            TapKind::Breakpoint => self.remove_breakpoints(&[id]),
             TapKind::Watch { .. } => self.unwatch(id),
         }
     }
@@ -222,6 +299,50 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let Some(key) = Self::key_of(&tap.spec) {
             self.keys.remove(&key);
         }
+    }
+
+    /// Takes many taps out for good: all of them or, on an error, none. Costs driver calls by pages and not by breakpoints.
+    ///
+    /// # Errors
+    /// As [`Session::remove`]; [`VmiError::UndoFailed`] if a watch that was taken out cannot be put in again.
+    pub fn remove_many(&mut self, ids: &[TapId]) -> Result<()> {
+        let active = |id: &TapId| self.tap(*id).filter(|tap| tap.state == TapState::Active).map(|tap| (*id, tap.spec));
+        let mut taps: Vec<(TapId, TapSpec)> = ids.iter().filter_map(active).collect();
+        taps.sort_unstable_by_key(|(id, _)| *id);
+        taps.dedup_by_key(|(id, _)| *id);
+        let (planted, watches): (Vec<_>, Vec<_>) = taps.into_iter().partition(|(_, spec)| spec.kind == TapKind::Breakpoint);
+        let planted: Vec<TapId> = planted.into_iter().map(|(id, _)| id).collect();
+        let mut unwatched = 0;
+        let done = watches.iter().try_for_each(|(id, _)| self.unwatch(*id).map(|()| unwatched += 1));
+        if let Err(cause) = done.and_then(|()| self.remove_breakpoints(&planted)) {
+            let mut left = Left::default();
+            for (id, spec) in watches.get(..unwatched).unwrap_or_default() {
+                if let TapKind::Watch { len, access } = spec.kind {
+                    left.note(self.watch(*id, spec, len, access), || format!("no watch at {}", spec.va));
+                }
+            }
+            return Err(left.after(cause));
+        }
+        for id in ids {
+            self.bury(*id);
+        }
+        Ok(())
+    }
+
+    /// Makes the first hit of a tap its last: it is removed before its vCPU goes on.
+    pub fn set_once(&mut self, id: TapId) {
+        if let Some(tap) = self.tap_mut(id) {
+            tap.once = true;
+        }
+    }
+
+    /// Removes the taps for one hit that have had it; those that fail stay, and are tried again with the next event.
+    pub(super) fn remove_spent(&mut self) -> Result<()> {
+        while let Some(id) = self.spent.last().copied() {
+            self.remove(id)?;
+            self.spent.pop();
+        }
+        Ok(())
     }
 
     /// Takes a tap out and keeps everything else of it. Does nothing if it is not active.
@@ -257,11 +378,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(spec) = self.tap(id).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
             TapKind::Breakpoint => {
-                let breakpoint = Self::breakpoint_of(id, &spec);
-                let at = [(spec.va, spec.context)];
-                let pa = self.follow(&at)?.pop().flatten();
-                let inserted = self.manager.insert_with_hint(&mut self.vmi, &mut self.controller, breakpoint, pa);
-                inserted.map(drop).map_err(|cause| self.unfollow_after(&at, cause))
+                let more = self.insert_breakpoints(&[(id, spec)])?.pop().unwrap_or_default();
+                if let Some(tap) = self.tap_mut(id) {
+                    tap.more = more;
+                }
+                Ok(())
             }
             TapKind::Watch { len, access } => self.watch(id, &spec, len, access),
         }

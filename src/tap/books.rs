@@ -40,6 +40,23 @@ impl<K, T> Entry<K, T> {
         std::iter::once(&mut self.first).chain(more).find(|mapping| mapping.context.root == root)
     }
 
+    /// Drops a root under which it waits, unless that is its only one. Returns whether it did.
+    pub(super) fn forget_root(&mut self, root: Pa) -> bool {
+        let Some(more) = &mut self.more else { return false };
+        let goes = |mapping: &Mapping| mapping.context.root == root && mapping.pa.is_none();
+        if goes(&self.first) {
+            self.first = more.remove(0);
+        } else if let Some(index) = more.iter().position(goes) {
+            more.remove(index);
+        } else {
+            return false;
+        }
+        if more.is_empty() {
+            self.more = None;
+        }
+        true
+    }
+
     pub(super) fn has_root(&self, root: Pa) -> bool {
         self.mappings().any(|mapping| mapping.context.root == root)
     }

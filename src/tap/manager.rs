@@ -472,18 +472,11 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         })
     }
 
-    /// A global breakpoint is under the tables of `to` from now on where it was under those of `from`, and planted where it was:
-    /// for when `from` are no longer used. Calls no driver. Returns whether there is such a breakpoint, and none under `to` yet.
-    pub fn move_root(&mut self, view: View, va: Va, from: Pa, to: AddressContext, key: &K) -> bool {
-        let id = self.books.find_global(view, va, from, key);
-        let Some(entry) = id.and_then(|id| self.books.entry_mut(id)) else { return false };
-        if entry.has_root(to.root) {
-            return false;
-        }
-        entry.mapping_mut(from).is_some_and(|mapping| {
-            mapping.context = to;
-            true
-        })
+    /// Takes one root of a global breakpoint that has others out of the books, where it waits under that root. Calls no driver. Returns
+    /// whether there was such a root.
+    pub fn forget_root(&mut self, view: View, va: Va, root: Pa, key: &K) -> bool {
+        let id = self.books.find_global(view, va, root, key);
+        id.and_then(|id| self.books.entry_mut(id)).is_some_and(|entry| entry.forget_root(root))
     }
 
     /// The breakpoints at `va` that were inserted with `root`, in every view; a global one is shown as it is under that root.
@@ -514,6 +507,15 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             .filter(fits)
             .min_by_key(|entry| entry.global)?;
         Some(hit.found(Some(pa)))
+    }
+
+    /// Every breakpoint that `event` hit, whoever's, in the order they were planted.
+    pub fn all_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent) -> Vec<Found<'_, K, T>> {
+        let at = address(controller, event).and_then(|(view, pa)| Some((self.books.site(view, pa)?, pa)));
+        let Some((site, pa)) = at else { return Vec::new() };
+        let (va, root) = (event.registers.rip(), event.registers.root());
+        let fits = |entry: &&Entry<K, T>| entry.va == va && (entry.global || entry.first.context.root == root);
+        site.owners().filter_map(|id| self.books.entry(id)).filter(fits).map(|entry| entry.found(Some(pa))).collect()
     }
 
     /// Whether `key` has a breakpoint that `event` hit.

@@ -29,6 +29,10 @@ mod model;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
+mod paging_session;
+#[cfg(feature = "emu")]
+mod poke_guest;
+mod ptm;
 mod repair;
 mod schedules;
 mod session;

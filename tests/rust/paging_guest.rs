@@ -240,3 +240,43 @@ fn states_say_what_is_planted_and_nothing_is_left_in_the_end() {
         assert_eq!(guest.session.vmi().driver().memory_access(view, gfn).unwrap(), MemoryAccess::RWX, "{table}");
     }
 }
+
+#[test]
+fn a_global_breakpoint_is_planted_under_each_root_that_comes_to_map_it_though_there_was_none_when_it_was_put_in() {
+    let mut guest = Guest::boot("paging.S", 2, "");
+    let taps = [TARGET, FIRST, ROLE1, ROLE3].map(|va| guest.tap(va, None, false));
+    assert_eq!(taps.map(|tap| guest.session.state(tap)), [TapState::Pending; 4]);
+    guest.run(|_, _| {});
+    guest.assert_done();
+    let calls = ["made_1", "made_2", "made_first", "made_role1", "made_role3"].map(|name| guest.word(name));
+    assert_eq!(taps.map(|tap| guest.hits(tap)), [calls[0] + calls[1], calls[2], calls[3], calls[4]]);
+}
+
+#[test]
+fn a_global_breakpoint_outlives_the_roots_it_is_found_under_and_what_these_become_costs_nothing() {
+    let mut guest = Guest::boot("roots.S", 1, "n=20");
+    let f = guest.tap(guest.va("f"), None, false);
+    let user = guest.tap(Va(0x80_0000_0040), None, false);
+    guest.run(|guest, _| assert_eq!(guest.session.state(f), TapState::Active));
+    guest.assert_done();
+    assert_eq!((guest.hits(f), guest.word("f_calls")), (60, 60));
+    assert_eq!((guest.hits(user), guest.word("user_calls"), guest.word("ran_user")), (20, 20, 20));
+    let states = [f, user].map(|tap| guest.session.state(tap));
+    assert_eq!(states, [TapState::Active; 2]);
+    assert_eq!(guest.word("reused"), 20_000);
+    // The stores that make an end of a root are seen, those that come after are not.
+    let stats = guest.session.stats();
+    assert!((20..200).contains(&stats.table_writes), "{stats:?}");
+}
+
+#[test]
+fn a_breakpoint_that_is_never_mapped_costs_nothing_on_pages_that_were_roots_once() {
+    let mut guest = Guest::boot("roots.S", 1, "n=20");
+    let never = guest.tap(Va(0x90_0000_0000), None, false);
+    guest.run(|_, _| {});
+    guest.assert_done();
+    assert_eq!((guest.session.state(never), guest.hits(never), guest.word("reused")), (TapState::Pending, 0, 20_000));
+    let stats = guest.session.stats();
+    assert!((20..200).contains(&stats.table_writes), "{stats:?}");
+    guest.session.remove(never).unwrap();
+}

@@ -36,6 +36,14 @@ impl Planted {
         Self::Memory(Arc::default())
     }
 
+    /// The controller itself, if it is one that plants INT3s.
+    pub fn breakpoint_controller(&self) -> Option<Arc<Mutex<tap::BreakpointController>>> {
+        match self {
+            Self::Breakpoint(controller) => Some(controller.clone()),
+            Self::Memory(_) => None,
+        }
+    }
+
     /// Works with the controller.
     pub fn with<T>(&self, work: impl FnOnce(&mut dyn TapController<dyn VmiDriver>) -> T) -> T {
         match self {

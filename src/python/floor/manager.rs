@@ -11,16 +11,16 @@ use pyo3::types::{PyIterator, PyList};
 use super::controllers::{BreakpointController, MemoryController, Planted};
 use super::event::VmiEvent;
 use super::foreign::{Foreign, Nothing};
+use super::tables::PageTableEvent;
 use crate::addr::{Pa, Va};
 use crate::driver::VmiDriver;
 use crate::error::{Result, TranslationFault, VmiError};
-use crate::event::{self, EventReason};
 use crate::python::convert::{number, optional};
 use crate::python::errors::{busy, invalid};
 use crate::python::shared::Shared;
 use crate::python::views::View;
 use crate::python::vm::Vm;
-use crate::session::Vmi;
+use crate::session::{Vmi, handle_page_table_events};
 use crate::tap::{self, Breakpoint, Found, TapController};
 
 /// What Python gave with a breakpoint.
@@ -212,16 +212,6 @@ impl BreakpointManager {
     }
 }
 
-/// Where an event happened, and under which root.
-fn place(controller: &Controller<'_>, event: &event::VmiEvent) -> Option<(crate::addr::View, Pa)> {
-    let (view, gfn) = controller.check_event(event)?;
-    let pa = match event.reason {
-        EventReason::MemoryAccess { pa, .. } => pa,
-        _ => gfn.pa(event.registers.rip().page_offset()),
-    };
-    Some((view, pa))
-}
-
 #[pymethods]
 impl BreakpointManager {
     #[new]
@@ -347,11 +337,7 @@ impl BreakpointManager {
     fn get_all_by_event(&self, event: &Bound<'_, VmiEvent>) -> PyResult<Vec<ManagedBreakpoint>> {
         let (py, happened) = (event.py(), event.get().event);
         let seen = self.work(py, Some(event), |books, _, controller| {
-            let Some((view, pa)) = place(controller, &happened) else { return Ok(Vec::new()) };
-            let mut keys = Vec::new();
-            books.for_each_at(view, pa, happened.registers.rip(), happened.registers.root(), |key, _| keys.push(*key));
-            let found = keys.iter().filter_map(|key| books.get_by_event(&*controller, &happened, key).map(Seen::from));
-            Ok(found.collect::<Vec<_>>())
+            Ok(books.all_by_event(&*controller, &happened).into_iter().map(Seen::from).collect::<Vec<_>>())
         })?;
         Ok(seen.iter().map(|each| each.show(py)).collect())
     }
@@ -372,6 +358,13 @@ impl BreakpointManager {
     ) -> PyResult<bool> {
         let (va, root, view) = (Va(number("address", address)?), Pa(number("root", root)?), view.get().id());
         self.look(py, |books| books.contains_by_address(va, root, view))
+    }
+
+    /// Carries out what a `PageTableMonitor` told: breakpoints whose page went are pending, those whose page came are planted.
+    #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
+    fn handle_page_table_events(&self, py: Python<'_>, events: Vec<Bound<'_, PageTableEvent>>) -> PyResult<usize> {
+        let events: Vec<_> = events.iter().map(|event| event.get().0).collect();
+        self.work(py, None, |books, vmi, controller| handle_page_table_events(books, vmi, controller, &events))
     }
 
     /// Removes all.

@@ -5,6 +5,7 @@ mod event;
 mod foreign;
 mod manager;
 pub mod raw;
+mod tables;
 
 use pyo3::PyTraverseError;
 use pyo3::gc::PyVisit;
@@ -14,6 +15,7 @@ use pyo3::types::PyBytes;
 pub use controllers::{BreakpointController, MemoryController, Planted};
 pub use event::{VmiEvent, VmiEventResponse};
 pub use manager::{BreakpointManager, ManagedBreakpoint};
+pub use tables::{PageTableEvent, PageTableMonitor};
 
 use super::convert::{AccessArg, access_to_python, buffer, length, number};
 use super::memory;
