@@ -89,6 +89,11 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
             session.check_capture(&captured.entry, captured.on_return.as_ref())?;
         }
         let ids = session.add_many(&specs)?;
+        if matches!(kind, Kind::Breakpoint { once: true, .. }) {
+            for id in &ids {
+                session.set_once(*id);
+            }
+        }
         if let Some(Captured { entry, on_return }) = &given.captured {
             for (id, label) in ids.iter().zip(&labels) {
                 session.set_capture(*id, entry.clone(), on_return.clone(), label)?;
@@ -102,11 +107,6 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         if let Some(program) = &given.condition.program {
             // No event can come in between: the loop needs this lock.
             ids.iter().try_for_each(|id| session.set_filter(*id, Some(program)))?;
-        }
-        if matches!(kind, Kind::Breakpoint { once: true, .. }) {
-            for id in &ids {
-                session.set_once(*id);
-            }
         }
         // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
         let mut taps = shared.taps.lock();

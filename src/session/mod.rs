@@ -377,8 +377,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.restored {
             return Ok(());
         }
-        self.end_waiting_rows();
         let mut left = Left::default();
+        self.end_waiting_rows();
         // The controller knows all that is in the guest, and takes it back by the page.
         let cleared = self.controller.clear(&mut self.vmi);
         self.manager = BreakpointManager::default();

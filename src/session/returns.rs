@@ -138,7 +138,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             wanted: false,
             enabled: true,
         };
-        let tap = self.add(&spec).inspect_err(|error| log::debug!("the return address {to} is not tapped: {error}")).ok()?;
+        // Code that is returned to is there; what is not is no return address, and is not waited for.
+        let added = self.vmi.translate(to, context).and_then(|_| self.add(&spec));
+        let tap = added.inspect_err(|error| log::debug!("the return address {to} is not tapped: {error}")).ok()?;
         self.returns.places.insert(tap, place);
         self.returns.sites.insert(place, Site { tap, calls: Vec::new() });
         Some(place)

@@ -294,6 +294,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub(super) fn bury(&mut self, id: TapId) {
         self.forget_returns(id);
         // Once only: somebody else may have its key since.
+        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {

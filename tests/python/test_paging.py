@@ -162,4 +162,4 @@ def test_trace_says_what_waits_for_its_page(paging_guest: str) -> None:
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[0] == {"pending": [hex(TARGET)]}
     plain = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert f"{TARGET:#x} is not mapped yet" in plain.stdout + plain.stderr
+    assert f"{TARGET:#x}: not mapped yet" in plain.stdout + plain.stderr

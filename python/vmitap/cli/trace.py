@@ -95,15 +95,16 @@ def _print(
         shown = ", ".join(f"{value:#x}" if text is None else repr(text) for value, text in zip(arg_values, strings, strict=True))
         out.text(f"{hit.timestamp:10.6f}  vCPU {hit.vcpu}  ring {hit.ring}  {hit.symbol or hex(hit.address)}({shown})")
 
-    _tell_waiting(out, vm.insert_many(places, show, where=where))
+    _say_waiting(out, vm.insert_many(places, show, where=where))
     return vm.run(timeout=timeout, max_hits=count)
 
 
-def _tell_waiting(out: Output, points: list[Breakpoint]) -> None:
+def _say_waiting(out: Output, points: list[Breakpoint]) -> None:
+    """Names the breakpoints whose pages are not there yet."""
     waiting = [point.symbol or hex(point.address) for point in points if point.state == "pending"]
     if waiting:
         out.object({"pending": list(waiting)})
-        out.text(f"{', '.join(waiting)} is not mapped yet: it is planted when the guest maps it", style="dim")
+        out.text(f"{', '.join(waiting)}: not mapped yet, to be planted when the guest maps it", style="dim")
 
 
 def _record(
@@ -119,7 +120,7 @@ def _record(
     capture, on_return = columns
     points = vm.insert_many(places, where=where, capture=capture, on_return=on_return)
     if path != "-":
-        _tell_waiting(out, points)
+        _say_waiting(out, points)
     with vm.record_to(path) as file:
         result = _watched(vm, points, count, timeout) if out.terminal and path != "-" else vm.run(timeout=timeout, max_hits=count)
     if path != "-":
