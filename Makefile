@@ -30,21 +30,21 @@ demo: $(VENV)/.built ## boot a small guest, tap it, and see that it noticed noth
 
 test: $(VENV)/.built $(VENV)/.dev ## every test, Rust and Python
 	@echo "==> Rust tests"
-	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo test --quiet --features emu,mock
+	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo test --quiet --workspace --features emu,mock
 	@echo "==> Python tests (the stub's and the README's examples included)"
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.built $(VENV)/.dev ## formatting, lints, types, and the stub against the compiled module
 	@scripts/toolchain lint
-	cargo fmt --check
-	cargo clippy --quiet --all-targets --all-features -- -D warnings
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets --all-features -- -D warnings
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	MYPYPATH=python $(BIN)/python -m mypy.stubtest vmitap
 
 format: $(VENV)/.dev ## write the formatting that lint asks for
-	cargo fmt
+	cargo fmt --all
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 

@@ -177,6 +177,26 @@ pub enum VmiError {
         /// What happened to it.
         reason: String,
     },
+    /// A journal cannot be read or written, or is none. Nothing was changed in the guest.
+    #[error("the journal {path} is not usable: {reason}")]
+    Journal {
+        /// The file.
+        path: String,
+        /// What is wrong with it, and where.
+        reason: String,
+    },
+    /// Another session with this guest is alive.
+    #[error("a session with this guest is alive and holds its journal {path}")]
+    JournalInUse {
+        /// Its journal.
+        path: String,
+    },
+    /// A session with this guest ended without a word, and has left something in it.
+    #[error("a session with this guest was killed and may have left something in it, as {path} says")]
+    JournalLeft {
+        /// Its journal.
+        path: String,
+    },
     /// A value given by the caller makes no sense.
     #[error("{what}: {reason}")]
     InvalidArgument {

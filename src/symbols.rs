@@ -147,7 +147,9 @@ impl SymbolTable {
         for symbol in below.filter(|symbol| symbol.kind != SymbolKind::Absolute) {
             let offset = va.0 - symbol.va.0;
             if offset < symbol.size {
-                return Some((symbol, offset));
+                // A function without a size, as in assembly, names its address before a label or a section's bound with one does.
+                let better = label.filter(|(other, _): &(&Symbol, u64)| other.va == symbol.va && other.kind > symbol.kind);
+                return Some(better.unwrap_or((symbol, offset)));
             }
             // Only the nearest one: a sized symbol that ends in between ends what the labels before it reach.
             label = label.or(Some((symbol, offset)));
@@ -265,6 +267,9 @@ mod tests {
             ("alias", 0x1000, 0x100, Label),
             ("number", 0x1015, 0, Absolute),
             ("start", 0x2000, 0, Label),
+            ("entry", 0x8_0000, 0, Function),
+            ("text_start", 0x8_0000, 0, Label),
+            ("section", 0x8_0000, 0x100, Label),
         ]);
         for (va, name) in [
             (0xfff, None),
@@ -274,6 +279,8 @@ mod tests {
             (0x1030, Some("outer+0x30")),
             (0x1100, None),
             (0x2004, Some("start+0x4")),
+            (0x8_0000, Some("entry")),
+            (0x8_0004, Some("entry+0x4")),
             (0x1_2000, None),
             (u64::MAX, None),
         ] {

@@ -8,6 +8,7 @@
 
 	.section .text, "ax"
 	.global _start
+	.type _start, @function
 /* RDI = boot info (physical), RSI = vCPU index. The boot tables are in force: both windows are there. */
 _start:
 	cld

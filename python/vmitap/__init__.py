@@ -32,6 +32,7 @@ from vmitap._native import (
     Recording,
     RecordingFile,
     Registers,
+    Repaired,
     RunResult,
     Stats,
     Symbol,
@@ -44,7 +45,11 @@ from vmitap._native import (
     VmiEvent,
     VmiEventResponse,
     VmInfo,
+    XenDomain,
+    XenHost,
     __version__,
+    repair,
+    xen_host,
 )
 from vmitap.capture import Backtrace, Stack, Struct
 from vmitap.errors import (
@@ -59,6 +64,7 @@ from vmitap.errors import (
     HandlerError,
     ImageError,
     InvalidArgumentError,
+    JournalError,
     NoPendingEventError,
     NotSupportedError,
     OutOfRangeError,
@@ -108,6 +114,7 @@ __all__ = [
     "Hit",
     "ImageError",
     "InvalidArgumentError",
+    "JournalError",
     "ManagedBreakpoint",
     "Mem",
     "Memory",
@@ -125,6 +132,7 @@ __all__ = [
     "Reg",
     "RegisterValues",
     "Registers",
+    "Repaired",
     "RunResult",
     "SessionBusyError",
     "Stack",
@@ -151,9 +159,13 @@ __all__ = [
     "VmiEvent",
     "VmiEventResponse",
     "VmitapError",
+    "XenDomain",
+    "XenHost",
     "__version__",
     "attach",
     "find_libunicorn",
+    "repair",
+    "xen_host",
 ]
 
 
@@ -166,24 +178,32 @@ def attach(
     libunicorn: str | os.PathLike[str] | None = None,
     on_write: OnWrite | None = None,
     abi: Literal["sysv", "ms"] = "sysv",
+    repair: bool = False,
+    watchdog: bool = True,
 ) -> Vm:
     """Opens a session with a guest. Use it as a context manager: leaving `with` restores the guest.
 
     The guest's vCPUs are put into a view of their own, in which breakpoints will be planted; nothing else changes. A guest on
-    the embedded driver is made new for each session and runs only inside `run`, `events` and `wait_event`.
+    the embedded driver is made new for each session and runs only inside `run`, `events` and `wait_event`. A Xen domain runs on
+    all the time; a vCPU of it that hits a breakpoint stands still until `run`, `events` or `wait_event` looks at it.
 
     Args:
-        target: "demo" (the guest that comes with vmitap) or "emu:PATH" (an ELF image, see docs/guests.md).
-        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
-        vcpus: 1 to 8; None: what the image asks for.
-        cmdline: the command line the guest is given.
+        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), or "xen:NAME" or
+            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md).
+        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for. Not for a Xen domain.
+        vcpus: 1 to 8; None: what the image asks for. Not for a Xen domain.
+        cmdline: the command line the guest is given. Not for a Xen domain.
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
         abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        repair: whether what a killed session has left in the guest is undone first; else that is an error. See `repair`.
+        watchdog: whether a child process undoes it at once when this one is killed. A guest on the embedded driver ends with
+            this process, and needs none.
 
     Raises:
-        AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
+        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped, has a session or was
+            left by one that was killed; `hint` says what to do.
         ImageError: the file is no usable ELF image.
         InvalidArgumentError: `memory` or `vcpus` make no sense.
 
@@ -192,8 +212,21 @@ def attach(
     ...     vm.vcpus
     2
     """
+    import sys
+
     path = str(libunicorn) if libunicorn is not None else find_libunicorn()
-    return _native.open(target, memory=memory, vcpus=vcpus, cmdline=cmdline, libunicorn=path, on_write=on_write, abi=abi)
+    guard = [sys.executable, "-m", "vmitap", "repair", target, "--when-input-ends"] if watchdog and sys.executable else None
+    return _native.open(
+        target,
+        memory=memory,
+        vcpus=vcpus,
+        cmdline=cmdline,
+        libunicorn=path,
+        on_write=on_write,
+        abi=abi,
+        repair=repair,
+        watchdog=guard,
+    )
 
 
 def find_libunicorn() -> str | None:

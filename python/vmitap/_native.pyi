@@ -42,6 +42,7 @@ __all__ = [
     "Recording",
     "RecordingFile",
     "Registers",
+    "Repaired",
     "RunResult",
     "Stats",
     "Symbol",
@@ -54,8 +55,12 @@ __all__ = [
     "VmiCore",
     "VmiEvent",
     "VmiEventResponse",
+    "XenDomain",
+    "XenHost",
     "__version__",
     "open",
+    "repair",
+    "xen_host",
 ]
 
 __version__: str
@@ -74,6 +79,8 @@ def open(
     libunicorn: str | None = None,
     on_write: OnWrite | None = None,
     abi: Literal["sysv", "ms"] = "sysv",
+    repair: bool = False,
+    watchdog: Sequence[str] | None = None,
 ) -> Vm:
     """Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 
@@ -81,16 +88,20 @@ def open(
     is made new for each session, boots up to its entry point and runs only inside `run`, `events` and `wait_event`.
 
     Args:
-        target: "demo" (the guest that comes with vmitap) or "emu:PATH" (an ELF image, see docs/guests.md).
+        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), or "xen:NAME" or
+            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md).
         memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
         vcpus: 1 to 8; None: what the image asks for.
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
         abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        repair: whether what a killed session has left in the guest is undone first, as `repair` does.
+        watchdog: a command that is started with the session and reads its standard input, which ends when this process does; it
+            is to repair the guest then. Not started for a guest that ends with this process. None: no watchdog.
 
     Raises:
-        AttachError: no such target, a library that is missing or unfit; `hint` says what to do.
+        AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
         ImageError: the file is no usable ELF image.
         InvalidArgumentError: `memory` or `vcpus` make no sense.
 
@@ -99,6 +110,122 @@ def open(
     ...     two.vcpus
     2
     """
+
+def repair(target: str) -> Repaired | None:
+    """Brings a guest back whose session ended without a word: the tool was killed, or crashed.
+
+    Undoes everything that session had added: monitors, vCPUs held by events that nobody answers, steps, views, frames, pauses,
+    as its journal says. What it changed for its user stays: memory and registers that were written. The guest runs on.
+
+    Args:
+        target: "xen:NAME" or "xen:NUMBER".
+
+    Returns:
+        What was undone; None if no session has left anything.
+
+    Raises:
+        NotSupportedError: the target is a guest on the embedded driver, which ends with its tool.
+        AttachError: the session is alive, or the guest cannot be attached to.
+        JournalError: the journal is not one; its text says where.
+        UndoFailedError: with what could not be undone; calling again tries that.
+
+    >>> try:
+    ...     vmitap.repair("demo")
+    ... except vmitap.NotSupportedError as error:
+    ...     error.driver
+    'emu'
+    """
+
+@final
+class Repaired:
+    """What `repair` has undone.
+
+    >>> def all_quiet(repaired: vmitap.Repaired | None) -> bool:
+    ...     return repaired is None or not (repaired.views or repaired.frames)
+    """
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs were held for an event, as far as the driver can tell."""
+    @property
+    def views(self) -> int:
+        """Views."""
+    @property
+    def frames(self) -> int:
+        """Frames of shadow pages."""
+    @property
+    def pauses(self) -> int:
+        """Times the guest was paused."""
+
+def xen_host() -> XenHost:
+    """Asks the Xen that this machine runs under what it is and which domains it has. Changes nothing.
+
+    Xen's own libraries are opened the first time they are needed; VMITAP_LIBXENCTRL names another libxenctrl.
+
+    Raises:
+        AttachError: this is no Xen control domain, a library is missing or of another release, or a policy forbids it; `hint`
+            says what to do.
+
+    >>> try:
+    ...     tappable = [domain.target for domain in vmitap.xen_host().domains if domain.obstacle is None]
+    ... except vmitap.AttachError as error:
+    ...     assert error.hint
+    """
+
+@final
+class XenHost:
+    """A Xen machine, as `xen_host` found it.
+
+    >>> def names(host: vmitap.XenHost) -> list[str]:
+    ...     return [domain.name for domain in host.domains]
+    """
+
+    @property
+    def version(self) -> str:
+        """Xen's version and that of its event ring, such as "xen 4.17.5 (vm_event 7)"."""
+    @property
+    def libraries(self) -> list[str]:
+        """The files of Xen's libraries that are open, libxenctrl first."""
+    @property
+    def obstacle(self) -> str | None:
+        """Why no domain of this machine can be tapped; None if nothing is known to be in the way."""
+    @property
+    def hint(self) -> str:
+        """What to do about `obstacle`; empty without one."""
+    @property
+    def domains(self) -> list[XenDomain]:
+        """Its domains, ascending by number; the control domain is the first."""
+
+@final
+class XenDomain:
+    """A domain of a Xen machine.
+
+    >>> def can_be_tapped(domain: vmitap.XenDomain) -> bool:
+    ...     return domain.obstacle is None
+    """
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def name(self) -> str:
+        """Its name; empty while it has none."""
+    @property
+    def kind(self) -> str:
+        """Its kind: "hvm" for HVM and PVH domains, "pv" for others."""
+    @property
+    def vcpus(self) -> int: ...
+    @property
+    def memory_size(self) -> int:
+        """Bytes of memory it has now."""
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be tapped; None if nothing is known to be in the way."""
+    @property
+    def hint(self) -> str:
+        """What to do about `obstacle`; empty without one."""
+    @property
+    def target(self) -> str:
+        """What `attach` takes for it."""
 
 @final
 class Vm:

@@ -28,6 +28,7 @@ __all__ = [
     "HandlerError",
     "ImageError",
     "InvalidArgumentError",
+    "JournalError",
     "NoPendingEventError",
     "NotSupportedError",
     "OutOfRangeError",
@@ -76,6 +77,18 @@ class ImageError(VmitapError):
 
     def __str__(self) -> str:
         return f"{self.what} is not usable: {self.reason}"
+
+
+class JournalError(VmitapError):
+    """The journal of a session cannot be read or written, is none, or another session has it; nothing was changed in the guest."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the journal {self.path} is not usable: {self.reason}"
 
 
 class DriverError(VmitapError):

@@ -17,6 +17,10 @@ pub mod emu;
 pub mod mock;
 #[cfg(feature = "emu")]
 pub mod open;
+#[cfg(all(feature = "emu", feature = "mock"))]
+pub mod still;
+#[cfg(feature = "xen")]
+pub mod xen;
 
 /// What a driver can do with the guest it is attached to. Found by probing, never by a version number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -214,6 +218,12 @@ pub trait VmiControl {
 
     /// Takes back one [`VmiControl::pause`]. An error if there is none.
     fn resume(&mut self) -> Result<()>;
+
+    /// Lets go of the guest for good: whatever the driver has added to it is taken back, and it runs on unobserved. Everything is tried, and an
+    /// error says what is left behind. Twice is fine; so is dropping the driver without it, which does the same and logs what is left.
+    fn let_go(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// What a guest has that it was not made with, whoever added it.
@@ -227,7 +237,7 @@ pub struct Additions {
     pub is_paused: bool,
 }
 
-/// Cleaning up after a session that ended without a word. Not for a session that is alive.
+/// Cleaning up: at the end of a session, and after one that ended without a word.
 pub trait VmiRepair {
     /// What the guest has now. Changes nothing.
     fn additions(&self) -> Result<Additions>;

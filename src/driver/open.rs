@@ -2,27 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-#[cfg(feature = "mock")]
-use crate::addr::{Gfn, PAGE_SIZE, Pa, Va, VcpuId};
-#[cfg(feature = "mock")]
-use crate::arch::amd64::{GpRegisters, Registers, Segment, cr0, cr4, efer, pte};
 use crate::driver::VmiDriver;
 use crate::driver::emu::{BootOptions, EmuDriver};
-#[cfg(feature = "mock")]
-use crate::driver::mock::PageSize;
-#[cfg(feature = "mock")]
-pub use crate::driver::mock::Remote;
 use crate::error::{Result, VmiError};
 use crate::image::Image;
 use crate::symbols::SymbolTable;
+
+#[cfg(feature = "xen")]
+pub use super::xen::{DomainSummary, host as xen_host};
 
 /// Names the engine's library where the options do not.
 pub const LIBRARY_VARIABLE: &str = "VMITAP_LIBUNICORN";
 
 /// The guest that comes with vmitap (guests/demo).
-const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
+pub(super) const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
-const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, or \"emu:PATH\" for an ELF image of your own";
+const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, \"emu:PATH\" for an ELF image of your own, or \"xen:NAME\" for a Xen domain";
 
 /// Which guest.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -31,10 +26,12 @@ pub enum Target {
     Demo,
     /// The ELF image at this path, on the embedded driver.
     Emu(PathBuf),
+    /// The Xen domain of this name or number.
+    Xen(String),
 }
 
 impl Target {
-    /// Reads `"demo"` or `"emu:PATH"`.
+    /// Reads `"demo"`, `"emu:PATH"`, `"xen:NAME"` or `"xen:NUMBER"`.
     ///
     /// # Errors
     /// [`VmiError::Attach`], whose hint names the forms.
@@ -44,7 +41,8 @@ impl Target {
             None if target == "demo" => Ok(Self::Demo),
             Some(("emu", "")) => refuse("\"emu:\" is followed by no path"),
             Some(("emu", path)) => Ok(Self::Emu(PathBuf::from(path))),
-            Some(("xen", _)) => refuse("Xen domains are not part of this version"),
+            Some(("xen", "")) => refuse("\"xen:\" is followed by neither a name nor a number"),
+            Some(("xen", which)) => Ok(Self::Xen(which.to_owned())),
             Some(("dump", _)) => refuse("memory dumps are not part of this version"),
             _ => refuse("this is no kind of guest that vmitap knows"),
         }
@@ -56,6 +54,7 @@ impl std::fmt::Display for Target {
         match self {
             Self::Demo => f.write_str("demo"),
             Self::Emu(path) => write!(f, "emu:{}", path.display()),
+            Self::Xen(which) => write!(f, "xen:{which}"),
         }
     }
 }
@@ -71,9 +70,11 @@ pub struct OpenOptions {
     pub command_line: String,
     /// The engine's library; the environment's [`LIBRARY_VARIABLE`] if not given.
     pub libunicorn: Option<PathBuf>,
+    /// A Xen domain's listener loses its place: right only if it has died. False if not given.
+    pub take_over: bool,
 }
 
-/// A guest that is ready to run and has not run yet.
+/// A guest that is ready to be tapped. One on the embedded driver has not run yet.
 pub struct Opened {
     /// The guest.
     pub driver: Box<dyn VmiDriver>,
@@ -87,12 +88,69 @@ impl std::fmt::Debug for Opened {
     }
 }
 
-/// Boots the guest. Nothing of it runs until the first [`crate::driver::VmiEvents::wait`].
+/// Boots the guest, or attaches to it. Nothing of a guest on the embedded driver runs until the first
+/// [`crate::driver::VmiEvents::wait`]; a Xen domain goes on running.
 ///
 /// # Errors
-/// [`VmiError::Attach`] if the file or the engine's library cannot be used, [`VmiError::Image`] if the file is no such guest,
-/// [`VmiError::InvalidArgument`] for options out of range. Nothing is left behind.
+/// [`VmiError::Attach`] if the file, the engine's library or the domain cannot be used, [`VmiError::Image`] if the file is no such
+/// guest, [`VmiError::InvalidArgument`] for options out of range or that the target does not have. Nothing is left behind.
 pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
+    match target {
+        Target::Demo => start(target, "demo", DEMO, options),
+        Target::Emu(path) => {
+            let bytes = read(target, path)?;
+            start(target, &path.display().to_string(), &bytes, options)
+        }
+        Target::Xen(which) => attach_xen(which, options),
+    }
+}
+
+/// Who the guest is, for good, and which driver has it: a name of letters, digits and hyphens that no other guest ever has. `None`
+/// for one that lives in its driver and ends with it.
+///
+/// # Errors
+/// [`VmiError::Attach`] if there is no such guest.
+pub fn identity(target: &Target) -> Result<Option<(&'static str, String)>> {
+    match target {
+        Target::Demo | Target::Emu(_) => Ok(None),
+        #[cfg(feature = "xen")]
+        Target::Xen(which) => super::xen::identity(which, None).map(|id| Some(("xen", id))),
+        #[cfg(not(feature = "xen"))]
+        Target::Xen(which) => Err(no_xen(which)),
+    }
+}
+
+#[cfg(feature = "xen")]
+fn attach_xen(which: &str, options: &OpenOptions) -> Result<Opened> {
+    let given =
+        [("memory", options.memory.is_some()), ("vcpus", options.vcpus.is_some()), ("cmdline", !options.command_line.is_empty())];
+    if let Some((what, _)) = given.into_iter().find(|(_, is_given)| *is_given) {
+        let reason = "a Xen domain has what its own configuration says".to_owned();
+        return Err(VmiError::InvalidArgument { what, reason });
+    }
+    let xen = super::xen::XenOptions::from_environment()?;
+    let xen = super::xen::XenOptions { take_over: options.take_over, ..xen };
+    let driver = super::xen::XenDriver::attach(which, &xen)?;
+    Ok(Opened { driver: Box::new(driver), symbols: SymbolTable::default() })
+}
+
+#[cfg(not(feature = "xen"))]
+fn attach_xen(which: &str, _: &OpenOptions) -> Result<Opened> {
+    Err(no_xen(which))
+}
+
+#[cfg(not(feature = "xen"))]
+fn no_xen(which: &str) -> VmiError {
+    attach(&format!("xen:{which}"), "this build has no Xen driver".to_owned(), "build it with the feature xen".to_owned())
+}
+
+/// Reads an image.
+pub(super) fn read(target: &Target, path: &Path) -> Result<Vec<u8>> {
+    let hint = || format!("check that {} can be read", path.display());
+    std::fs::read(path).map_err(|error| attach(&target.to_string(), error.to_string(), hint()))
+}
+
+fn start(target: &Target, name: &str, bytes: &[u8], options: &OpenOptions) -> Result<Opened> {
     let defaults = BootOptions::default();
     let boot = BootOptions {
         memory: options.memory.unwrap_or(defaults.memory),
@@ -100,102 +158,11 @@ pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
         command_line: options.command_line.clone(),
     };
     boot.check()?;
-    match target {
-        Target::Demo => start(target, "demo", DEMO, &boot, options),
-        Target::Emu(path) => start(target, &path.display().to_string(), &read(target, path)?, &boot, options),
-    }
-}
-
-/// A guest that stands still, on the mock driver: its image is in memory, and events come from [`Still::remote`].
-#[cfg(feature = "mock")]
-pub struct Still {
-    /// The guest, and its symbols.
-    pub opened: Opened,
-    /// Where events go in and answers come out.
-    pub remote: Remote,
-    /// The registers of each vCPU: at the image's entry, in ring 0, with a stack of its own.
-    pub registers: Vec<Registers>,
-    /// Mapped memory behind the image that nothing uses: where it begins, and how many bytes.
-    pub scratch: (Va, u64),
-}
-
-/// Loads the image of a guest and maps it as it was linked; nothing of it ever runs. Needs no library.
-///
-/// # Errors
-/// As [`open`], but for what is about the library.
-#[cfg(feature = "mock")]
-pub fn open_still(target: &Target, options: &OpenOptions) -> Result<Still> {
-    let defaults = BootOptions::default();
-    let memory = options.memory.unwrap_or(defaults.memory);
-    let vcpus = options.vcpus.unwrap_or(1);
-    let command_line = options.command_line.clone();
-    BootOptions { memory, vcpus, command_line }.check()?;
-    match target {
-        Target::Demo => load(target, "demo", DEMO, memory, vcpus),
-        Target::Emu(path) => load(target, &path.display().to_string(), &read(target, path)?, memory, vcpus),
-    }
-}
-
-#[cfg(feature = "mock")]
-fn load(target: &Target, name: &str, bytes: &[u8], memory: u64, vcpus: u16) -> Result<Still> {
-    /// Where stacks and scratch memory are mapped: nothing is linked for the middle of the lower half.
-    const BESIDE: Va = Va(0x2000_0000_0000);
-    /// Bytes of scratch memory.
-    const SCRATCH: u64 = 1 << 20;
-    let image = Image::parse(name, bytes)?;
-    let mut driver = super::mock::MockDriver::new(memory, vcpus);
-    let refuse = |what: &str| {
-        attach(&target.to_string(), format!("{what} does not fit {memory:#x} bytes"), "give it more memory".to_owned())
-    };
-    let context = driver.new_root(4)?;
-    let rights = pte::P | pte::W | pte::U;
-    let mut end = Pa(0);
-    for segment in &image.segments {
-        let last =
-            segment.pa.checked_add(segment.memory_size - 1).filter(|last| last.0 < memory).ok_or_else(|| refuse("the image"))?;
-        driver.poke(segment.pa, segment.data)?;
-        let pages = segment.pa.gfn().0..=last.gfn().0;
-        for (index, gfn) in pages.enumerate() {
-            let va = Va(segment.va.page().0.wrapping_add(index as u64 * PAGE_SIZE));
-            driver.map(context, va, Gfn(gfn).pa(0), PageSize::Size4K, rights)?;
-        }
-        end = end.max(Gfn(last.gfn().0 + 1).pa(0));
-    }
-    // A page of stack for each vCPU, then the scratch memory; page tables come from the other end.
-    let size = u64::from(vcpus) * PAGE_SIZE + SCRATCH;
-    let room = end.checked_add(size + SCRATCH).filter(|top| top.0 <= memory);
-    room.ok_or_else(|| refuse("the image with its stacks"))?;
-    for at in (0..size).step_by(PAGE_SIZE as usize) {
-        driver.map(context, Va(BESIDE.0 + at), Pa(end.0 + at), PageSize::Size4K, rights)?;
-    }
-    let mut registers = Vec::new();
-    for vcpu in 0..u64::from(vcpus) {
-        // A return address, as a function's first instruction finds it.
-        let stack = (vcpu + 1) * PAGE_SIZE - 64;
-        driver.poke(Pa(end.0 + stack), &image.entry.0.to_le_bytes())?;
-        let gp = GpRegisters { rip: image.entry.0, rsp: BESIDE.0 + stack, rflags: 2, ..GpRegisters::default() };
-        let cs = Segment { selector: 8, attributes: 0xa09b, limit: u32::MAX, base: 0 };
-        let ss = Segment { selector: 16, attributes: 0xc093, limit: u32::MAX, base: 0 };
-        let (cr0, cr4, mode) = (cr0::PG | cr0::WP | 1, cr4::PAE, efer::LME | efer::LMA | efer::SCE | efer::NXE);
-        let of_vcpu = Registers { gp, cr0, cr3: context.root.0, cr4, efer: mode, cs, ss, ..Registers::default() };
-        driver.poke_registers(VcpuId(vcpu as u16), of_vcpu)?;
-        registers.push(of_vcpu);
-    }
-    let (remote, scratch) = (driver.remote(), (Va(BESIDE.0 + u64::from(vcpus) * PAGE_SIZE), SCRATCH));
-    Ok(Still { opened: Opened { driver: Box::new(driver), symbols: image.symbols }, remote, registers, scratch })
-}
-
-fn read(target: &Target, path: &Path) -> Result<Vec<u8>> {
-    let hint = || format!("check that {} can be read", path.display());
-    std::fs::read(path).map_err(|error| attach(&target.to_string(), error.to_string(), hint()))
-}
-
-fn start(target: &Target, name: &str, bytes: &[u8], boot: &BootOptions, options: &OpenOptions) -> Result<Opened> {
     let image = Image::parse(name, bytes)?;
     let library = library(target, options)?;
     // What the library is refused for is about attaching, and no fault of the guest's image.
     super::emu::probe(&library).map_err(|error| attach(&target.to_string(), error.to_string(), hint()))?;
-    let driver = EmuDriver::boot(&library, name, &image, boot)?;
+    let driver = EmuDriver::boot(&library, name, &image, &boot)?;
     Ok(Opened { driver: Box::new(driver), symbols: image.symbols })
 }
 
@@ -211,6 +178,6 @@ fn hint() -> String {
     format!("pip install unicorn, and name its libunicorn.so.2 in {LIBRARY_VARIABLE} (the Python package finds it by itself)")
 }
 
-fn attach(target: &str, reason: String, hint: String) -> VmiError {
+pub(super) fn attach(target: &str, reason: String, hint: String) -> VmiError {
     VmiError::Attach { target: target.to_owned(), reason, hint }
 }

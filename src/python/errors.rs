@@ -16,6 +16,7 @@ import_exception!(vmitap.errors, DriverError);
 import_exception!(vmitap.errors, HandlerError);
 import_exception!(vmitap.errors, ImageError);
 import_exception!(vmitap.errors, InvalidArgumentError);
+import_exception!(vmitap.errors, JournalError);
 import_exception!(vmitap.errors, NoPendingEventError);
 import_exception!(vmitap.errors, NotSupportedError);
 import_exception!(vmitap.errors, OutOfRangeError);
@@ -68,6 +69,9 @@ impl From<VmiError> for PyErr {
             VmiError::StringTooLong { va, limit } => StringTooLongError::new_err((va.0, limit)),
             VmiError::NoPendingEvent { vcpu } => NoPendingEventError::new_err((vcpu.0,)),
             VmiError::DomainGone { reason } => DomainGoneError::new_err((reason,)),
+            VmiError::Journal { path, reason } => JournalError::new_err((path, reason)),
+            VmiError::JournalInUse { path } => JournalError::new_err((path, "a session with this guest is alive")),
+            VmiError::JournalLeft { path } => JournalError::new_err((path, "a session with this guest was killed; repair it")),
             VmiError::InvalidArgument { what, reason } => InvalidArgumentError::new_err((what, reason)),
             VmiError::Recording { path, errno, reason, rows } => RecordingError::new_err((path, errno, reason, rows)),
             VmiError::UndoFailed { cause, left_behind } => UndoFailedError::new_err(Undo { cause: *cause, left_behind }),

@@ -21,20 +21,22 @@ mod symbols;
 mod verdict;
 mod views;
 mod vm;
+mod xen;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 
-use crate::driver::open::{OpenOptions, Opened, Target, open as open_driver};
-use crate::error::Result;
-use crate::session::Session;
+use crate::driver::open::{OpenOptions, Opened, Target};
+use crate::error::{Result, VmiError};
+use crate::session::{Session, open_guarded, repair_guest};
 use convert::{OnWriteArg, optional, small};
 
 /// Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
 #[pyfunction]
-#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline="", libunicorn=None, on_write=None, abi="sysv"))]
+#[pyo3(signature = (target, *, memory=None, vcpus=None, cmdline="", libunicorn=None, on_write=None, abi="sysv", repair=false, watchdog=None))]
 #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
 fn open(
     py: Python<'_>,
@@ -45,6 +47,8 @@ fn open(
     libunicorn: Option<PathBuf>,
     on_write: Option<OnWriteArg>,
     abi: &str,
+    repair: bool,
+    watchdog: Option<Vec<OsString>>,
 ) -> PyResult<vm::Vm> {
     let abi = expression::abi(abi)?;
     let options = OpenOptions {
@@ -52,15 +56,51 @@ fn open(
         vcpus: vcpus.map(|vcpus| small("vcpus", vcpus, u16::MAX.into())).transpose()?,
         command_line: cmdline.to_owned(),
         libunicorn,
+        take_over: false,
     };
     let on_write = on_write.map(|policy| policy.0).unwrap_or_default();
     let opened: Result<_> = gil::detached(py, || {
-        let Opened { driver, symbols } = open_driver(&Target::parse(target)?, &options)?;
+        let target = Target::parse(target)?;
+        if repair {
+            match repair_guest(&target, &options) {
+                // A guest that lives in its driver is new.
+                Ok(_) | Err(VmiError::NotSupported { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let Opened { driver, symbols } = open_guarded(&target, &options, watchdog)?;
         let version = driver.version();
         Ok((Session::new(driver, on_write)?, symbols, version))
     });
     let (session, symbols, version) = opened?;
     Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, (on_write, abi)))))
+}
+
+/// Brings a guest back whose session ended without a word: the tool was killed, or crashed.
+#[pyfunction]
+fn repair(py: Python<'_>, target: &str) -> PyResult<Option<Repaired>> {
+    let done = gil::detached(py, || repair_guest(&Target::parse(target)?, &OpenOptions::default()))?;
+    Ok(done.map(|done| Repaired { vcpus: done.vcpus, views: done.views, frames: done.frames, pauses: done.pauses }))
+}
+
+/// What `repair` has undone.
+#[pyclass(frozen, get_all, module = "vmitap._native")]
+struct Repaired {
+    /// How many vCPUs were held for an event, as far as the driver can tell.
+    vcpus: usize,
+    /// Views.
+    views: usize,
+    /// Frames of shadow pages.
+    frames: usize,
+    /// Times the guest was paused.
+    pauses: u32,
+}
+
+#[pymethods]
+impl Repaired {
+    fn __repr__(&self) -> String {
+        format!("Repaired(vcpus={}, views={}, frames={}, pauses={})", self.vcpus, self.views, self.frames, self.pauses)
+    }
 }
 
 #[pymodule]
@@ -79,8 +119,6 @@ mod _native {
     #[pymodule_export]
     use super::memory::Memory;
     #[pymodule_export]
-    use super::open;
-    #[pymodule_export]
     use super::recording::{Recording, RecordingFile};
     #[pymodule_export]
     use super::registers::{_registers, Registers};
@@ -94,6 +132,10 @@ mod _native {
     use super::views::{Caps, View, Views, VmInfo};
     #[pymodule_export]
     use super::vm::Vm;
+    #[pymodule_export]
+    use super::xen::{XenDomain, XenHost, xen_host};
+    #[pymodule_export]
+    use super::{Repaired, open, repair};
 
     use pyo3::prelude::*;
 

@@ -5,10 +5,15 @@
 
 mod event_loop;
 mod filter;
+#[cfg(feature = "emu")]
+mod guard;
 mod hold;
+pub mod journal;
+mod journaled;
 mod paging;
 mod pending;
 mod record;
+mod repair;
 mod returns;
 mod roots;
 mod sink;
@@ -34,10 +39,14 @@ use crate::ptm::PageTableMonitor;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 use crate::undo::Left;
 
+#[cfg(feature = "emu")]
+pub use guard::{Watchdog, open_guarded, repair_guest};
 pub use hold::{Budget, Histogram};
+pub use journaled::Journaled;
 pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
 pub use record::DURATION;
+pub use repair::{Repaired, repair};
 use returns::Returns;
 pub use returns::WAITING;
 use sink::Sink;
@@ -397,14 +406,22 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpu.raw = Some(pending.home());
         }
         let driver = self.vmi.driver_mut();
-        // With the breakpoints gone a retry is all that a held vCPU needs.
+        // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
+        // answers: that is taken back too.
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let raw = vcpu.raw.filter(|_| {
-                let answered = driver.respond(VcpuId(index as u16), &go_on);
-                left.note(answered, || format!("the event of vCPU {index}"))
-            });
-            *vcpu = Vcpu { raw, ..Vcpu::default() };
+        let mut stuck = Vec::new();
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate().filter(|(_, vcpu)| vcpu.raw.is_some()) {
+            match driver.respond(VcpuId(index as u16), &go_on) {
+                Ok(()) => vcpu.raw = None,
+                Err(error) => stuck.push((index, error)),
+            }
+        }
+        if left.note(driver.release_held().map(drop), || "vCPUs that step".to_owned()) {
+            for (index, error) in stuck {
+                left.note(Err(error), || format!("the event of vCPU {index}"));
+            }
+        } else {
+            self.vcpus.fill_with(Vcpu::default);
         }
         left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
         if self.tracks_roots {
@@ -424,13 +441,24 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             log::warn!("{error}; trying again without the views");
             left.note(self.controller.clear(&mut self.vmi), || "breakpoints and access rights".to_owned());
         }
-        let result = left.done();
+        left.note(self.vmi.driver_mut().let_go(), || "what is the driver's own".to_owned());
+        // A guest that is gone has nothing left behind in it.
+        let result = left.done().or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) });
         self.restored = result.is_ok();
         result
     }
 
     fn check_open(&self) -> Result<()> {
         if self.detached { Err(VmiError::DomainGone { reason: "the session has ended".to_owned() }) } else { Ok(()) }
+    }
+}
+
+/// Whether it failed because there is no guest any more.
+fn is_gone(error: &VmiError) -> bool {
+    match error {
+        VmiError::DomainGone { .. } => true,
+        VmiError::UndoFailed { cause, .. } => is_gone(cause),
+        _ => false,
     }
 }
 

@@ -286,15 +286,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
-        self.bury(id);
+        self.note_removed(id);
         Ok(())
     }
 
     /// A tap is out of the guest for good.
-    pub(super) fn bury(&mut self, id: TapId) {
+    pub(super) fn note_removed(&mut self, id: TapId) {
         self.forget_returns(id);
         // Once only: somebody else may have its key since.
-        self.forget_returns(id);
         let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
@@ -325,7 +324,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(left.after(cause));
         }
         for id in ids {
-            self.bury(*id);
+            self.note_removed(*id);
         }
         Ok(())
     }

@@ -55,7 +55,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(self.plant_again(&lifted, cause));
         }
         for tap in taps {
-            self.bury(tap);
+            self.note_removed(tap);
         }
         self.views.remove(index);
         Ok(())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,11 @@ if TYPE_CHECKING:
     import vmitap
 
 pytest_plugins = ["vmitap.testing"]
+
+# A shell that starts the tests in the background has Ctrl-C ignored, and programs that a test starts inherit that: the tests of
+# Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -670,6 +670,24 @@ def test_an_event_is_answered_once_and_by_its_own_session(vm: Vm) -> None:
     vm.respond(later, VmiEventResponse.fast_single_step(vm.views.default))
 
 
+def test_what_the_core_logs_arrives_in_the_logger_named_vmitap(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:
+    def lose_the_stack(hit: Hit) -> Verdict:
+        hit.vm.set_registers(rsp=0x7000_0000_0000)
+        return Verdict.return_from_function(1)
+
+    def fail(_: Hit) -> None:
+        raise ValueError
+
+    vm.breakpoint("open_file", lose_the_stack)
+    vm.breakpoint("open_file", fail)
+    # The event cannot be answered as it was to be, but what the handler raised is told first: the other goes to the log.
+    with pytest.raises(vmitap.HandlerError):
+        vm.run(timeout=5)
+    records = [record for record in caplog.records if record.name == "vmitap"]
+    assert [record.levelname for record in records] == ["WARNING"]
+    assert "0x700000000000" in records[0].getMessage()
+
+
 def test_the_log_reaches_python(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:
     vm.detach()
     assert [record for record in caplog.records if record.name != "vmitap"] == []

@@ -1,9 +1,13 @@
 //! Guests of tests/guests under breakpoints.
 
+use std::time::Duration;
+
+use vmitap::core::VmiCore;
 use vmitap::driver::emu::BootOptions;
-use vmitap::driver::{VmiProtection, VmiWrite};
+use vmitap::driver::{VmiEvents, VmiFrames, VmiProtection, VmiRead, VmiViews, VmiWrite, Wait};
 use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
-use vmitap::{Gfn, MemoryAccess, View};
+use vmitap::tap::{BreakpointController, TapController};
+use vmitap::{Gfn, MemoryAccess, Pa, View};
 
 use super::guest::{Lab, options};
 
@@ -262,6 +266,214 @@ fn code_that_the_caller_overwrites_runs_as_written() {
     });
     lab.assert_done();
     assert_eq!((lab.hits_at("f"), lab.word("wrong_results"), lab.word("f_count")), (40, 0, 40));
+}
+
+/// Two vCPUs: the first sleeps, the second reads the page of `spot` in three ways, and counts what it read and every 0xCC.
+const READER: &str = "#define TAPPED_SIZE 4096
+#define HAS_AP_MAIN
+#include \"boot.inc\"
+counter stop
+counter spins
+counter reads
+counter seen
+counter ap_done
+.text
+.global main, ap_main
+main: cli
+hlt
+jmp main
+ap_main: lea rbx, [rip + spot]
+1: cmp byte ptr [rbx], 0xcc
+je 3f
+mov rax, [rbx - 3]
+shr rax, 24
+cmp al, 0xcc
+je 3f
+lea rsi, [rbx - 1]
+lea rdi, [rip + copy]
+mov ecx, 3
+rep movsb
+cmp byte ptr [rip + copy + 1], 0xcc
+je 3f
+2: inc qword ptr [rip + reads]
+cmp qword ptr [rip + stop], 0
+je 1b
+mov qword ptr [rip + ap_done], 1
+ret
+3: count seen
+jmp 2b
+.section .tapped, \"ax\"
+.balign 4096
+.global spot
+.fill 0x100, 1, 0x90
+spot: .fill 0xf00, 1, 0x90
+.section .data
+copy: .quad 0
+";
+
+/// Puts a breakpoint in and takes it out so many times while the guest of [`READER`] runs: reads served, what the guest counted.
+fn insert_and_remove(times: u32, hidden: bool) -> (u64, u64, u64) {
+    let lab = Lab::with(READER, &options(2, ""));
+    let [spot, stop, reads, seen, done] = ["spot", "stop", "reads", "seen", "ap_done"].map(|name| lab.pa(name));
+    let mut vmi = VmiCore::new(Box::new(lab.vm));
+    let view = vmi.driver_mut().create_view(MemoryAccess::RWX).unwrap();
+    vmi.driver_mut().switch_to_view(view).unwrap();
+    let mut controller = BreakpointController::default();
+    let mut served = 0;
+    let mut turn = |vmi: &mut VmiCore<vmitap::driver::emu::EmuDriver>, limit: u32| {
+        // A slice of the guest, or until so many of its reads were served.
+        for _ in 0..limit {
+            let Wait::Event(event) = vmi.driver_mut().wait(Duration::ZERO).unwrap() else { break };
+            assert!(matches!(event.reason, EventReason::MemoryAccess { access: MemoryAccess::R, .. }), "{event:?}");
+            served += 1;
+            vmi.driver_mut().respond(event.vcpu, &VmiEventResponse::action(EventAction::Emulate)).unwrap();
+        }
+    };
+    for _ in 0..20 {
+        turn(&mut vmi, 1);
+    }
+    for time in 0..times {
+        controller.monitor(&mut vmi, spot.gfn(), view).unwrap();
+        controller.insert_breakpoint(&mut vmi, spot, view).unwrap();
+        if !hidden {
+            vmi.driver_mut().set_memory_access(view, spot.gfn(), MemoryAccess::RX).unwrap();
+        }
+        // The reader runs into the page at once, and so gives way soon.
+        turn(&mut vmi, 2);
+        controller.remove_breakpoint(&mut vmi, spot, view).unwrap();
+        controller.unmonitor(&mut vmi, spot.gfn(), view).unwrap();
+        if time % 100 == 0 {
+            turn(&mut vmi, 1);
+        }
+    }
+    assert!(vmi.driver().frames_in_use() <= 64, "frames are given back: {}", vmi.driver().frames_in_use());
+    vmi.driver_mut().write(stop, &[1]).unwrap();
+    let word = |vmi: &VmiCore<vmitap::driver::emu::EmuDriver>, pa: Pa| {
+        let mut bytes = [0; 8];
+        vmi.driver().read(pa, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    };
+    while word(&vmi, done) == 0 {
+        turn(&mut vmi, 10);
+    }
+    (served, word(&vmi, reads), word(&vmi, seen))
+}
+
+#[test]
+fn a_vcpu_that_reads_the_page_all_the_time_never_sees_a_breakpoint_come_or_go() {
+    let (served, reads, seen) = insert_and_remove(10_000, true);
+    assert!(served > 10_000 && reads > 10_000, "{served} reads served of {reads} rounds");
+    assert_eq!(seen, 0);
+    // The check can fail.
+    let (_, _, seen) = insert_and_remove(20, false);
+    assert!(seen > 0);
+}
+
+#[test]
+fn a_vcpu_that_reads_hidden_pages_all_the_time_leaves_the_others_their_time() {
+    let mut lab =
+        Lab::with(&READER.replace("main: cli\nhlt\njmp main", "main: inc qword ptr [rip + spins]\njmp main"), &options(2, ""));
+    lab.tap(&["spot"]);
+    let mut served = 0;
+    while served < 2000 {
+        if let Wait::Event(event) = lab.vm.wait(Duration::from_secs(5)).unwrap() {
+            served += 1;
+            lab.respond(&event, EventAction::Emulate);
+        }
+    }
+    // Its turns are as long in time: a hundred reads and more to ten thousand rounds.
+    let rounds = lab.word("spins");
+    assert!(rounds > 100_000, "{rounds} rounds of the one to {served} reads of the other");
+}
+
+#[test]
+fn a_guest_that_traces_itself_with_the_trap_flag_gets_the_same_traps_over_breakpoints() {
+    const SOURCE: &str = "#define TAPPED_SIZE 4096
+#include \"boot.inc\"
+counter traps
+counter hash
+counter flags
+.text
+.global main, t_nop, t_push, t_pushfq, t_pop, t_store, t_mov, t_sub, t_ss, t_after, t_rep, t_call, t_lea, t_cpuid, t_jmp, t_div, t_popfq
+main: push rbx
+lea rax, [rip + on_db]
+mov [rip + handlers + 8], rax
+lea rax, [rip + on_de]
+mov [rip + handlers], rax
+lea rsi, [rip + from]
+lea rdi, [rip + to]
+mov edx, KDATA
+pushfq
+or qword ptr [rsp], 0x100
+popfq
+t_nop: nop
+t_push: push rbx
+t_pushfq: pushfq
+t_pop: pop rax
+t_store: mov [rip + flags], rax
+t_mov: mov ecx, 3
+t_sub: sub rsp, 0x20
+add rsp, 0x20
+t_ss: mov ss, edx
+t_after: nop
+t_rep: rep movsb
+t_call: call 1f
+1: pop rax
+t_lea: lea rax, [rip + 8]
+xor eax, eax
+t_cpuid: cpuid
+xor ebx, ebx
+t_div: div rbx
+t_jmp: jmp 2f
+2: pop rax
+pushfq
+and qword ptr [rsp], ~0x100
+t_popfq: popfq
+pop rbx
+ret
+on_de: mov rax, [rip + hash]
+rol rax, 9
+xor rax, [rdi + FRAME_RFLAGS]
+mov [rip + hash], rax
+add qword ptr [rdi + FRAME_RIP], 3
+ret
+on_db: mov rax, [rip + hash]
+rol rax, 7
+xor rax, [rdi + FRAME_RIP]
+rol rax, 5
+xor rax, [rdi + FRAME_RFLAGS]
+mov [rip + hash], rax
+count traps
+ret
+.section .tapped, \"ax\"
+nop
+.section .data
+from: .quad 0x1234
+to: .quad 0
+";
+    let elf = super::guest::assemble(SOURCE);
+    let truth = |lab: &Lab| (lab.word("traps"), lab.word("hash"), lab.word("flags"), lab.word("done"));
+    let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+    plain.run();
+    let expected = truth(&plain);
+    assert!(expected.0 > 20 && expected.2 & 0x100 != 0 && expected.3 == 1, "{expected:x?} {}", plain.console());
+    let names = tap_names(&plain);
+    for name in &names {
+        for report in [false, true] {
+            let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+            lab.tap(&[name]);
+            lab.run_with(|lab, event| {
+                let mut response = lab.usual(event);
+                if let (EventAction::FastSingleStep { view }, true) = (response.action, report) {
+                    response.action = EventAction::SingleStep { view };
+                }
+                if matches!(event.reason, EventReason::SingleStep { .. }) { response.in_view(lab.view) } else { response }
+            });
+            assert_eq!(truth(&lab), expected, "{name}, {report}: {}", lab.console());
+            // A repeated string instruction comes back after each trap.
+            assert_eq!(lab.hits_at(name), if name == "t_rep" { 3 } else { 1 }, "{name}, {report}");
+        }
+    }
 }
 
 const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));

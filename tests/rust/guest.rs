@@ -57,7 +57,7 @@ pub fn options(vcpus: u16, command_line: &str) -> BootOptions {
 pub struct Lab {
     pub vm: EmuDriver,
     pub symbols: SymbolTable,
-    segments: Vec<(u64, u64, u64)>,
+    pub segments: Vec<(u64, u64, u64)>,
     /// The view with the breakpoints; the default one while there is none.
     pub view: View,
     /// Physical addresses of breakpoints, and the shadow frame.

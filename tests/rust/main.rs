@@ -23,9 +23,11 @@ mod filter;
 mod guest;
 mod harness;
 mod image;
+mod journal;
 mod layering;
 mod mock;
 mod model;
+mod mortal;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
@@ -39,3 +41,5 @@ mod session;
 mod session_atomic;
 mod tap;
 mod tap_manager;
+#[cfg(feature = "xen")]
+mod xen;

@@ -1,12 +1,22 @@
 //! Cleaning up after a session that ended without a word.
 
+use std::fs;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use vmitap::arch::amd64::Registers;
+use parking_lot::Mutex;
+use vmitap::arch::amd64::{AddressContext, Registers};
 use vmitap::driver::mock::MockDriver;
 use vmitap::driver::{Additions, VmiDriver, VmiEvents, VmiRepair, VmiViews, Wait};
 use vmitap::event::{EventReason, VmiEvent};
-use vmitap::{Gfn, MemoryAccess, VcpuId, View};
+use vmitap::session::journal::Journal;
+use vmitap::session::{Journaled, Limits, Poll, Session, TapKind, TapSpec, Verdict, repair};
+use vmitap::tap::OnWrite;
+use vmitap::{Gfn, MemoryAccess, Va, VcpuId, View, VmiError};
+
+use crate::guest::Lab;
+use crate::journal::{Folder, guest_id};
+use crate::mortal::{Death, Fate, Mortal};
 
 fn int3(view: View) -> VmiEvent {
     let reason = EventReason::Breakpoint { gfn: Gfn(1), insn_len: 1 };
@@ -31,7 +41,7 @@ fn additions_are_listed(driver: &mut dyn VmiDriver) {
 fn what_was_added_to_a_guest_is_listed() {
     additions_are_listed(&mut MockDriver::new(1 << 20, 1));
     #[cfg(feature = "emu")]
-    additions_are_listed(&mut crate::guest::Lab::of("calls.S").vm);
+    additions_are_listed(&mut Lab::of("calls.S").vm);
 }
 
 #[test]
@@ -47,4 +57,153 @@ fn a_held_vcpu_is_released_into_the_default_view() {
         assert_eq!(driver.vcpu_view(vcpu).unwrap(), View::DEFAULT);
     }
     assert!(driver.state().vcpus[0].pending.is_none());
+}
+
+fn breakpoint(session: &Session, context: AddressContext, va: Va) -> TapSpec {
+    TapSpec {
+        kind: TapKind::Breakpoint,
+        va,
+        context,
+        global: true,
+        view: session.tap_view(),
+        on_write: None,
+        key: None,
+        wanted: true,
+        enabled: true,
+    }
+}
+
+/// The guest of a tool that is gone.
+fn survivor<D>(fate: Arc<Mutex<Fate<D>>>) -> D {
+    let Ok(fate) = Arc::try_unwrap(fate) else { panic!("somebody still has the driver") };
+    let Ok(driver) = Arc::try_unwrap(fate.into_inner().driver) else { panic!("somebody still has the guest") };
+    driver.into_inner()
+}
+
+/// A session with everything in it that changes a guest. Comes back early if a call fails, as a tool that dies does.
+fn script(driver: Box<dyn VmiDriver>, taps: &[Va], watched: Va) -> Result<(), VmiError> {
+    let mut session = Session::new(driver, OnWrite::Reapply)?;
+    let context = AddressContext::from(&session.registers(VcpuId(0))?);
+    let spec = |session: &Session, va| breakpoint(session, context, va);
+    let specs: Vec<TapSpec> = taps.iter().map(|va| spec(&session, *va)).collect();
+    let ids = session.add_many(&specs)?;
+    let watch = TapSpec { kind: TapKind::Watch { len: 8, access: MemoryAccess::W }, ..spec(&session, watched) };
+    let watch = session.add(&watch)?;
+    let other = session.create_view(MemoryAccess::RWX)?;
+    for turn in 0..12 {
+        match session.poll(&Limits::default())? {
+            Poll::Hit(_) if turn == 3 => session.answer(Verdict::Step(2))?,
+            Poll::Hit(_) => session.answer(Verdict::Continue)?,
+            _ => {}
+        }
+        match turn {
+            2 => session.pause()?,
+            4 => session.resume()?,
+            5 => session.remove(watch)?,
+            6 => session.disable(ids[0]).and_then(|()| session.enable(ids[0]))?,
+            8 => drop(session.add(&TapSpec { view: other, ..specs[0] })?),
+            9 => session.switch_to_view(other)?,
+            10 => session.destroy_view(other)?,
+            _ => {}
+        }
+    }
+    session.detach()
+}
+
+/// What the guest's own counters and checks say at its end.
+fn truth(lab: &Lab) -> Vec<u64> {
+    ["f_count", "f_sum", "g_count", "h_count", "wrong_results"].map(|name| lab.word(name)).to_vec()
+}
+
+fn untapped() -> Vec<u64> {
+    let mut lab = boot();
+    lab.run();
+    truth(&lab)
+}
+
+/// A guest in the middle of its calls: what it reads of itself before and after them would be thousands of events each time.
+fn boot() -> Lab {
+    static ELF: LazyLock<Vec<u8>> = LazyLock::new(|| crate::guest::assemble("calls.S"));
+    let mut lab = Lab::boot(&ELF, &crate::guest::options(1, "n=30000 every=0")).unwrap();
+    while lab.word("f_count") == 0 {
+        assert_eq!(lab.vm.wait(Duration::ZERO).unwrap(), Wait::Timeout);
+    }
+    lab
+}
+
+/// Runs the script on a fresh guest, lets the tool die, repairs, and lets the guest come to its end. How many calls there were.
+fn killed(death: Option<Death>, name: &str, plain: &[u64]) -> (Vec<&'static str>, bool) {
+    let folder = Folder::new(name);
+    let lab = boot();
+    let (taps, watched) = (["f", "g", "h"].map(|name| lab.va(name)), lab.va("tapped_start"));
+    let Lab { vm, .. } = lab;
+    let before = vm.additions().unwrap();
+    let (kept, path) = (folder.0.join("kept"), folder.0.join("test-1.journal"));
+    // What the dead process can no longer write is not in the file.
+    let fate = Fate::new(vm, death, {
+        let (kept, path) = (kept.clone(), path.clone());
+        move || {
+            fs::copy(&path, &kept).unwrap();
+        }
+    });
+    let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
+    let done = Journaled::new(Box::new(Mortal::new(&fate)), journal).and_then(|driver| script(Box::new(driver), &taps, watched));
+    let (calls, is_dead) = fate.lock().end();
+    assert_eq!(done.is_err(), is_dead, "{done:?} {death:?}");
+    if is_dead {
+        fs::rename(&kept, &path).unwrap();
+        let error = Journal::begin(&folder.0, &guest_id()).unwrap_err();
+        assert!(matches!(error, VmiError::JournalLeft { .. }), "{error}");
+        let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
+        let driver = fate.lock().driver.clone();
+        repair(&mut *driver.lock(), journal.remains()).unwrap();
+        journal.close().unwrap();
+    }
+    assert_eq!(folder.files(), 0, "{death:?}");
+    let vm = survivor(fate);
+    assert_eq!(vm.additions().unwrap(), before, "{death:?}");
+    let mut lab = Lab { vm, ..lab };
+    lab.run_with(|_, event| panic!("{death:?}: nobody is left to answer {event:x?}"));
+    lab.assert_unseen();
+    assert_eq!(truth(&lab), plain, "{death:?}");
+    (calls, is_dead)
+}
+
+#[test]
+fn leaving_in_the_middle_of_steps_leaves_no_vcpu_behind_that_waits_for_an_answer() {
+    let lab = boot();
+    let va = lab.va("f");
+    let Lab { vm, .. } = lab;
+    let fate = Fate::new(vm, None, || ());
+    let driver: Box<dyn VmiDriver> = Box::new(Mortal::new(&fate));
+    let mut session = Session::new(driver, OnWrite::Reapply).unwrap();
+    let context = AddressContext::from(&session.registers(VcpuId(0)).unwrap());
+    session.add(&breakpoint(&session, context, va)).unwrap();
+    assert!(matches!(session.poll(&Limits::default()).unwrap(), Poll::Hit(_)));
+    session.answer(Verdict::Step(5)).unwrap();
+    session.detach().unwrap();
+    drop(session);
+    let vm = survivor(fate);
+    let mut lab = Lab { vm, ..lab };
+    lab.run_with(|_, event| panic!("nobody is left to answer {event:x?}"));
+    lab.assert_unseen();
+}
+
+#[test]
+fn a_session_that_ends_leaves_no_journal() {
+    let (calls, is_dead) = killed(None, "whole", &untapped());
+    assert!(calls.contains(&"create_view") && calls.contains(&"pause") && !is_dead);
+}
+
+#[test]
+fn whenever_the_tool_is_killed_the_guest_is_repaired_and_comes_to_its_end() {
+    let plain = untapped();
+    let (calls, _) = killed(None, "counted", &plain);
+    assert!((60..300).contains(&calls.len()), "{calls:?}");
+    for n in 1..=calls.len() {
+        for death in [Death::Before(n), Death::After(n)] {
+            let (_, is_dead) = killed(Some(death), "killed", &plain);
+            assert!(is_dead, "{death:?}");
+        }
+    }
 }

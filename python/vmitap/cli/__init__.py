@@ -17,8 +17,10 @@ import vmitap
 from vmitap.cli import exits
 from vmitap.cli.demo import demo
 from vmitap.cli.doctor import doctor
+from vmitap.cli.domains import list_domains
 from vmitap.cli.inspect import info, read, translate
 from vmitap.cli.output import harmless
+from vmitap.cli.repair import repair
 from vmitap.cli.report import report
 from vmitap.cli.script import run
 from vmitap.cli.trace import trace
@@ -34,12 +36,12 @@ __all__ = ["main"]
 def cli() -> None:
     """Tap a running virtual machine without the machine noticing.
 
-    A TARGET is "demo" (a small guest that comes with vmitap) or "emu:PATH" (an ELF image). ADDRESS is a symbol,
-    "symbol+0x10" or a number. Start with: vmitap demo
+    A TARGET is "demo" (a small guest that comes with vmitap), "emu:PATH" (an ELF image) or "xen:NAME" (a Xen domain).
+    ADDRESS is a symbol, "symbol+0x10" or a number. Start with: vmitap demo
     """
 
 
-for command in (demo, doctor, info, read, report, run, trace, translate):
+for command in (demo, doctor, info, list_domains, read, repair, report, run, trace, translate):
     cli.add_command(command)
 
 

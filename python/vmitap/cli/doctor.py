@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from time import perf_counter
 
 import click
@@ -70,18 +69,19 @@ def check_emu() -> Check:
 
 
 def check_xen() -> Check:
-    """Xen guests. What this machine offers is reported; using it is beyond this version."""
-    hypervisor = Path("/sys/hypervisor/type")
+    """Xen domains: found by asking Xen, without changing anything."""
     try:
-        under_xen = hypervisor.read_text().strip() == "xen"
-    except OSError:
-        under_xen = False
-    privcmd = Path("/dev/xen/privcmd").exists()
-    found = [
-        "this machine runs under Xen" if under_xen else "this machine does not run under Xen",
-        "/dev/xen/privcmd is there" if privcmd else "/dev/xen/privcmd is not there",
-    ]
-    return Check("xen", usable=False, found=found, missing=f"not part of vmitap {vmitap.__version__}")
+        host = vmitap.xen_host()
+    except vmitap.AttachError as error:
+        return Check("xen", usable=False, missing=error.reason, hint=error.hint)
+    found = [f"{host.version}, {host.libraries[0]}"]
+    guests = [domain for domain in host.domains if domain.id != 0]
+    found += [f"{domain.target}: {domain.obstacle or 'can be tapped'}" for domain in guests] or ["no domain but the control domain"]
+    if host.obstacle is not None:
+        return Check("xen", usable=False, found=found, missing=host.obstacle, hint=host.hint)
+    if guests and all(domain.obstacle for domain in guests):
+        return Check("xen", usable=False, found=found, missing="a domain that can be tapped", hint=guests[0].hint)
+    return Check("xen", usable=True, found=found)
 
 
 def check_dump() -> Check:

@@ -33,6 +33,9 @@ use super::vcpu::{Held, Mode, State, Step, Vcpu};
 
 /// Basic blocks a vCPU runs before the next one has its turn, or before the clock is looked at.
 const SLICE: u64 = 10_000;
+/// Basic blocks that an event or a step costs a vCPU of its turn: it takes about as long. Else one that reads hidden pages all the time
+/// would keep the others waiting for a hundred times as long as they keep it.
+pub(super) const DEAR: u64 = 50;
 /// Iterations of a repeated string instruction that are stepped before the clock is looked at.
 pub(super) const STRING_BURST: u32 = 4096;
 /// Turns of the loop between two looks at the clock, when turns are short because of events.
@@ -138,7 +141,7 @@ pub struct Machine {
     /// For whom each engine's TLB is filled.
     pub(super) filled_for: Each<Option<(usize, Mode)>>,
     current: usize,
-    slice: u64,
+    pub(super) slice: u64,
     /// Virtual time: basic blocks run by all vCPUs together.
     pub(super) now: u64,
     /// The stack of the vCPU that was stepped last.
@@ -358,7 +361,7 @@ impl Machine {
         let (mode, rip, due) = (vcpu.mode(vcpu.view), vcpu.rip(), vcpu.apic.due());
         self.prepare(Which::Main, index, mode);
         self.load(index)?;
-        let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).clamp(1, self.slice));
+        let budget = due.map_or(self.slice, |due| due.saturating_sub(self.now).min(self.slice).max(1));
         let hooks = self.main.hooks();
         hooks.budget.set(budget);
         hooks.wants_interrupts.set(wants_interrupts);
@@ -457,6 +460,7 @@ impl Machine {
     pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<Raised> {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.held = held;
+        self.slice = self.slice.saturating_sub(DEAR);
         if !matches!(held, Held::Announced(_)) {
             // The instruction that was to be stepped has another fate now; the answer decides.
             vcpu.step = None;

@@ -10,7 +10,7 @@ use super::hooks::{Denied, Exit, fetch, translate};
 use super::insn::{self, Insn};
 use super::layout::{HF_CS64, HF_INHIBIT_IRQ};
 use super::memory::Which;
-use super::run::{Machine, RCX, RDI, RSP, Raised, STRING_BURST, Went};
+use super::run::{DEAR, Machine, RCX, RDI, RSP, Raised, STRING_BURST, Went};
 use super::sys::{Access, code};
 use super::vcpu::{Held, Mode, State, Step};
 
@@ -128,6 +128,7 @@ impl Machine {
     fn step_once(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
         let memory = std::rc::Rc::clone(&self.memory);
         self.steps.engine += 1;
+        self.slice = self.slice.saturating_sub(DEAR);
         let vcpu = self.vcpu(index)?;
         let (mode, rip, hflags) = (vcpu.mode(step.view), vcpu.rip(), vcpu.hflags());
         let mut bytes = [0; insn::MAX_LEN];

@@ -1,0 +1,102 @@
+//! Cleaning up after a program that ended without a word, while it listened to the domain.
+
+use xen_sys::errno;
+use xen_sys::types::dominf;
+
+use super::codec;
+use super::step::STEP_OFF;
+use super::views::ViewBook;
+use super::{XenDriver, failed};
+use crate::addr::{Gfn, PAGE_SHIFT, View};
+use crate::driver::{Additions, VmiRepair};
+use crate::error::Result;
+
+/// Frames that are looked at in one call.
+const CHUNK: u64 = 512;
+/// Frames that are looked at in all.
+const MOST: u64 = 1 << 14;
+
+impl XenDriver {
+    /// The frames from the highest one down to the first gap, ascending.
+    fn top_frames(&self) -> Result<Vec<u64>> {
+        let control = self.xen.control();
+        let highest = control.maximum_gpfn(self.domain).map_err(|error| failed(&error))?;
+        let lowest = (highest + 1).saturating_sub(MOST);
+        let mut found = Vec::new();
+        let mut end = highest + 1;
+        while end > lowest {
+            let begin = end.saturating_sub(CHUNK).max(lowest);
+            let frames: Vec<u64> = (begin..end).collect();
+            let present = self.pages.foreign().present(self.domain, &frames).unwrap_or_default();
+            let there = present.iter().rev().take_while(|present| **present).count() as u64;
+            found.extend((end - there..end).rev());
+            if there < end - begin {
+                break;
+            }
+            end = begin;
+        }
+        found.reverse();
+        Ok(found)
+    }
+}
+
+impl VmiRepair for XenDriver {
+    /// Views are found by asking for each number. Xen does not know whose a frame is: listed are those from the guest's highest one down to the first
+    /// gap, among which some may be the guest's own. Who compares with what was there before knows which are new.
+    fn additions(&self) -> Result<Additions> {
+        self.check_alive()?;
+        let control = self.xen.control();
+        let exists = |view: &u16| match control.altp2m_mem_access(self.domain, *view, 0) {
+            Ok(_) => true,
+            // The view is there, and the page was never met in it.
+            Err(error) => error.errno == errno::ESRCH,
+        };
+        let views = (1..=self.abi.max_views()).filter(exists).map(View).collect();
+        let info = control.domain(self.domain).map_err(|error| failed(&error))?;
+        let is_paused = info.is_some_and(|info| info.flags & dominf::PAUSED != 0);
+        let frames = self.top_frames()?.into_iter().map(Gfn).filter(|frame| !self.frames.is_free(*frame)).collect();
+        Ok(Additions { views, frames, is_paused })
+    }
+
+    fn adopt(&mut self, left: &Additions, pauses: u32) -> Result<()> {
+        self.check_alive()?;
+        for view in left.views.iter().filter(|view| **view != View::DEFAULT) {
+            self.views.entry(view.0).or_insert_with(ViewBook::adopted);
+        }
+        if let Some(first) = left.frames.iter().min().copied() {
+            // A pool has frames that were never used, too; all of it lies above the guest's memory.
+            let pool: Vec<Gfn> = self.top_frames()?.into_iter().filter(|frame| *frame >= first.0).map(Gfn).collect();
+            self.frames.adopt(&left.frames, &pool);
+            // What was counted as guest memory because it was there.
+            self.info.memory_size = self.info.memory_size.min(first.0 << PAGE_SHIFT);
+        }
+        self.pauses = self.pauses.max(pauses);
+        // Views that are on although nobody else has one were switched on by the program that died.
+        self.switched_on |= self.additions()?.views.iter().all(|view| left.views.contains(view));
+        Ok(())
+    }
+
+    /// A vCPU that stands still for an event of a listener before us is answered like one of ours: Xen looks only at whether it stands still
+    /// (`vm_event_resume` in common/vm_event.c). Answers without requests confuse the ring, so it is made anew. Of those Xen does not say how
+    /// many stood still; the count is of events of our own.
+    fn release_held(&mut self) -> Result<usize> {
+        self.check_alive()?;
+        let domain = self.domain;
+        let released = self.drain();
+        for vcpu in 0..self.info.vcpus {
+            let answer = codec::release(self.abi.layout, vcpu);
+            if let Some(ring) = &mut self.ring {
+                ring.push_unasked(&answer);
+            }
+            if let Some(port) = self.port {
+                self.events.notify(port).map_err(|error| failed(&error))?;
+            }
+        }
+        for vcpu in 0..u32::from(self.info.vcpus) {
+            self.xen.control().debug_control(domain, STEP_OFF, vcpu).map_err(|error| failed(&error))?;
+        }
+        self.xen.control().altp2m_switch_to_view(domain, View::DEFAULT.0).map_err(|error| failed(&error))?;
+        self.listen_anew()?;
+        Ok(released)
+    }
+}

@@ -1,0 +1,100 @@
+//! Opens a guest that outlives its tool so that nothing is left in it, whatever becomes of the tool.
+
+use std::ffi::OsString;
+use std::process::{Child, Command, Stdio};
+
+use super::journal::{self, GuestId, Journal};
+use super::{Journaled, Repaired, repair};
+use crate::driver::VmiDriver;
+use crate::driver::open::{OpenOptions, Opened, Target, identity, open};
+use crate::error::{Result, VmiError};
+
+/// A child that holds nothing of the guest and waits for this process to end: its standard input ends with it.
+pub struct Watchdog(Child);
+
+impl Watchdog {
+    /// Starts `command`, which reads its standard input to the end and then repairs the guest if there is something to repair.
+    ///
+    /// # Errors
+    /// [`VmiError::Driver`] if it cannot be started.
+    pub fn start(command: &[OsString]) -> Result<Self> {
+        let failed = |detail: String, errno| VmiError::Driver { op: "starting the watchdog", errno, detail };
+        let (program, arguments) = command.split_first().ok_or_else(|| failed("no program is named".to_owned(), 0))?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        // A Ctrl-C for the tool is none for its watchdog.
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let child = command.spawn().map_err(|error| failed(error.to_string(), error.raw_os_error().unwrap_or(0)))?;
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        // It finds no journal and ends.
+        if let Err(error) = self.0.wait() {
+            log::warn!("the watchdog did not end: {error}");
+        }
+    }
+}
+
+fn guest_id(target: &Target) -> Result<Option<GuestId>> {
+    identity(target)?.map(|(driver, id)| GuestId::new(driver, &id)).transpose()
+}
+
+/// An error of the journal, as one of attaching.
+fn refuse(target: &Target, error: VmiError) -> VmiError {
+    let hint = match &error {
+        VmiError::JournalInUse { .. } => "end that session first: a guest has one at a time".to_owned(),
+        VmiError::JournalLeft { .. } => format!("vmitap repair {target} undoes what is left; so does attach(…, repair=True)"),
+        VmiError::Journal { .. } => {
+            format!("name a folder that can be written in {}; journals are kept there", journal::FOLDER_VARIABLE)
+        }
+        _ => return error,
+    };
+    VmiError::Attach { target: target.to_string(), reason: error.to_string(), hint }
+}
+
+/// Opens a guest. One that outlives its tool gets a journal before it is touched, and with `watchdog` a child that repairs it at
+/// once if the tool is killed. One that lives in its driver needs neither.
+///
+/// # Errors
+/// As [`open`]; [`VmiError::Attach`] if another session has the guest, or one was killed and has left something in it.
+pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<Vec<OsString>>) -> Result<Opened> {
+    let Some(guest) = guest_id(target)? else { return open(target, options) };
+    let journal = Journal::begin(&journal::folder(), &guest).map_err(|error| refuse(target, error))?;
+    let opened = open(target, options).and_then(|opened| {
+        let watchdog = watchdog.map(|command| Watchdog::start(&command)).transpose()?;
+        Ok((opened, watchdog))
+    });
+    let (opened, watchdog) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            // Whatever opening had done is taken back.
+            journal.close()?;
+            return Err(error);
+        }
+    };
+    let driver: Box<dyn VmiDriver> = Box::new(Journaled::new(opened.driver, journal)?.guarded_by(watchdog));
+    Ok(Opened { driver, ..opened })
+}
+
+/// Brings a guest back whose session ended without a word. `None` if none has.
+///
+/// # Errors
+/// [`VmiError::NotSupported`] for a guest that lives in its driver; [`VmiError::Attach`] if its session is alive or the guest cannot
+/// be attached to; as [`repair`]. The journal stays then, and calling again tries the rest.
+pub fn repair_guest(target: &Target, options: &OpenOptions) -> Result<Option<Repaired>> {
+    let guest = guest_id(target)?;
+    let guest = guest.ok_or(VmiError::NotSupported { driver: "emu", capability: "repairing: its guests end with their tool" })?;
+    let folder = journal::folder();
+    let Some(left) = Journal::left(&folder, &guest).map_err(|error| refuse(target, error))? else { return Ok(None) };
+    let mut driver = open(target, &OpenOptions { take_over: true, ..options.clone() })?.driver;
+    let repaired = repair(&mut *driver, left.remains());
+    let let_go = driver.let_go();
+    let repaired = repaired?;
+    let_go?;
+    left.close()?;
+    Ok(Some(repaired))
+}

@@ -1,0 +1,316 @@
+"""Xen domains, on the stand-in for Xen's libraries (crates/xen-sys/fake): one domain, and vCPUs of a handful of instructions.
+
+Each test is a process of its own, because the library is named in its environment.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import vmitap
+
+SOURCE = Path(__file__).parents[2] / "crates" / "xen-sys" / "fake" / "fake.c"
+
+# A guest that calls 0x8000 in a loop and reads the first byte there each time round; page tables that map every address to itself.
+PREPARE = """
+import ctypes, os, vmitap
+fake = ctypes.CDLL(os.environ["VMITAP_LIBXENCTRL"])
+fake.fake_memory.restype = ctypes.c_void_p
+fake.fake_knob.restype = ctypes.POINTER(ctypes.c_long)
+fake.fake_regs.restype = ctypes.POINTER(ctypes.c_uint64)
+fake.fake_state.restype = fake.fake_calls.restype = ctypes.c_long
+RAX, RBX, RSP, RIP = 0, 3, 4, 19
+CODE = bytes.fromhex("555d8a03ebfa")
+def write(address, data):
+    ctypes.memmove(fake.fake_memory(address >> 12) + (address & 4095), data, len(data))
+def state(what, index=0):
+    return fake.fake_state(what.encode(), index)
+for table, entry in ((0, 0x1000), (0x1000, 0x2000), (0x2000, 0x3000)):
+    write(table, (entry | 7).to_bytes(8, "little"))
+for page in range(64):
+    write(0x3000 + page * 8, (page << 12 | 7).to_bytes(8, "little"))
+write(0x8000, CODE)
+fake.fake_knob(b"vcpus")[0] = 2
+for vcpu in range(2):
+    registers = fake.fake_regs(vcpu)
+    registers[RIP], registers[RSP], registers[RBX] = 0x8000, 0x20000 + 0x1000 * vcpu, 0x8000
+"""
+UNTOUCHED = """
+nothing = "maps listening monitors views altp2m pauses held single_step uds exposures".split()
+for what, expected in {"populated": 64, **dict.fromkeys(nothing, 0)}.items():
+    assert state(what) == expected, (what, state(what))
+fake.fake_automatic(0)
+assert fake.fake_run(0, 100) == 100
+print("untouched")
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("xen") / "libxenctrl.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-DVM_EVENT=7", "-DMINOR=17", str(SOURCE), "-o", str(path)], check=True)
+    return path
+
+
+def run(library: Path, code: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
+    command = [sys.executable, "-W", "error", "-c", PREPARE + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=check, env=environment)
+
+
+def command(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
+    command = [sys.executable, "-W", "error", "-m", "vmitap", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_hits_are_handled_and_the_guest_reads_its_own_bytes(library: Path) -> None:
+    done = run(
+        library,
+        """
+with vmitap.attach("xen:guest") as vm:
+    assert vm.info.driver == "xen" and vm.vcpus == 2, vm.info
+    seen = []
+    @vm.breakpoint(0x8000)
+    def called(hit):
+        seen.append((hit.vcpu, hit.regs.rip))
+    fake.fake_automatic(50)
+    result = vm.run(timeout=60, max_hits=50)
+    assert result.reason == "max_hits" and len(seen) == 50, result
+    assert {vcpu for vcpu, _ in seen} == {0, 1} and {rip for _, rip in seen} == {0x8000}
+    assert vm.read_pa(0x8000, 6) == CODE
+    for vcpu in range(2):
+        assert fake.fake_regs(vcpu)[RAX] & 0xff == 0x55
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout == "untouched\n"
+
+
+def test_a_handler_that_raises_leaves_nobody_standing(library: Path) -> None:
+    done = run(
+        library,
+        """
+try:
+    with vmitap.attach("xen:7") as vm:
+        @vm.breakpoint(0x8000)
+        def called(hit):
+            raise ValueError("no")
+        fake.fake_automatic(50)
+        vm.run(timeout=60)
+except vmitap.HandlerError as error:
+    print(type(error.error).__name__)
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout == "ValueError\nuntouched\n"
+
+
+def test_ctrl_c_ends_the_wait_and_restores_the_guest(library: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    code = f"""
+try:
+    with vmitap.attach("xen:guest") as vm:
+        vm.breakpoint(0x8000)
+        open({str(ready)!r}, "w").close()
+        vm.run(timeout=100)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARE + code + UNTOUCHED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    end = time.monotonic() + 60
+    while not ready.exists():
+        assert time.monotonic() < end
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.1)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (output, errors) == ("interrupted\nuntouched\n", "")
+    assert time.monotonic() - begin < 5
+
+
+def test_what_the_libraries_say_goes_to_logging_and_not_to_stderr(library: Path) -> None:
+    done = run(
+        library,
+        """
+import logging
+lines = []
+class Handler(logging.Handler):
+    def emit(self, record):
+        lines.append((record.levelname, record.getMessage()))
+logging.getLogger("vmitap").addHandler(Handler())
+fake.fake_knob(b"open_errno")[0] = 13
+try:
+    vmitap.attach("xen:guest")
+except vmitap.AttachError as error:
+    assert "root" in error.hint, error.hint
+assert vmitap.attach("demo").info.driver == "emu"
+print(lines)
+""",
+    )
+    assert done.stderr == ""
+    assert "xencall: cannot open privcmd" in done.stdout
+
+
+def test_options_of_a_made_guest_are_refused_for_a_domain(library: Path) -> None:
+    done = run(
+        library,
+        """
+for option in ({"memory": 4096}, {"vcpus": 1}, {"cmdline": "x"}):
+    try:
+        vmitap.attach("xen:guest", **option)
+    except vmitap.InvalidArgumentError as error:
+        print(error.what)
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout == "memory\nvcpus\ncmdline\nuntouched\n"
+
+
+def test_an_unknown_way_of_stepping_is_refused(library: Path) -> None:
+    done = run(
+        library,
+        """
+os.environ["VMITAP_XEN_STEPPING"] = "jump"
+try:
+    vmitap.attach("xen:guest")
+except vmitap.InvalidArgumentError as error:
+    print(error)
+""",
+    )
+    assert "jump" in done.stdout
+
+
+def test_list_shows_the_domains_and_what_is_in_the_way(library: Path) -> None:
+    done = command(library, "list", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    [listed] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert listed["version"] == "xen 4.17.5 (vm_event 7)"
+    control, guest = listed["domains"]
+    assert (control["id"], control["name"]) == (0, "Domain-0")
+    assert "control domain" in control["obstacle"]
+    assert guest == {
+        "id": 7,
+        "name": "guest",
+        "kind": "hvm",
+        "vcpus": 1,
+        "memory_size": 64 << 12,
+        "target": "xen:guest",
+        "obstacle": None,
+        "hint": "",
+    }
+    lines = command(library, "list").stdout.splitlines()
+    assert lines[2].split("\t") == ["7", "guest", "hvm", "1", "0", "yes"]
+
+
+def test_doctor_says_that_xen_can_be_used_and_what_is_there(library: Path) -> None:
+    [doctor] = [json.loads(line) for line in command(library, "doctor", "--json").stdout.splitlines()]
+    [xen] = [driver for driver in doctor["drivers"] if driver["driver"] == "xen"]
+    assert xen["usable"] is True
+    assert xen["found"][1] == "xen:guest: can be tapped"
+    assert str(library) in xen["found"][0]
+
+
+@pytest.mark.skipif(Path("/proc/xen/privcmd").exists() or Path("/dev/xen/privcmd").exists(), reason="this is a Xen control domain")
+def test_without_xen_everything_says_so_with_a_hint() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VMITAP_LIBXENCTRL"}
+    run_command = [sys.executable, "-W", "error", "-m", "vmitap"]
+    done = subprocess.run([*run_command, "list"], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 3
+    assert "not a Xen control domain" in done.stderr
+    assert "hint: run vmitap as root in the control domain" in done.stderr
+    done = subprocess.run([*run_command, "doctor", "--json"], capture_output=True, text=True, timeout=60, env=environment)
+    [xen] = [driver for driver in json.loads(done.stdout)["drivers"] if driver["driver"] == "xen"]
+    assert xen["usable"] is False
+    assert "control domain" in xen["hint"]
+
+
+# journals, repair and the watchdog
+
+TAPPED = """
+vm = vmitap.attach("xen:guest", watchdog={watchdog})
+vm.breakpoint(0x8000)
+print("tapped", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "state"
+    monkeypatch.setenv("VMITAP_STATE", str(folder))
+    return folder
+
+
+def kill_a_session(library: Path, *, watchdog: bool) -> None:
+    environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
+    code = PREPARE + "import time\n" + TAPPED.format(watchdog=watchdog)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as tool:
+        assert tool.stdout is not None
+        assert tool.stdout.readline() == "tapped\n"
+        tool.kill()
+
+
+def test_a_session_has_a_journal_that_only_its_owner_can_read_and_that_goes_with_it(library: Path, state: Path) -> None:
+    done = run(
+        library,
+        f"""
+import pathlib
+state = pathlib.Path({str(state)!r})
+with vmitap.attach("xen:guest") as vm:
+    vm.breakpoint(0x8000)
+    [journal] = state.iterdir()
+    text = journal.read_text()
+    assert oct(journal.stat().st_mode)[-3:] == "600" and oct(state.stat().st_mode)[-3:] == "700"
+    assert "view 1\\n" in text and "frames 0x" in text and "monitor int3\\n" in text, text
+    try:
+        vmitap.attach("xen:7")
+    except vmitap.AttachError as error:
+        print(error.hint)
+assert list(state.iterdir()) == []
+""",
+    )
+    assert done.stdout == "end that session first: a guest has one at a time\n"
+
+
+def test_what_a_killed_session_has_left_is_repaired_when_asked(library: Path, state: Path) -> None:
+    kill_a_session(library, watchdog=False)
+    [journal] = state.iterdir()
+    refused = command(library, "info", "xen:guest")
+    assert refused.returncode == 3
+    assert "vmitap repair xen:guest" in refused.stderr
+    assert journal.exists()
+    done = command(library, "repair", "xen:guest", "--json")
+    assert (done.returncode, json.loads(done.stdout)["repaired"]) == (0, True), done.stderr
+    assert list(state.iterdir()) == []
+    assert "nothing was left" in command(library, "repair", "xen:guest").stdout
+    kill_a_session(library, watchdog=False)
+    run(library, "vmitap.attach('xen:guest', repair=True).detach()\n" + UNTOUCHED)
+    assert list(state.iterdir()) == []
+
+
+def test_the_watchdog_repairs_at_once_when_the_tool_is_killed(library: Path, state: Path) -> None:
+    kill_a_session(library, watchdog=True)
+    end = time.monotonic() + 20
+    while list(state.iterdir()):
+        assert time.monotonic() < end, "the journal is still there"
+        time.sleep(0.05)
+
+
+def test_a_guest_that_ends_with_its_tool_needs_no_repair(library: Path, state: Path) -> None:
+    refused = command(library, "repair", "demo")
+    assert refused.returncode == 6
+    assert "emu" in refused.stderr
+    with vmitap.attach("demo", repair=True):
+        assert not state.exists()

@@ -1,0 +1,97 @@
+//! The tool is killed while it taps a domain: whatever call it dies at, the domain is brought back from the journal.
+
+use vmitap::arch::amd64::AddressContext;
+use vmitap::driver::VmiDriver;
+use vmitap::driver::xen::{XenDriver, XenOptions};
+use vmitap::session::journal::Journal;
+use vmitap::session::{Journaled, Limits, Poll, Session, TapKind, TapSpec, Verdict, repair};
+use vmitap::tap::OnWrite;
+use vmitap::{MemoryAccess, Pa, Va, VcpuId, VmiError};
+use xen_sys::fake::{Fake, Kind};
+
+use super::session::{looping, spec};
+use super::{CODE, options};
+use crate::journal::{Folder, guest_id};
+use crate::mortal::{Death, Fate, Mortal};
+
+/// Everything that changes a domain.
+fn script(driver: Box<dyn VmiDriver>, fake: &Fake) -> Result<(), VmiError> {
+    let mut session = Session::new(driver, OnWrite::Reapply)?;
+    let view = session.tap_view();
+    let tap = session.add(&spec(view, true))?;
+    session.add(&TapSpec { va: Va(CODE + 1), ..spec(view, false) })?;
+    let context = AddressContext { root: Pa(0), levels: 4 };
+    let watch = TapKind::Watch { len: 8, access: MemoryAccess::W };
+    let watch = session.add(&TapSpec { kind: watch, va: Va(0x9000), context, ..spec(view, true) })?;
+    let other = session.create_view(MemoryAccess::RWX)?;
+    fake.automatic(50);
+    for turn in 0..8 {
+        if let Poll::Hit(_) = session.poll(&Limits::default())? {
+            session.answer(if turn == 3 { Verdict::Step(2) } else { Verdict::Continue })?;
+        }
+        match turn {
+            1 => session.remove(watch)?,
+            2 => session.pause()?,
+            3 => session.resume()?,
+            4 => drop(session.add(&TapSpec { view: other, ..spec(view, true) })?),
+            5 => session.switch_to_view(other)?,
+            6 => session.remove(tap)?,
+            _ => {}
+        }
+    }
+    session.registers(VcpuId(0))?;
+    session.detach()
+}
+
+/// How many calls there were, and whether the tool died.
+fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
+    let folder = Folder::new("xen-killed");
+    let (kept, path) = (folder.0.join("kept"), folder.0.join("test-1.journal"));
+    let fake = looping(kind, 2);
+    let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
+    let driver = XenDriver::attach("guest", &options(&fake)).unwrap();
+    let fate = Fate::new(driver, death, {
+        let (kept, path) = (kept.clone(), path.clone());
+        move || {
+            std::fs::copy(&path, &kept).unwrap();
+        }
+    });
+    let done = Journaled::new(Box::new(Mortal::new(&fate)), journal).and_then(|driver| script(Box::new(driver), &fake));
+    let (calls, is_dead) = fate.lock().end();
+    assert_eq!(done.is_err(), is_dead, "{done:?} {death:?}");
+    if is_dead {
+        // The process is gone: nothing of its driver runs any more, and its files are closed.
+        std::mem::forget(fate.lock().driver.clone());
+        std::fs::rename(&kept, &path).unwrap();
+        let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
+        let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
+        repair(&mut driver, journal.remains()).unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
+        journal.close().unwrap();
+    }
+    drop(fate);
+    fake.automatic(0);
+    assert_eq!(folder.files(), 0);
+    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "exposures"] {
+        for vcpu in [0, 1] {
+            assert_eq!(fake.state(what, vcpu), 0, "{death:?}: {what} of vCPU {vcpu}");
+        }
+    }
+    assert_eq!((fake.state("populated", 0), fake.state("max_pages", 0)), (64, 64), "{death:?}");
+    for vcpu in [0, 1] {
+        assert_eq!(fake.run(vcpu, 100), 100, "{death:?}: vCPU {vcpu} runs on unobserved");
+    }
+    (calls.len(), is_dead)
+}
+
+#[test]
+fn whenever_the_tool_is_killed_the_domain_is_brought_back() {
+    for kind in [Kind::new(6, 14), Kind::new(7, 17), Kind::new(7, 20)] {
+        let (calls, is_dead) = killed(kind, None);
+        assert!(calls > 40 && !is_dead, "{calls}");
+        for n in 1..=calls {
+            for death in [Death::Before(n), Death::After(n)] {
+                killed(kind, Some(death));
+            }
+        }
+    }
+}

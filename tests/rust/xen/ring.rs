@@ -1,0 +1,195 @@
+//! The ring: exactly one response for each request, whatever is in it.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+use vmitap::driver::xen::ring::Ring;
+use vmitap::driver::xen::{Layout, MAX_EVENT};
+use vmitap::driver::{VmiEvents, Wait};
+use vmitap::event::EventAction;
+use vmitap::{VcpuId, VmiError};
+use xen_sys::Mapping;
+use xen_sys::fake::{Kind, Reg};
+
+use super::{PAUSED, attach, guest, is_untouched, tapped};
+
+#[test]
+fn every_kind_of_request_gets_exactly_one_answer_that_echoes_it() {
+    for kind in Kind::ALL {
+        let fake = guest(kind);
+        let mut driver = attach(&fake);
+        for reason in 0..40 {
+            fake.push(0, reason, 1);
+            if let Wait::Event(event) = driver.wait(Duration::ZERO).unwrap() {
+                driver.respond(event.vcpu, &vmitap::event::VmiEventResponse::CONTINUE).unwrap();
+            }
+            let answers = fake.answers();
+            assert_eq!(answers.len(), reason as usize + 1, "reason {reason}");
+            let answer = answers.last().unwrap();
+            assert_eq!((answer.version, answer.reason, answer.vcpu), (kind.vm_event, reason, 0));
+            assert_eq!(answer.flags & PAUSED, PAUSED, "reason {reason}");
+            assert_eq!(fake.state("held", 0), 0, "reason {reason}");
+        }
+        assert_eq!(fake.state("owed", 0), 0);
+    }
+}
+
+#[test]
+fn a_request_that_holds_nobody_is_answered_and_not_handed_out() {
+    let fake = guest(Kind::ALL[1]);
+    let mut driver = attach(&fake);
+    fake.push(0, 6, 0);
+    assert_eq!(driver.wait(Duration::ZERO).unwrap(), Wait::Timeout);
+    assert_eq!((fake.answers().len(), fake.answers()[0].flags & PAUSED), (1, 0));
+}
+
+#[test]
+fn a_request_of_another_version_is_answered_in_that_version_and_changes_nothing() {
+    let fake = guest(Kind::ALL[1]);
+    let mut driver = attach(&fake);
+    fake.set("version", 9);
+    fake.push(0, 6, 1);
+    assert_eq!(driver.wait(Duration::ZERO).unwrap(), Wait::Timeout);
+    assert_eq!(fake.answers()[0].version, 9);
+}
+
+#[test]
+fn an_event_is_answered_once_and_only_after_it_was_handed_out() {
+    let mut lab = tapped(Kind::ALL[1], &[0x90, 0x90]);
+    let none = lab.vmi.driver_mut().respond(VcpuId(0), &vmitap::event::VmiEventResponse::CONTINUE);
+    assert!(matches!(none, Err(VmiError::NoPendingEvent { .. })));
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.step();
+    let twice = lab.vmi.driver_mut().respond(VcpuId(0), &vmitap::event::VmiEventResponse::CONTINUE);
+    assert!(matches!(twice, Err(VmiError::NoPendingEvent { .. })));
+    assert_eq!(lab.fake.answers().len(), 1);
+}
+
+#[test]
+fn an_answer_that_does_not_fit_leaves_the_event_unanswered() {
+    let mut lab = tapped(Kind::ALL[1], &[0x90]);
+    lab.fake.run(0, 1);
+    lab.event();
+    for action in [EventAction::Emulate, EventAction::Deny] {
+        let refused = lab.vmi.driver_mut().respond(VcpuId(0), &vmitap::event::VmiEventResponse::action(action));
+        assert!(matches!(refused, Err(VmiError::InvalidArgument { .. })), "{refused:?}");
+    }
+    let no_view = vmitap::event::VmiEventResponse::CONTINUE.in_view(vmitap::View(9));
+    assert!(matches!(lab.vmi.driver_mut().respond(VcpuId(0), &no_view), Err(VmiError::ViewNotFound { .. })));
+    assert_eq!(lab.fake.answers(), []);
+    lab.step();
+    assert_eq!(lab.fake.answers().len(), 1);
+}
+
+#[test]
+fn registers_of_both_versions_are_read_and_written_where_they_are() {
+    for kind in Kind::ALL {
+        let mut lab = tapped(kind, &[0x90]);
+        lab.fake.set_reg(0, Reg::R15, 0x1515);
+        lab.fake.set_reg(0, Reg::Rflags, 0x202);
+        lab.fake.run(0, 1);
+        let event = lab.event();
+        assert_eq!((event.registers.gp.r15, event.registers.gp.rflags, event.registers.gp.rip), (0x1515, 0x202, super::CODE));
+        assert_eq!((event.registers.efer, event.registers.cs.attributes), (0x500, 0xa09b));
+        let gp = vmitap::arch::amd64::GpRegisters { r15: 7, rip: 0x9000, rax: 1, ..event.registers.gp };
+        let response = vmitap::event::VmiEventResponse { registers: Some(gp), ..vmitap::event::VmiEventResponse::CONTINUE };
+        lab.vmi.driver_mut().respond(VcpuId(0), &response).unwrap();
+        let found = [Reg::R15, Reg::Rip, Reg::Rax, Reg::Rflags].map(|register| lab.fake.reg(0, register));
+        assert_eq!(found, [7, 0x9000, 1, 0x202]);
+    }
+}
+
+#[test]
+fn a_producer_that_cannot_be_is_an_error_and_nothing_is_read() {
+    let fake = guest(Kind::ALL[1]);
+    let mut driver = attach(&fake);
+    fake.ring(100);
+    assert!(matches!(driver.wait(Duration::ZERO), Err(VmiError::Driver { .. })));
+    assert!(matches!(driver.wait(Duration::ZERO), Err(VmiError::DomainGone { .. })));
+    assert_eq!(fake.answers(), []);
+    drop(driver);
+    is_untouched(&fake);
+}
+
+/// A request of which anything may be anything.
+fn requests() -> impl Strategy<Value = [u8; MAX_EVENT]> {
+    let version = prop_oneof![4 => Just(7_u32), 1 => any::<u32>()];
+    let reason = prop_oneof![8 => 0_u32..20, 1 => any::<u32>()];
+    let vcpu = prop_oneof![4 => 0_u32..2, 1 => any::<u32>()];
+    let rest = proptest::collection::vec(any::<u8>(), MAX_EVENT);
+    (version, any::<u32>(), reason, vcpu, rest).prop_map(|(version, flags, reason, vcpu, rest)| {
+        let mut bytes: [u8; MAX_EVENT] = rest.try_into().unwrap();
+        for (at, value) in [(0, version), (4, flags), (8, reason), (12, vcpu)] {
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        bytes
+    })
+}
+
+fn layouts() -> impl Strategy<Value = Layout> {
+    prop_oneof![Just(Layout::V6), Just(Layout::V7)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// One answer for each, and the driver lives.
+    #[test]
+    fn requests_of_any_content_get_one_answer_each(list in proptest::collection::vec(requests(), 1..20)) {
+        let fake = guest(Kind::ALL[1]);
+        fake.set("vcpus", 2);
+        let mut driver = attach(&fake);
+        for (index, request) in list.iter().enumerate() {
+            fake.push_raw(request);
+            if let Wait::Event(event) = driver.wait(Duration::ZERO).unwrap() {
+                // Whatever is asked of it, it is answered in the end.
+                let step = EventAction::FastSingleStep { view: vmitap::View::DEFAULT };
+                for action in [EventAction::Deny, EventAction::Emulate, step, EventAction::Continue] {
+                    let response = vmitap::event::VmiEventResponse::action(action);
+                    if driver.respond(event.vcpu, &response).is_ok() {
+                        break;
+                    }
+                }
+            }
+            let answers = fake.answers();
+            prop_assert_eq!(answers.len(), index + 1);
+            let (answer, word) = (answers[index], |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap()));
+            prop_assert_eq!((answer.version, answer.vcpu), (word(0), word(12)));
+            prop_assert_eq!(answer.flags & PAUSED, word(4) & PAUSED);
+        }
+        prop_assert_eq!(fake.state("owed", 0), 0);
+        drop(driver);
+        prop_assert_eq!(fake.state("listening", 0), 0);
+    }
+
+    /// Anything may be in the page, and any index at any time.
+    #[test]
+    fn no_content_of_the_page_makes_the_ring_answer_what_was_not_asked(
+        layout in layouts(),
+        bytes in proptest::collection::vec(any::<u8>(), 4096),
+        producers in proptest::collection::vec(prop_oneof![0_u32..20, any::<u32>()], 1..40),
+    ) {
+        let page = Mapping::private(1).unwrap();
+        page.write(0, &bytes).unwrap();
+        let mut ring = Ring::new(page, layout);
+        let mut open = 0_u32;
+        for producer in producers {
+            ring.page().store(0, producer).unwrap();
+            while let Ok(Some(request)) = ring.take() {
+                prop_assert_eq!(request.len(), MAX_EVENT);
+                open += 1;
+                prop_assert!(open <= layout.slots());
+                if request[0] & 1 == 0 {
+                    prop_assert!(ring.answer(&request));
+                    open -= 1;
+                }
+            }
+            prop_assert_eq!(ring.unanswered(), open);
+        }
+        for _ in 0..open {
+            prop_assert!(ring.answer(&[0; MAX_EVENT]));
+        }
+        prop_assert!(!ring.answer(&[0; MAX_EVENT]));
+    }
+}
