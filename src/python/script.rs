@@ -1,6 +1,5 @@
 //! A guest that stands still, whose events come from Python: for tests of handlers. `vmitap.testing` is what users see of it.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
@@ -12,7 +11,8 @@ use super::{gil, shared, vm};
 use crate::addr::{Pa, Va, VcpuId};
 use crate::arch::amd64::Registers;
 use crate::capture::Abi;
-use crate::driver::open::{OpenOptions, Opened, Remote, Still, Target, open_still};
+use crate::driver::open::{OpenOptions, Opened, Target};
+use crate::driver::still::{Remote, Still, open_still};
 use crate::error::Result;
 use crate::event::{EventAction, EventReason, VmiEvent};
 use crate::session::{GP_NAMES, GpChanges, Session};
@@ -135,9 +135,7 @@ pub fn _still(
     let options = OpenOptions {
         memory: optional("memory", memory)?,
         vcpus: Some(small("vcpus", vcpus, u16::MAX.into())?),
-        command_line: String::new(),
-        libunicorn: None::<PathBuf>,
-        take_over: false,
+        ..OpenOptions::default()
     };
     let on_write = on_write.map(|policy| policy.0).unwrap_or_default();
     let opened: Result<_> = gil::detached(py, || {

@@ -11,7 +11,7 @@ use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
 use super::pending::{Course, Pending, Walk};
-use super::write::AfterWrite;
+use super::write::{AfterWrite, is_store};
 use super::{Hit, Limits, Poll, Session, TapId, TapState, Verdict};
 
 /// The longest [`Session::poll`] goes on without coming back, so that its caller can look at signals.
@@ -85,7 +85,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 Err(error) => {
                     let view = event.view.unwrap_or(self.tap_view);
-                    let denied = self.is_followed_store(event, view) && self.decide_write(event, view).0 == WriteDecision::Deny;
+                    let denied = is_store(event) && self.decide_write(event, view).0 == WriteDecision::Deny;
                     self.rescue(event, home, denied);
                     return Err(error);
                 }
@@ -105,7 +105,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Answers an event whose handling failed, so that its vCPU does not stand still for ever. A store is followed all the same, and one
     /// that is to be denied is denied.
     fn rescue(&mut self, event: &VmiEvent, home: View, denied: bool) {
-        let follow = !denied && self.is_followed_store(event, event.view.unwrap_or(self.tap_view));
+        let follow = !denied && is_store(event);
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return };
         vcpu.after_write = if follow { vcpu.after_write.take().or_else(|| AfterWrite::of(event)) } else { None };
         vcpu.walk = None;
@@ -179,9 +179,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 } else if access.contains(MemoryAccess::W) {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
-                    if is_hidden || is_table {
-                        course = Course::Write;
-                    }
+                    // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
+                    course = Course::Write;
                 } else if is_hidden {
                     self.stats.hidden_reads += 1;
                     course = Course::Emulate;

@@ -408,18 +408,22 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpu.raw = Some(pending.home());
         }
         let driver = self.vmi.driver_mut();
-        // With the breakpoints gone a retry is all that a held vCPU needs.
+        // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
+        // answers: that is taken back too.
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let raw = vcpu.raw.filter(|_| {
-                let answered = driver.respond(VcpuId(index as u16), &go_on);
-                left.note(answered, || format!("the event of vCPU {index}"))
-            });
-            *vcpu = Vcpu { raw, ..Vcpu::default() };
+        let mut stuck = Vec::new();
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate().filter(|(_, vcpu)| vcpu.raw.is_some()) {
+            match driver.respond(VcpuId(index as u16), &go_on) {
+                Ok(()) => vcpu.raw = None,
+                Err(error) => stuck.push((index, error)),
+            }
         }
-        // One that steps would raise an event at its end that nobody answers.
-        if !left.note(driver.release_held().map(drop), || "a vCPU that steps".to_owned()) {
-            self.vcpus.iter_mut().for_each(|vcpu| vcpu.raw = None);
+        if left.note(driver.release_held().map(drop), || "vCPUs that step".to_owned()) {
+            for (index, error) in stuck {
+                left.note(Err(error), || format!("the event of vCPU {index}"));
+            }
+        } else {
+            self.vcpus.fill_with(Vcpu::default);
         }
         left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
         if self.tracks_roots {

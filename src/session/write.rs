@@ -30,6 +30,11 @@ pub struct AfterWrite {
     removable: Vec<(TapId, Pa, u8, bool)>,
 }
 
+/// Whether an event is a store. Each one is followed to its end.
+pub fn is_store(event: &VmiEvent) -> bool {
+    matches!(event.reason, EventReason::MemoryAccess { access, .. } if access.contains(MemoryAccess::W) && !access.contains(MemoryAccess::X))
+}
+
 impl AfterWrite {
     /// What is to be done after any store to that page.
     pub fn of(event: &VmiEvent) -> Option<Self> {
@@ -62,12 +67,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let under = || taps.iter().filter(|(_, pa)| (first..=last).contains(pa)).map(|(tap, _)| *tap);
         let asked = under().find(|tap| self.policy(*tap) == OnWrite::Ask);
         (decide(under().map(|tap| self.policy(tap))), asked)
-    }
-
-    /// Whether an event is a store to a page that shows something else, or to a table that is watched: it must be followed.
-    pub(super) fn is_followed_store(&self, event: &VmiEvent, view: View) -> bool {
-        let EventReason::MemoryAccess { pa, access, .. } = event.reason else { return false };
-        access.contains(MemoryAccess::W) && (self.controller.is_hidden(view, pa.gfn()) || self.tables.watches(view, pa.gfn()))
     }
 
     /// Remembers what is needed after the store. `answer` stands in for the policies of those that ask.

@@ -4,6 +4,8 @@
 
 use std::hash::Hash;
 
+use smallvec::SmallVec;
+
 use super::books::{Books, Entry, Mapping, Place, id_hash};
 use super::guarded::guarded;
 use super::{Left, TapController, TapEvents};
@@ -396,6 +398,13 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
+        if let Some((id, view, at)) = self.books.only_owner_at(va, root) {
+            let Some(pa) = at else { return Ok(0) };
+            guarded(controller, |controller| self.unplant_one(vmi, controller, view, pa))?;
+            self.books.detach(view, pa, id);
+            self.books.set_mapping(id, root, None);
+            return Ok(1);
+        }
         let moved = self.books.set_mappings(va, root, |pa| pa.is_some(), None);
         // The books still have to say what is on the pages, so only now are the sites given up.
         let mut steps = Vec::new();
@@ -428,6 +437,19 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
+        if let Some((id, view, at)) = self.books.only_owner_at(va, root) {
+            if at.is_some() {
+                return Ok(0);
+            }
+            self.books.set_mapping(id, root, Some(pa));
+            self.books.attach(view, pa, id);
+            return guarded(controller, |controller| {
+                self.plant_one(vmi, controller, view, pa).map(|()| 1).inspect_err(|_| {
+                    self.books.detach(view, pa, id);
+                    self.books.set_mapping(id, root, None);
+                })
+            });
+        }
         let is_there: Vec<u32> =
             self.books.owners_at(va, root).filter(|id| self.books.entry(*id).is_some_and(|e| e.is_at(pa))).collect();
         let moved = self.books.set_mappings(va, root, |pa| pa.is_none(), Some(pa));
@@ -542,7 +564,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// The breakpoints planted on a page of a view, and where.
     pub fn breakpoints_on_page(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (Breakpoint<K, T>, Pa)> {
-        let offsets = self.books.pages.get(&(view, gfn)).map_or(&[] as &[u16], Vec::as_slice);
+        let offsets = self.books.pages.get(&(view, gfn)).map_or(&[] as &[u16], |offsets| offsets.as_slice());
         let sites = offsets.chunk_by(PartialEq::eq).filter_map(move |same| {
             let pa = gfn.pa(u64::from(*same.first()?));
             self.books.site(view, pa)
@@ -559,7 +581,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// How many breakpoints are planted on a page of a view; one of two owners counts twice.
     pub fn count_on_page(&self, view: View, gfn: Gfn) -> usize {
-        self.books.pages.get(&(view, gfn)).map_or(0, Vec::len)
+        self.books.pages.get(&(view, gfn)).map_or(0, SmallVec::len)
     }
 
     /// Removes the breakpoints from the guest, then from the books.

@@ -310,6 +310,10 @@ impl<D: VmiDriver> VmiControl for Faulty<D> {
         let done = self.call("resume", VmiControl::resume);
         self.note(done, |books| books.pauses -= 1)
     }
+
+    fn let_go(&mut self) -> Result<()> {
+        self.call("let_go", VmiControl::let_go)
+    }
 }
 
 impl<D: VmiDriver> VmiRepair for Faulty<D> {

@@ -36,6 +36,7 @@ mod paging_session;
 mod poke_guest;
 mod ptm;
 mod repair;
+mod schedules;
 mod session;
 mod session_atomic;
 mod tap;

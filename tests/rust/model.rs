@@ -45,7 +45,7 @@ struct Tap {
 #[derive(Clone)]
 struct Model {
     bytes: Vec<Vec<u8>>,
-    mapped: [[bool; PAGES]; 2],
+    mapped: [bool; PAGES],
     /// With the view it is in, and whether it is gone.
     taps: Vec<(Tap, View, bool)>,
     /// Beside the default one, the tap view first.
@@ -56,13 +56,13 @@ struct Model {
 impl Model {
     fn new() -> Self {
         let bytes = vec![vec![0x90; 4096]; PAGES];
-        Self { bytes, mapped: [[true; PAGES]; 2], taps: Vec::new(), views: vec![View(1)], home: [View(1); 2] }
+        Self { bytes, mapped: [true; PAGES], taps: Vec::new(), views: vec![View(1)], home: [View(1); 2] }
     }
 
     /// The taps that are planted on a page of a view.
     fn on(&self, view: View, page: usize) -> impl Iterator<Item = (usize, &Tap)> {
         let here = move |(_, (tap, of, gone)): &(usize, &(Tap, View, bool))| {
-            *of == view && tap.page == page && tap.enabled && !gone && self.mapped[tap.root][page]
+            *of == view && tap.page == page && tap.enabled && !gone && self.mapped[page]
         };
         self.taps.iter().enumerate().filter(here).map(|(id, (tap, ..))| (id, tap))
     }
@@ -83,7 +83,7 @@ impl Model {
         match self.taps[id] {
             (.., true) => TapState::Removed,
             (Tap { enabled: false, .. }, ..) => TapState::Disabled,
-            (Tap { root, page, .. }, ..) if self.mapped[root][page] => TapState::Active,
+            (Tap { page, .. }, ..) if self.mapped[page] => TapState::Active,
             _ => TapState::Pending,
         }
     }
@@ -154,8 +154,8 @@ enum Step {
     Run(usize, usize, u16, usize),
     Read(usize, usize, u16),
     Store(usize, usize, u16, u8),
-    /// The guest maps a page under a root, or takes it away.
-    Map(usize, usize, usize, bool),
+    /// The guest maps a page, or takes it away: under both roots, as global breakpoints are looked up under each.
+    Map(usize, usize, bool),
 }
 
 fn tap() -> impl Strategy<Value = Tap> {
@@ -181,7 +181,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (vcpu(), 0..PAGES, at(), root()).prop_map(|(vcpu, page, at, root)| Step::Run(vcpu, page, at, root)),
         2 => (vcpu(), 0..PAGES, at()).prop_map(|(vcpu, page, at)| Step::Read(vcpu, page, at)),
         4 => (vcpu(), 0..PAGES, at(), 0..0x80_u8).prop_map(|(vcpu, page, at, byte)| Step::Store(vcpu, page, at, byte)),
-        3 => (vcpu(), 0..PAGES, root(), any::<bool>()).prop_map(|(vcpu, page, root, on)| Step::Map(vcpu, page, root, on)),
+        3 => (vcpu(), 0..PAGES, any::<bool>()).prop_map(|(vcpu, page, on)| Step::Map(vcpu, page, on)),
     ]
 }
 
@@ -349,7 +349,7 @@ impl World {
     /// What the guest does; nothing here fails.
     fn guest(&mut self, step: &Step) -> Outcome {
         match *step {
-            Step::Run(vcpu, page, at, root) if self.m.mapped[root][page] => {
+            Step::Run(vcpu, page, at, root) if self.m.mapped[page] => {
                 let home = self.m.home[vcpu];
                 if self.m.shown(home, page)[usize::from(at)] == 0xcc {
                     let reason = EventReason::Breakpoint { gfn: pa(page, at).gfn(), insn_len: 1 };
@@ -375,12 +375,13 @@ impl World {
                 prop_assert_eq!(self.store(vcpu, 0, pa(page, at), &[byte])?, denied);
             }
             // In the default view nobody sees it.
-            Step::Map(vcpu, page, root, on) if self.m.home[vcpu] != View::DEFAULT => {
-                let context = self.roots[root];
-                let entry = self.driver().entry(context, va(page, 0), 1).unwrap();
+            Step::Map(vcpu, page, on) if self.m.home[vcpu] != View::DEFAULT => {
                 let value = if on { pa(page, 0).0 | pte::P | pte::W } else { 0 };
-                prop_assert!(!self.store(vcpu, root, entry, &value.to_le_bytes())?);
-                self.m.mapped[root][page] = on;
+                for (root, context) in self.roots.into_iter().enumerate() {
+                    let entry = self.driver().entry(context, va(page, 0), 1).unwrap();
+                    prop_assert!(!self.store(vcpu, root, entry, &value.to_le_bytes())?);
+                }
+                self.m.mapped[page] = on;
             }
             _ => {}
         }

@@ -280,6 +280,26 @@ fn a_string_store_over_many_pages_leaves_no_shadow_behind() {
 }
 
 #[test]
+fn a_breakpoint_that_is_planted_while_a_watched_store_is_held_shows_what_was_stored() {
+    let (mut session, context) = session(1);
+    let kind = TapKind::Watch { len: 16, access: MemoryAccess::W };
+    session.add(&TapSpec { kind, ..spec(&session, context, CODE) }).unwrap();
+    let view = session.tap_view();
+    let store = access(view, context, CODE_PA, CODE, MemoryAccess::W, 1);
+    session.vmi_mut().driver_mut().push_event(store);
+    assert!(matches!(poll(&mut session), Poll::Hit(_)));
+    session.add(&TapSpec { wanted: false, ..spec(&session, context, Va(CODE.0 + 1)) }).unwrap();
+    session.answer(Verdict::Continue).unwrap();
+    assert_eq!(answers(&session)[0].action, EventAction::SingleStep { view: View::DEFAULT });
+    session.vmi_mut().driver_mut().poke(CODE_PA, &[0x42]).unwrap();
+    let done = VmiEvent { view: Some(View::DEFAULT), reason: EventReason::SingleStep { gfn: None }, ..store };
+    session.vmi_mut().driver_mut().push_event(done);
+    assert!(matches!(poll(&mut session), Poll::Idle));
+    assert_eq!(session.vmi().driver().peek_in_view(view, CODE_PA, 2).unwrap(), [0x42, 0xcc]);
+    assert_eq!(answers(&session)[1], VmiEventResponse::CONTINUE.in_view(view));
+}
+
+#[test]
 fn a_write_beside_the_byte_is_not_denied() {
     let (mut session, context) = session(1);
     let spec = TapSpec { on_write: Some(OnWrite::Deny), ..spec(&session, context, Va(CODE.0 + 4)) };

@@ -211,7 +211,9 @@ fn whichever_call_of_the_end_fails_all_else_is_done_and_a_retry_does_the_rest() 
         assert_eq!((w.session.is_detached(), w.session.is_restored()), (true, is_done || result_was_ok));
         w.session.detach().unwrap();
         assert_eq!(at_rest(&w).differences(&pristine), "", "call {n}");
-        assert_eq!((w.driver.frames_in_use(), w.driver.inner().answers().len()), (0, 2), "call {n}");
+        // One that could not be answered was let go all the same.
+        let (frames, answers) = (w.driver.frames_in_use(), w.driver.inner().answers().len());
+        assert!(frames == 0 && (1..=2).contains(&answers), "call {n}: {frames} {answers}");
         if is_done {
             return;
         }
