@@ -310,7 +310,7 @@ class Vm:
         """Writes what is captured to a file while the guest runs, in bounded memory.
 
         It is a context manager that ends the file. Batches are written by a thread of their own. Rows that are in memory go first, then rows go to the file and no longer to
-        memory. A writer that is more than four batches behind holds the guest up for a second at most; then rows are lost, and counted
+        memory. A writer that is more than four batches behind holds the guest up for a second at most (30 for a file on a disk); then rows are lost, and counted
         in `Recording.lost`. JSON lines are also written every 0.1 s, for who reads along.
 
         Args:

@@ -286,13 +286,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
+        self.forget_returns(id);
         self.note_removed(id);
         Ok(())
     }
 
     /// A tap is out of the guest for good.
     pub(super) fn note_removed(&mut self, id: TapId) {
-        self.forget_returns(id);
         // Once only: somebody else may have its key since.
         let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
@@ -324,6 +324,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(left.after(cause));
         }
         for id in ids {
+            self.forget_returns(*id);
             self.note_removed(*id);
         }
         Ok(())
@@ -339,7 +340,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Removes the taps for one hit that have had it; those that fail stay, and are tried again with the next event.
     pub(super) fn remove_spent(&mut self) -> Result<()> {
         while let Some(id) = self.spent.last().copied() {
-            self.remove(id)?;
+            // Unlike `remove`: a call that is under way may still return.
+            self.lift(id)?;
+            self.note_removed(id);
             self.spent.pop();
         }
         Ok(())

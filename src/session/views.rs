@@ -55,6 +55,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(self.plant_again(&lifted, cause));
         }
         for tap in taps {
+            self.forget_returns(tap);
             self.note_removed(tap);
         }
         self.views.remove(index);

@@ -499,3 +499,43 @@ fn holding_times_are_counted_for_hits_that_are_captured_or_handed_out_and_for_no
     assert!(holds.max_ns() >= 2_000_000 && holds.quantile_ns(0.5) < 2_000_000, "{}", holds.quantile_ns(0.5));
     assert!(words(&guest.rows(), "hold_ns")[1] >= Some(2_000_000));
 }
+
+#[test]
+fn a_tap_for_one_hit_still_has_the_return_of_that_hit() {
+    let mut guest = with_returns();
+    let tap = guest.tap;
+    guest.session.set_once(tap);
+    guest.enter(0, 0, 1);
+    guest.leave(0, 0, 10);
+    assert!(matches!(guest.run(), Ok(Poll::Idle)));
+    assert_eq!(guest.session.state(tap), TapState::Removed);
+    assert_eq!(results(&guest.rows()), [(Some(1), Some(10))]);
+    assert_eq!(guest.session.stats().returns_lost, 0);
+}
+
+#[test]
+fn a_tap_for_one_hit_whose_filter_asks_is_spent_by_the_hit_that_passes() {
+    let mut guest = tapped();
+    let tap = guest.tap;
+    guest.session.set_once(tap);
+    guest.session.set_filter(tap, Some(&Arc::new(Program::compile(&[Node::Ask(0)], Abi::SystemV).unwrap()))).unwrap();
+    for passes in [false, true] {
+        guest.enter(0, 0, 1);
+        assert!(matches!(guest.run(), Ok(Poll::Hit(hit)) if hit.question == Some(0)));
+        guest.session.answer_question_of_filter(passes).unwrap();
+        let expected = if passes { TapState::Removed } else { TapState::Active };
+        assert_eq!(guest.session.state(tap), expected);
+    }
+    assert_eq!(guest.session.tap_stats(tap).hits, 1);
+}
+
+#[test]
+fn removing_many_taps_ends_their_rows() {
+    let mut guest = with_returns();
+    guest.enter(0, 0, 1);
+    assert!(guest.run().is_ok());
+    let tap = guest.tap;
+    guest.session.remove_many(&[tap]).unwrap();
+    assert_eq!(results(&guest.rows()), [(Some(1), None)]);
+    assert_eq!(guest.session.shadow_frames(), 0);
+}
