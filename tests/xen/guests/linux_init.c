@@ -19,8 +19,8 @@
 
 #define MAGIC 0x78756e696c746d76 /* "vmtlinux" */
 #define MAX_VCPUS 8
-#define CALLS 100
-#define CHECKS 4
+#define CALLS 20
+#define CHECKS 2
 #define CODE_SIZE 64
 
 /* tests/xen/dom0/linux_guest.py reads it. */
