@@ -293,7 +293,7 @@ fn calls_that_never_return_are_bounded_and_the_oldest_is_given_up() {
 #[test]
 fn a_return_address_that_cannot_be_tapped_gives_the_row_at_once() {
     let mut guest = with_returns();
-    guest.poke(Pa(STACK_PA.0 + 0x800), &0x7777_0000_u64.to_le_bytes());
+    guest.poke(Pa(STACK_PA.0 + 0x800), &(1_u64 << 50).to_le_bytes());
     guest.event(0, CODE, |registers| registers.gp.rdi = 1);
     guest.event(0, CODE, |registers| (registers.gp.rdi, registers.gp.rsp) = (2, 0x1000));
     assert!(matches!(guest.run(), Ok(Poll::Idle)));
