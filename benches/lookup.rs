@@ -81,6 +81,23 @@ fn lookup(c: &mut Criterion) {
                 BatchSize::SmallInput,
             );
         });
+        let (breakpoint, pa) = point(count / 2);
+        group.bench_function("page out and page in", |b| {
+            b.iter(|| {
+                let out = manager.page_out(&mut vmi, &mut Nothing, black_box(breakpoint.va), ROOT).unwrap();
+                out + manager.page_in(&mut vmi, &mut Nothing, breakpoint.va, ROOT, pa).unwrap()
+            });
+        });
+        // Fifteen more owners at the same address.
+        for key in 100..115 {
+            manager.insert_with_hint(&mut vmi, &mut Nothing, Breakpoint { key, ..breakpoint }, Some(pa)).unwrap();
+        }
+        group.bench_function("a hit of sixteen owners", |b| {
+            b.iter(|| {
+                let mut sum = 0;
+                manager.for_each_at(VIEW, black_box(pa), breakpoint.va, ROOT, |key, ()| sum += key) as u32 + sum
+            });
+        });
         group.finish();
     }
 }

@@ -204,6 +204,11 @@ impl Rights {
         Ok(())
     }
 
+    /// A view is gone, and with it whatever was denied there.
+    pub(crate) fn forget_view(&mut self, view: View) {
+        self.pages.retain(|(of, _), _| *of != view);
+    }
+
     /// What is denied on the page by anyone.
     pub fn denied(&self, gfn: Gfn, view: View) -> MemoryAccess {
         self.pages.get(&(view, gfn)).map_or(MemoryAccess::NONE, Page::denied)

@@ -65,6 +65,7 @@ __all__ = [
 
 __version__: str
 
+_Action: TypeAlias = Literal["continue", "step", "reported-step", "emulate", "deny", "reinject"]
 _Handler: TypeAlias = Callable[[Hit], Verdict | None]
 _WriteHandler: TypeAlias = Callable[[Hit], OnWrite]
 _HandlerT = TypeVar("_HandlerT", bound=_Handler)
@@ -309,7 +310,7 @@ class Vm:
         """Writes what is captured to a file while the guest runs, in bounded memory.
 
         It is a context manager that ends the file. Batches are written by a thread of their own. Rows that are in memory go first, then rows go to the file and no longer to
-        memory. A writer that is more than four batches behind holds the guest up for a second at most; then rows are lost, and counted
+        memory. A writer that is more than four batches behind holds the guest up for a second at most (30 for a file on a disk); then rows are lost, and counted
         in `Recording.lost`. JSON lines are also written every 0.1 s, for who reads along.
 
         Args:
@@ -562,7 +563,8 @@ class Vm:
     def detach(self) -> None:
         """Restores the guest and ends the session: breakpoints, watches and views go, vCPUs return to the default view.
 
-        Inside a handler it takes effect once the handler has returned. Twice is fine.
+        Inside a handler it takes effect once the handler has returned. Everything is tried, whatever fails; calling it again tries what
+        is left, and does nothing once nothing is.
 
         Raises:
             UndoFailedError: something could not be restored; it says what. The session is over all the same.
@@ -1027,7 +1029,7 @@ class BreakpointStats:
         """Seconds vCPUs stood still for hits that were handed to Python, all together."""
     @property
     def hold_p50(self) -> float:
-        """The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long."""
+        """The time that half of its hits do not exceed; at most a quarter too long. Of hits that are only counted each sixteenth is timed."""
     @property
     def hold_p99(self) -> float:
         """The time that 99 of 100 do not exceed."""
@@ -2245,3 +2247,25 @@ class PageTableMonitor:
         """
     def clear(self) -> None:
         """Restores the access of every table and forgets every address."""
+
+@final
+class _Script:
+    """What a guest that stands still is told to report, and what it was answered."""
+
+    def breakpoint(self, vcpu: int, va: int, pa: int, regs: dict[str, int]) -> None:
+        """An INT3 at `va`, which is at `pa`."""
+    def access(self, vcpu: int, va: int, pa: int, access: Access, length: int, rip: int, regs: dict[str, int]) -> None:
+        """An access to `va`, which is at `pa`, that the view denies."""
+    def step(self, vcpu: int, va: int, pa: int, regs: dict[str, int]) -> None:
+        """The end of a step; the next instruction is at `va`, which is at `pa`."""
+    def answers(self) -> list[tuple[int, _Action, int | None, int | None, dict[str, int]]]:
+        """Every answer so far."""
+    @property
+    def waiting(self) -> int:
+        """Events that were not raised yet."""
+    @property
+    def scratch(self) -> tuple[int, int]:
+        """Where unused memory begins, and how many bytes there are."""
+
+def _still(target: str, *, memory: int | None, vcpus: int, on_write: OnWrite | None) -> tuple[Vm, _Script]:
+    """Opens a session with a guest that stands still. For `vmitap.testing`."""

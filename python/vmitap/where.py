@@ -10,18 +10,27 @@ import ast
 from operator import add, and_, mul, or_, sub, xor
 from typing import TYPE_CHECKING, TypeAlias
 
+from vmitap.capture import Backtrace, Capturable, Stack
 from vmitap.errors import InvalidArgumentError
 from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["parse_filter"]
+__all__ = ["parse_capture", "parse_filter"]
 
-_Value: TypeAlias = Number | Text | Filter | int | float | str | bytes | tuple[int, ...] | range
+_Value: TypeAlias = Number | Text | Backtrace | Stack | Filter | int | float | str | bytes | tuple[int, ...] | range
 
 _LONGEST = 10_000
-_CONSTRUCTORS: dict[str, Callable[..., Number | Text]] = {"Arg": Arg, "Mem": Mem, "Bytes": Bytes, "Cstr": Cstr, "Utf16": Utf16}
+_CONSTRUCTORS: dict[str, Callable[..., Number | Text | Backtrace | Stack]] = {
+    "Arg": Arg,
+    "Mem": Mem,
+    "Bytes": Bytes,
+    "Cstr": Cstr,
+    "Utf16": Utf16,
+    "Stack": Stack,
+    "Backtrace": Backtrace,
+}
 _FILTERS: dict[str, Callable[..., Filter]] = {name: getattr(Filter, name) for name in ("root", "ring", "vcpu", "every", "rate", "once")}
 _CASTS = ("u8", "u16", "u32", "i8", "i16", "i32", "i64")
 _METHODS = ("startswith", "endswith", "contains", "is_in")
@@ -55,6 +64,22 @@ def parse_filter(text: str, what: str = "where") -> Filter:
     if not isinstance(value, Filter):
         raise InvalidArgumentError(what, f"{text!r} is no condition: compare it with something")
     return value
+
+
+def parse_capture(text: str, what: str = "capture") -> tuple[str, Capturable]:
+    """A column as `NAME=EXPRESSION`, or as an expression that is its own name.
+
+    >>> parse_capture("path=Cstr(Arg(0), max=64)")
+    ('path', Cstr(Arg(0), max=64))
+    """
+    name, sign, rest = text.partition("=")
+    name = name.strip()
+    if not sign or not name.replace(".", "_").isidentifier() or rest.startswith("="):
+        name, rest = text.strip(), text
+    value = _Parser(what, rest).parse()
+    if not isinstance(value, Number | Text | Backtrace | Stack):
+        raise InvalidArgumentError(what, f"{rest!r} cannot be captured: a number, a string, Stack(...) or Backtrace(...) can")
+    return name, value
 
 
 class _Parser:

@@ -17,6 +17,8 @@ pub mod emu;
 pub mod mock;
 #[cfg(feature = "emu")]
 pub mod open;
+#[cfg(all(feature = "emu", feature = "mock"))]
+pub mod still;
 #[cfg(feature = "xen")]
 pub mod xen;
 

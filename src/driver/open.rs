@@ -15,7 +15,7 @@ pub use super::xen::{DomainSummary, host as xen_host};
 pub const LIBRARY_VARIABLE: &str = "VMITAP_LIBUNICORN";
 
 /// The guest that comes with vmitap (guests/demo).
-const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
+pub(super) const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
 const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, \"emu:PATH\" for an ELF image of your own, or \"xen:NAME\" for a Xen domain";
 
@@ -98,9 +98,7 @@ pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
     match target {
         Target::Demo => start(target, "demo", DEMO, options),
         Target::Emu(path) => {
-            let bytes = std::fs::read(path).map_err(|error| {
-                attach(&target.to_string(), error.to_string(), format!("check that {} can be read", path.display()))
-            })?;
+            let bytes = read(target, path)?;
             start(target, &path.display().to_string(), &bytes, options)
         }
         Target::Xen(which) => attach_xen(which, options),
@@ -146,6 +144,12 @@ fn no_xen(which: &str) -> VmiError {
     attach(&format!("xen:{which}"), "this build has no Xen driver".to_owned(), "build it with the feature xen".to_owned())
 }
 
+/// Reads an image.
+pub(super) fn read(target: &Target, path: &Path) -> Result<Vec<u8>> {
+    let hint = || format!("check that {} can be read", path.display());
+    std::fs::read(path).map_err(|error| attach(&target.to_string(), error.to_string(), hint()))
+}
+
 fn start(target: &Target, name: &str, bytes: &[u8], options: &OpenOptions) -> Result<Opened> {
     let defaults = BootOptions::default();
     let boot = BootOptions {
@@ -174,6 +178,6 @@ fn hint() -> String {
     format!("pip install unicorn, and name its libunicorn.so.2 in {LIBRARY_VARIABLE} (the Python package finds it by itself)")
 }
 
-fn attach(target: &str, reason: String, hint: String) -> VmiError {
+pub(super) fn attach(target: &str, reason: String, hint: String) -> VmiError {
     VmiError::Attach { target: target.to_owned(), reason, hint }
 }

@@ -257,18 +257,20 @@ impl PageTableMonitor {
         }
         let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return };
         self.mark_dirty(Some(event.vcpu), pa.gfn());
-        if let Some(next) = va.and_then(|va| va.page().checked_add(PAGE_SIZE))
-            && let Ok(pa) = vmi.translate(next, AddressContext::from(&event.registers))
-        {
-            self.mark_dirty(Some(event.vcpu), pa.gfn());
+        let Some(next) = va.and_then(|va| va.page().checked_add(PAGE_SIZE)) else { return };
+        match vmi.translate(next, AddressContext::from(&event.registers)) {
+            Ok(pa) => self.mark_dirty(Some(event.vcpu), pa.gfn()),
+            Err(VmiError::Translation { .. }) => {}
+            // It can be any of them.
+            Err(_) => self.mark_all_dirty(Some(event.vcpu)),
         }
     }
 
-    /// Notes that any table may have changed.
-    pub fn mark_all_dirty(&mut self) {
+    /// Notes that any table may have changed, as [`Self::mark_dirty`] does for one.
+    pub fn mark_all_dirty(&mut self, vcpu: Option<VcpuId>) {
         let tables: Vec<Gfn> = self.tables.frames().collect();
         for gfn in tables {
-            self.mark_dirty(None, gfn);
+            self.mark_dirty(vcpu, gfn);
         }
     }
 

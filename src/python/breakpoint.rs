@@ -18,27 +18,78 @@ use super::views::View;
 use crate::addr::{MemoryAccess, Va};
 use crate::session::{TapId, TapState};
 
-/// One breakpoint or watch of a session. Equal only to itself.
-#[pyclass(frozen, module = "vmitap._native")]
-pub struct Breakpoint {
+/// What breakpoints that were put in together have in common: there can be a million of them. An object, because the collector wants to
+/// see one reference for each that there is.
+#[pyclass(frozen, module = "vmitap._native", name = "_Common")]
+pub struct Common {
     shared: Arc<Shared>,
-    /// Set once it is in the guest.
-    id: OnceLock<TapId>,
-    pub va: Va,
-    pub length: u64,
-    pub access: MemoryAccess,
-    pub root: Option<u64>,
-    pub view: crate::addr::View,
-    symbol: Option<Py<PyString>>,
+    length: u64,
+    access: MemoryAccess,
+    root: Option<u64>,
+    view: crate::addr::View,
     key: Py<PyAny>,
     tag: Py<PyAny>,
-    pub deadline: Option<f64>,
-    handler: Mutex<Option<Py<PyAny>>>,
+    deadline: Option<f64>,
     ask: Option<Py<PyAny>>,
-    /// What its filter asks, by number; taken by the collector only.
+    /// What their filter asks, by number; taken by the collector only.
     predicates: Mutex<Vec<Py<PyAny>>>,
     /// The filter, as Python gave it.
     filter: Option<Py<PyAny>>,
+}
+
+impl Common {
+    pub fn new(
+        py: Python<'_>,
+        shared: &Arc<Shared>,
+        given: &Given,
+        (length, access): (u64, MemoryAccess),
+        view: crate::addr::View,
+    ) -> Self {
+        Self {
+            shared: shared.clone(),
+            length,
+            access,
+            root: given.root,
+            view,
+            key: given.key.clone_ref(py),
+            tag: given.tag.clone_ref(py),
+            deadline: given.deadline,
+            ask: given.ask.as_ref().map(|ask| ask.clone_ref(py)),
+            predicates: Mutex::new(given.condition.clone_ref(py).predicates),
+            filter: given.filter.as_ref().map(|filter| filter.clone_ref(py)),
+        }
+    }
+}
+
+#[pymethods]
+impl Common {
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.key)?;
+        visit.call(&self.tag)?;
+        visit.call(&self.ask)?;
+        visit.call(&self.filter)?;
+        // Held by nobody while the collector runs, except by a thread that is about to let go of it: then it is left for later.
+        if let Some(predicates) = self.predicates.try_lock() {
+            predicates.iter().try_for_each(|predicate| visit.call(predicate))?;
+        }
+        Ok(())
+    }
+
+    fn __clear__(&self) {
+        let predicates = std::mem::take(&mut *self.predicates.lock());
+        drop(predicates);
+    }
+}
+
+/// One breakpoint or watch of a session. Equal only to itself.
+#[pyclass(frozen, module = "vmitap._native")]
+pub struct Breakpoint {
+    common: Py<Common>,
+    /// Set once it is in the guest.
+    id: OnceLock<TapId>,
+    va: Va,
+    symbol: Option<Py<PyString>>,
+    handler: Mutex<Option<Py<PyAny>>>,
     /// Calls of its handler.
     pub calls: AtomicU64,
 }
@@ -59,35 +110,29 @@ pub struct Given {
 }
 
 impl Breakpoint {
-    pub fn new(
-        py: Python<'_>,
-        shared: &Arc<Shared>,
-        given: &Given,
-        (va, length, access): (Va, u64, MemoryAccess),
-        view: crate::addr::View,
-    ) -> Self {
+    pub fn new(py: Python<'_>, common: &Py<Common>, va: Va, handler: Option<&Py<PyAny>>) -> Self {
+        let symbols = &common.get().shared.symbols;
         Self {
+            common: common.clone_ref(py),
             id: OnceLock::new(),
             va,
-            length,
-            access,
-            root: given.root,
-            view,
-            symbol: shared.symbols.describe(va).map(|symbol| PyString::new(py, &symbol).unbind()),
-            key: given.key.clone_ref(py),
-            tag: given.tag.clone_ref(py),
-            deadline: given.deadline,
-            handler: Mutex::new(given.handler.as_ref().map(|handler| handler.clone_ref(py))),
-            ask: given.ask.as_ref().map(|ask| ask.clone_ref(py)),
-            predicates: Mutex::new(given.condition.clone_ref(py).predicates),
-            filter: given.filter.as_ref().map(|filter| filter.clone_ref(py)),
+            symbol: symbols.describe(va).map(|symbol| PyString::new(py, &symbol).unbind()),
+            handler: Mutex::new(handler.map(|handler| handler.clone_ref(py))),
             calls: AtomicU64::new(0),
-            shared: shared.clone(),
         }
     }
 
-    pub const fn shared(&self) -> &Arc<Shared> {
-        &self.shared
+    fn common(&self) -> &Common {
+        self.common.get()
+    }
+
+    pub fn shared(&self) -> &Arc<Shared> {
+        &self.common().shared
+    }
+
+    /// Seconds that its handler may take.
+    pub fn deadline(&self) -> Option<f64> {
+        self.common().deadline
     }
 
     /// Its number; that of no tap before it is in the guest.
@@ -111,24 +156,24 @@ impl Breakpoint {
 
     /// The function that a question of its filter is put to.
     pub fn predicate(&self, py: Python<'_>, number: u16) -> Option<Py<PyAny>> {
-        self.predicates.lock().get(usize::from(number)).map(|predicate| predicate.clone_ref(py))
+        self.common().predicates.lock().get(usize::from(number)).map(|predicate| predicate.clone_ref(py))
     }
 
     pub fn ask(&self) -> Option<&Py<PyAny>> {
-        self.ask.as_ref()
+        self.common().ask.as_ref()
     }
 
     pub fn key_object(&self, py: Python<'_>) -> Py<PyAny> {
-        self.key.clone_ref(py)
+        self.common().key.clone_ref(py)
     }
 
     pub fn tag_object(&self, py: Python<'_>) -> Py<PyAny> {
-        self.tag.clone_ref(py)
+        self.common().tag.clone_ref(py)
     }
 
     /// Whether somebody is to be told of its hits.
     pub fn is_wanted(&self) -> bool {
-        self.handler.lock().is_some() || self.shared.is_listened_to(self.id())
+        self.handler.lock().is_some() || self.shared().is_listened_to(self.id())
     }
 
     /// The name of an address, which is nearly always its own.
@@ -136,20 +181,20 @@ impl Breakpoint {
         if va == self.va.0 {
             return self.symbol.as_ref().map(|symbol| symbol.clone_ref(py));
         }
-        self.shared.symbols.describe(Va(va)).map(|symbol| PyString::new(py, &symbol).unbind())
+        self.shared().symbols.describe(Va(va)).map(|symbol| PyString::new(py, &symbol).unbind())
     }
 
     fn holds(&self, va: Va) -> bool {
-        va.0.checked_sub(self.va.0).is_some_and(|offset| offset < self.length)
+        va.0.checked_sub(self.va.0).is_some_and(|offset| offset < self.common().length)
     }
 
     fn touches_page(&self, page: Va) -> bool {
-        let last = self.va.0.saturating_add(self.length.saturating_sub(1));
+        let last = self.va.0.saturating_add(self.common().length.saturating_sub(1));
         self.va.page() <= page && page <= Va(last).page()
     }
 
     fn state_now(&self, py: Python<'_>) -> TapState {
-        self.shared.quick(py, |inner| inner.session.state(self.id()))
+        self.shared().quick(py, |inner| inner.session.state(self.id()))
     }
 
     fn check_there(&self, py: Python<'_>) -> PyResult<()> {
@@ -168,13 +213,13 @@ impl Breakpoint {
     /// Bytes in the range of a watch; 1 for a breakpoint.
     #[getter]
     fn length(&self) -> u64 {
-        self.length
+        self.common().length
     }
 
     /// The accesses a watch reports; X for a breakpoint.
     #[getter]
     fn access(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
-        access_to_python(py, self.access)
+        access_to_python(py, self.common().access)
     }
 
     /// The address as "symbol" or "symbol+0x10", or None.
@@ -186,13 +231,13 @@ impl Breakpoint {
     /// The page-table root it is bound to; None: hits under every root count.
     #[getter]
     fn root(&self) -> Option<u64> {
-        self.root
+        self.common().root
     }
 
     /// The view it is planted in.
     #[getter]
     fn view(&self) -> View {
-        View::from(self.view.0)
+        View::from(self.common().view.0)
     }
 
     /// Its owner, as given; None if none was given.
@@ -210,7 +255,7 @@ impl Breakpoint {
     /// The filter, as it was given.
     #[getter]
     fn r#where(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        self.filter.as_ref().map(|filter| filter.clone_ref(py))
+        self.common().filter.as_ref().map(|filter| filter.clone_ref(py))
     }
 
     /// Whether it is to raise hits.
@@ -233,7 +278,7 @@ impl Breakpoint {
     /// Its counters so far, as a snapshot.
     #[getter]
     fn stats(&self, py: Python<'_>) -> BreakpointStats {
-        let (stats, holds, budget) = self.shared.quick(py, |inner| {
+        let (stats, holds, budget) = self.shared().quick(py, |inner| {
             let (session, id) = (&inner.session, self.id());
             (session.tap_stats(id), session.tap_holds(id).cloned().unwrap_or_default(), session.budget(id))
         });
@@ -259,28 +304,28 @@ impl Breakpoint {
         self.check_there(py)?;
         let before = self.handler.lock().replace(handler.clone_ref(py));
         drop(before);
-        self.shared.quick(py, |inner| inner.session.set_wanted(self.id(), true));
+        self.shared().quick(py, |inner| inner.session.set_wanted(self.id(), true));
         Ok(handler)
     }
 
     /// Plants it again after `disable`; does nothing if it is enabled.
     fn enable(&self, py: Python<'_>) -> PyResult<()> {
         self.check_there(py)?;
-        self.shared.open(py, |session| session.enable(self.id()))
+        self.shared().open(py, |session| session.enable(self.id()))
     }
 
     /// Takes it out of the guest and keeps everything else of it; does nothing if it is disabled.
     fn disable(&self, py: Python<'_>) -> PyResult<()> {
         self.check_there(py)?;
-        self.shared.open(py, |session| session.disable(self.id()))
+        self.shared().open(py, |session| session.disable(self.id()))
     }
 
     /// Takes it out of the guest for good. Twice is fine; in its own handler too.
     fn remove(&self, py: Python<'_>) -> PyResult<()> {
-        if self.shared.is_closed() {
+        if self.shared().is_closed() {
             return Ok(());
         }
-        self.shared.open(py, |session| session.remove(self.id()))
+        self.shared().open(py, |session| session.remove(self.id()))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -289,24 +334,17 @@ impl Breakpoint {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.key)?;
-        visit.call(&self.tag)?;
-        visit.call(&self.ask)?;
-        visit.call(&self.filter)?;
+        visit.call(&self.common)?;
         // Held by nobody while the collector runs, except by a thread that is about to let go of it: then it is left for later.
         if let Some(handler) = self.handler.try_lock() {
             visit.call(&*handler)?;
-        }
-        if let Some(predicates) = self.predicates.try_lock() {
-            predicates.iter().try_for_each(|predicate| visit.call(predicate))?;
         }
         Ok(())
     }
 
     fn __clear__(&self) {
         let handler = self.handler.lock().take();
-        let predicates = std::mem::take(&mut *self.predicates.lock());
-        drop((handler, predicates));
+        drop(handler);
     }
 }
 
@@ -323,7 +361,7 @@ pub struct BreakpointStats {
     py_calls: u64,
     /// Seconds vCPUs stood still for hits that were handed to Python, all together.
     hold_total: f64,
-    /// The time that half of its hits do not exceed, of those that were handed to Python or captured; at most a quarter too long.
+    /// The time that half of its hits do not exceed; at most a quarter too long. Of hits that are only counted each sixteenth is timed.
     hold_p50: f64,
     /// The time that 99 of 100 do not exceed.
     hold_p99: f64,
@@ -404,7 +442,7 @@ impl Breakpoints {
     fn by_key(&self, py: Python<'_>, key: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
         let mut found = Vec::new();
         for each in self.there(py) {
-            if each.get().key.bind(py).eq(key)? {
+            if each.get().common().key.bind(py).eq(key)? {
                 found.push(each);
             }
         }
@@ -415,7 +453,7 @@ impl Breakpoints {
     fn by_tag(&self, py: Python<'_>, tag: &Bound<'_, PyAny>) -> PyResult<Vec<Py<Breakpoint>>> {
         let mut found = Vec::new();
         for each in self.there(py) {
-            if each.get().tag.bind(py).eq(tag)? {
+            if each.get().common().tag.bind(py).eq(tag)? {
                 found.push(each);
             }
         }

@@ -335,7 +335,7 @@ fn call(
     let tap = breakpoint.get();
     shared.calls.fetch_add(1, Ordering::Relaxed);
     tap.calls.fetch_add(1, Ordering::Relaxed);
-    let began = tap.deadline.map(|_| Instant::now());
+    let began = tap.deadline().map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));
     let took = began.map(|began| began.elapsed().as_secs_f64());
     let read = |returned: Bound<'_, PyAny>| match asked {
@@ -350,7 +350,7 @@ fn call(
             return asked.unanswered();
         }
     };
-    if let (Some(deadline), Some(took)) = (tap.deadline, took)
+    if let (Some(deadline), Some(took)) = (tap.deadline(), took)
         && took > deadline
     {
         state.raised.get_or_insert_with(|| DeadlineExceededError::new_err((hit.clone_ref(py), deadline, took)));

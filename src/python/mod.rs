@@ -15,6 +15,7 @@ mod memory;
 mod plant;
 mod recording;
 mod registers;
+mod script;
 mod shared;
 mod symbols;
 mod verdict;
@@ -122,6 +123,8 @@ mod _native {
     #[pymodule_export]
     use super::registers::{_registers, Registers};
     #[pymodule_export]
+    use super::script::{_still, Script};
+    #[pymodule_export]
     use super::symbols::{Symbol, Symbols};
     #[pymodule_export]
     use super::verdict::Verdict;
@@ -140,9 +143,9 @@ mod _native {
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
         super::log::install();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
-        // What only unpickling calls is not for `import *`.
+        // What only unpickling and `vmitap.testing` call is not for `import *`.
         let all = module.index()?;
-        for private in ["_hit", "_registers"] {
+        for private in ["_Script", "_hit", "_registers", "_still"] {
             all.call_method1("remove", (private,))?;
         }
         Ok(())

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use super::breakpoint::{Breakpoint, Given};
+use super::breakpoint::{Breakpoint, Common, Given};
 use super::convert::optional;
 use super::errors::invalid;
 use super::expression::{Captured, condition};
@@ -68,7 +68,8 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         Kind::Watch { len, access } => (tap_view, len, access),
     };
     // Made before the lock is taken: making an object can run the collector, and with it any Python code.
-    let make = |va: &Va| Py::new(py, Breakpoint::new(py, shared, given, (*va, length, access), view));
+    let common = Py::new(py, Common::new(py, shared, given, (length, access), view))?;
+    let make = |va: &Va| Py::new(py, Breakpoint::new(py, &common, *va, given.handler.as_ref()));
     let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
     let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
     let name = |object: &Py<Breakpoint>| object.get().label(py);

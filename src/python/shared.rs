@@ -254,9 +254,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Ends the session now.
+    /// Ends the session now. Once it has ended, tries again what could not be restored.
     pub fn close(&self, py: Python<'_>) -> PyResult<()> {
-        if self.closed.swap(true, Ordering::AcqRel) {
+        if self.closed.swap(true, Ordering::AcqRel) && self.quick(py, |inner| inner.session.is_restored()) {
             return Ok(());
         }
         let result = self.quick(py, |inner| {

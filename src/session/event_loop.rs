@@ -11,6 +11,7 @@ use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
 use super::pending::{Course, Pending, Walk};
+use super::write::{AfterWrite, is_store};
 use super::{Hit, Limits, Poll, Session, TapId, TapState, Verdict};
 
 /// The longest [`Session::poll`] goes on without coming back, so that its caller can look at signals.
@@ -45,6 +46,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             self.finish()?;
         }
+        self.catch_up()?;
         self.answer_raw()?;
         if self.has_page_changes(None) {
             self.update_pages(None, None)?;
@@ -68,8 +70,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
-            match self.take(event) {
+            let home = self.home_of(event);
+            match self.take(event, home) {
                 Ok(false) => {
+                    self.end_hold(self.recording.is_unsettled());
                     self.settle_captured()?;
                     self.enforce_budgets()?;
                 }
@@ -80,7 +84,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     self.finish()?;
                 }
                 Err(error) => {
-                    self.rescue(event);
+                    let view = event.view.unwrap_or(self.tap_view);
+                    let denied = is_store(event) && self.decide_write(event, view).0 == WriteDecision::Deny;
+                    self.rescue(event, home, denied);
                     return Err(error);
                 }
             }
@@ -96,18 +102,27 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
     }
 
-    /// Answers an event whose handling failed, so that its vCPU does not stand still for ever.
-    fn rescue(&mut self, event: &VmiEvent) {
-        let home = self.home_of(event);
-        if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
-            vcpu.after_write = None;
-            vcpu.walk = None;
-        }
-        let step = VmiEventResponse::action(EventAction::FastSingleStep { view: View::DEFAULT }).in_view(home);
-        match self.vmi.driver_mut().respond(event.vcpu, &step) {
+    /// Answers an event whose handling failed, so that its vCPU does not stand still for ever. A store is followed all the same, and one
+    /// that is to be denied is denied.
+    fn rescue(&mut self, event: &VmiEvent, home: View, denied: bool) {
+        let follow = !denied && is_store(event);
+        let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return };
+        vcpu.after_write = if follow { vcpu.after_write.take().or_else(|| AfterWrite::of(event)) } else { None };
+        vcpu.walk = None;
+        vcpu.home = Some(home);
+        let response = match event.reason {
+            _ if denied => VmiEventResponse::action(EventAction::Deny).in_view(home),
+            EventReason::Breakpoint { .. } | EventReason::MemoryAccess { .. } => vcpu.step_clean(home),
+            // The step is done, and the write to a register is to be.
+            _ => VmiEventResponse::CONTINUE.in_view(home),
+        };
+        match self.vmi.driver_mut().respond(event.vcpu, &response) {
             // It was answered before the failure.
             Ok(()) | Err(VmiError::NoPendingEvent { .. }) => {}
-            Err(error) => log::error!("vCPU {} stands still: its event could not be answered: {error}", event.vcpu),
+            Err(error) => {
+                log::error!("vCPU {} stands still for now: its event could not be answered: {error}", event.vcpu);
+                vcpu.raw = Some(home);
+            }
         }
     }
 
@@ -119,9 +134,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
-    fn take(&mut self, event: &VmiEvent) -> Result<bool> {
+    fn take(&mut self, event: &VmiEvent, home: View) -> Result<bool> {
         let index = usize::from(event.vcpu.0);
-        let home = self.home_of(event);
         if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
             self.finish_write(event.vcpu, &event.registers)?;
         }
@@ -165,9 +179,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 } else if access.contains(MemoryAccess::W) {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
-                    if is_hidden || is_table {
-                        course = Course::Write;
-                    }
+                    // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
+                    course = Course::Write;
                 } else if is_hidden {
                     self.stats.hidden_reads += 1;
                     course = Course::Emulate;
@@ -204,6 +217,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.stats.filtered += 1;
             return Sorted::Answer(course);
         }
+        self.begin_hold();
         self.returned(event);
         self.spend_budgets();
         self.filter_owners(&event.registers, (event.vcpu, va));
@@ -226,6 +240,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         owners.retain(|id| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        self.sampler.in_hand = None;
         // Given back by `finish`.
         let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
         let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);
@@ -421,10 +436,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if policy == OnWrite::Deny {
             pending.course = Course::Deny;
         } else {
-            let event = pending.event;
+            let (event, home) = (pending.event, pending.home());
             if let Err(error) = self.prepare_write(&event, Some(policy)) {
                 self.pending = None;
-                self.rescue(&event);
+                self.rescue(&event, home, false);
                 return Err(error);
             }
         }
@@ -437,7 +452,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let done = self.carry_out(&pending);
         self.note_hold(&pending);
         if done.is_err() {
-            self.rescue(&pending.event);
+            self.rescue(&pending.event, pending.home(), pending.course == Course::Deny);
         }
         self.owners = pending.wanted;
         done.and(self.settle()).and(self.enforce_budgets())

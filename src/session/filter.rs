@@ -111,22 +111,26 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
         };
         machine.answer(value);
-        let Self { vmi, taps, pending, stats, began, .. } = self;
+        let Self { vmi, taps, pending, stats, spent, began, .. } = self;
         let Some(pending) = pending else { return Ok(()) };
         (pending.is_out, pending.is_question) = (false, false);
         let clock = || began.elapsed().as_nanos() as u64;
         let event = &pending.event;
         let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
         let tap = taps.get_mut(id.0 as usize);
-        let said = tap.and_then(|tap| Some((tap.filter.as_mut()?.look(id, machine, &scene), &mut tap.stats, tap.spec.wanted)));
+        let said =
+            tap.and_then(|tap| Some((tap.filter.as_mut()?.look(id, machine, &scene), &mut tap.stats, tap.spec.wanted, tap.once)));
         match said {
             Some((Admission::Asks(question), ..)) => {
                 pending.questions.push(question);
                 return Ok(());
             }
-            Some((Admission::Passes, counters, wanted)) => {
+            Some((Admission::Passes, counters, wanted, once)) => {
                 counters.hits += 1;
                 stats.hits += 1;
+                if once {
+                    spent.push(id);
+                }
                 let (event, va) = (*event, pending.va);
                 self.capture(id, &event, va);
                 if wanted {

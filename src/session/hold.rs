@@ -1,5 +1,7 @@
 //! How long vCPUs stand still, and how much of that a tap may cost.
 
+use std::time::Instant;
+
 use crate::driver::VmiDriver;
 
 use super::{Session, TapId};
@@ -44,8 +46,14 @@ impl Histogram {
     /// Counts a time.
     #[inline]
     pub fn add(&mut self, ns: u64) {
+        self.add_times(ns, 1);
+    }
+
+    /// Counts a time that stands for so many.
+    #[inline]
+    pub fn add_times(&mut self, ns: u64, times: u32) {
         if let Some(count) = self.counts.get_mut(Self::bucket(ns)) {
-            *count = count.saturating_add(1);
+            *count = count.saturating_add(times);
         }
         self.max_ns = self.max_ns.max(ns);
     }
@@ -89,6 +97,21 @@ impl Histogram {
         }
         new
     }
+}
+
+/// Of the hits that are only counted, each so many-th is timed and stands for those before it: reading the clock twice costs as much as
+/// a fifth of such a hit.
+const SAMPLE: u32 = 16;
+
+/// Which hits that are only counted are timed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Sampler {
+    /// Hits since the last one that was timed.
+    untimed: u32,
+    /// One was timed before.
+    has_begun: bool,
+    /// When the one in hand was received, and how many it stands for.
+    pub(super) in_hand: Option<(Instant, u32)>,
 }
 
 /// How many events a tap may cause in a second, filtered ones included, before it is switched off.
@@ -136,12 +159,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.tap(id).and_then(|tap| tap.budget.as_deref().copied())
     }
 
-    /// Times of all hits that were handed out or captured.
+    /// Times of all hits. Of those that were neither handed out nor captured each sixteenth is timed, and stands for the others.
     pub const fn holds(&self) -> &Histogram {
         &self.holds
     }
 
-    /// Times of the hits of a tap that were handed out or captured; `None` if there were none.
+    /// Times of the hits of a tap, as [`Session::holds`]; `None` if none was timed.
     pub fn tap_holds(&self, id: TapId) -> Option<&Histogram> {
         self.tap(id).and_then(|tap| tap.holds.as_deref())
     }
@@ -173,11 +196,37 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Counts how long a vCPU stood still for hits of these taps.
     pub(super) fn count_hold(&mut self, ids: &[TapId], held_ns: u64) {
+        self.count_hold_times(ids, held_ns, 1);
+    }
+
+    fn count_hold_times(&mut self, ids: &[TapId], held_ns: u64, times: u32) {
         for id in ids {
-            self.holds.add(held_ns);
+            self.holds.add_times(held_ns, times);
             if let Some(tap) = self.tap_mut(*id) {
-                tap.holds.get_or_insert_default().add(held_ns);
+                tap.holds.get_or_insert_default().add_times(held_ns, times);
             }
+        }
+    }
+
+    /// A hit is in hand that perhaps nobody will be handed.
+    #[inline]
+    pub(super) fn begin_hold(&mut self) {
+        let sampler = &mut self.sampler;
+        sampler.untimed += 1;
+        if sampler.untimed >= SAMPLE || !sampler.has_begun {
+            sampler.in_hand = Some((Instant::now(), sampler.untimed));
+            (sampler.untimed, sampler.has_begun) = (0, true);
+        }
+    }
+
+    /// The vCPU of a hit that nobody was handed goes on. What was captured is timed by itself.
+    #[inline]
+    pub(super) fn end_hold(&mut self, captured: bool) {
+        let Some((since, times)) = self.sampler.in_hand.take() else { return };
+        if !captured {
+            let owners = std::mem::take(&mut self.owners);
+            self.count_hold_times(&owners, since.elapsed().as_nanos() as u64, times);
+            self.owners = owners;
         }
     }
 }

@@ -19,6 +19,7 @@ mod roots;
 mod sink;
 mod taps;
 mod types;
+mod views;
 mod watch;
 mod write;
 
@@ -33,9 +34,10 @@ use crate::capture::{Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
-use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
+use crate::event::{EventReason, VmiEventResponse};
 use crate::ptm::PageTableMonitor;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
+use crate::undo::Left;
 
 #[cfg(feature = "emu")]
 pub use guard::{Watchdog, open_guarded, repair_guest};
@@ -51,6 +53,7 @@ use sink::Sink;
 use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
+use write::AfterWrite;
 
 /// A driver of any kind, with reads, writes and translation.
 pub type Vmi = VmiCore<dyn VmiDriver>;
@@ -80,6 +83,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
     vcpus: Vec<Vcpu>,
+    /// Stores that are done, and whose shadows could not be brought up to date yet.
+    overdue: Vec<(VcpuId, AfterWrite)>,
     /// The event whose hits are being handed out.
     pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
@@ -100,12 +105,15 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     returns: Returns,
     /// How long vCPUs stood still for hits.
     holds: Histogram,
+    sampler: hold::Sampler,
     /// Taps that are to be switched off once the event in hand is answered.
     over_budget: Vec<TapId>,
     /// What times are counted from.
     began: Instant,
     on_write: OnWrite,
     detached: bool,
+    /// Nothing of the session is left in the guest.
+    restored: bool,
 }
 
 impl<D: VmiDriver + ?Sized> std::fmt::Debug for Session<D> {
@@ -135,11 +143,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let tap_view = driver.create_view(MemoryAccess::RWX)?;
         let set_up = driver.monitor(Monitor::Breakpoint, true).and_then(|()| driver.switch_to_view(tap_view));
         if let Err(cause) = set_up {
-            let undone = driver.monitor(Monitor::Breakpoint, false).and_then(|()| driver.destroy_view(tap_view));
-            return Err(match undone {
-                Ok(()) => cause,
-                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {tap_view} ({error})") },
-            });
+            let mut left = Left::default();
+            left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
+            left.note(driver.destroy_view(tap_view), || format!("view {tap_view}"));
+            return Err(left.after(cause));
         }
         let (recording, began) = Self::new_recording();
         Ok(Self {
@@ -158,6 +165,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
             vcpus: vec![Vcpu::default(); count],
+            overdue: Vec::new(),
             pending: None,
             owners: Vec::new(),
             questions: Vec::new(),
@@ -167,6 +175,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             sink: None,
             returns: Returns::default(),
             holds: Histogram::default(),
+            sampler: hold::Sampler::default(),
             over_budget: Vec::new(),
             began,
             last_hold: None,
@@ -174,6 +183,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             stats: Stats::default(),
             on_write,
             detached: false,
+            restored: false,
         })
     }
 
@@ -212,9 +222,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.began
     }
 
-    /// Whether [`Session::detach`] was called.
+    /// Whether [`Session::detach`] was called, whatever it left behind.
     pub const fn is_detached(&self) -> bool {
         self.detached
+    }
+
+    /// Whether [`Session::detach`] has left nothing behind.
+    pub const fn is_restored(&self) -> bool {
+        self.restored
     }
 
     /// Whether a vCPU stands still for an event whose hits are being handed out.
@@ -225,79 +240,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// What makes a [`Session::poll`] that is under way return soon.
     pub fn waker(&self) -> Arc<dyn Waker> {
         self.vmi.driver().waker()
-    }
-
-    // --- views ---
-
-    /// The view that is tapped.
-    pub const fn tap_view(&self) -> View {
-        self.tap_view
-    }
-
-    /// The default view and those this session made.
-    pub fn views(&self) -> Vec<View> {
-        std::iter::once(View::DEFAULT).chain(self.views.iter().copied()).collect()
-    }
-
-    /// Makes a view that maps every page to itself with `access`.
-    pub fn create_view(&mut self, access: MemoryAccess) -> Result<View> {
-        let view = self.vmi.driver_mut().create_view(access)?;
-        if let Err(cause) = self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
-            return Err(match self.vmi.driver_mut().destroy_view(view) {
-                Ok(()) => cause,
-                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
-            });
-        }
-        self.views.push(view);
-        Ok(view)
-    }
-
-    /// Removes a view this session made, with the taps in it. vCPUs that are in it go to the tap view.
-    ///
-    /// # Errors
-    /// [`VmiError::DefaultView`], [`VmiError::ViewNotFound`]; [`VmiError::InvalidArgument`] for the tap view itself.
-    pub fn destroy_view(&mut self, view: View) -> Result<()> {
-        if view == View::DEFAULT {
-            return Err(VmiError::DefaultView { op: "destroying a view" });
-        }
-        if view == self.tap_view {
-            let reason = "the session's tap view goes with the session".to_owned();
-            return Err(VmiError::InvalidArgument { what: "view", reason });
-        }
-        let index = self.views.iter().position(|known| *known == view).ok_or(VmiError::ViewNotFound { view })?;
-        for tap in self.taps_in(view) {
-            self.remove(tap)?;
-        }
-        let count = self.vcpus.len() as u16;
-        for vcpu in (0..count).map(VcpuId) {
-            if self.vmi.driver().vcpu_view(vcpu)? == view {
-                self.switch_to_view(self.tap_view)?;
-                break;
-            }
-        }
-        self.tables.remove_view(&mut self.vmi, self.controller.rights(), view)?;
-        if let Err(cause) = self.vmi.driver_mut().destroy_view(view) {
-            return Err(match self.tables.add_view(&mut self.vmi, self.controller.rights(), view) {
-                Ok(()) => cause,
-                Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("view {view} ({error})") },
-            });
-        }
-        self.views.remove(index);
-        Ok(())
-    }
-
-    /// Puts every vCPU into `view`.
-    pub fn switch_to_view(&mut self, view: View) -> Result<()> {
-        self.vmi.driver_mut().switch_to_view(view)?;
-        for vcpu in &mut self.vcpus {
-            vcpu.home = None;
-        }
-        if let Some(pending) = &mut self.pending {
-            pending.moved_to = Some(view);
-        }
-        // In the default view stores to page tables are not seen.
-        self.tables.mark_all_dirty();
-        Ok(())
     }
 
     // --- registers, memory ---
@@ -362,17 +304,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn write_spans(&mut self, spans: &[(Pa, &[u8], Vec<u8>)]) -> Result<()> {
         for (index, (pa, new, _)) in spans.iter().enumerate() {
             let Err(cause) = self.controller.write(&mut self.vmi, *pa, new) else { continue };
-            let mut left = Vec::new();
+            let mut left = Left::default();
             for (pa, _, old) in spans.get(..index).unwrap_or_default().iter().rev() {
-                if let Err(error) = self.controller.write(&mut self.vmi, *pa, old) {
-                    left.push(format!("{} new bytes at {pa} ({error})", old.len()));
-                }
+                left.note(self.controller.write(&mut self.vmi, *pa, old), || format!("{} new bytes at {pa}", old.len()));
             }
-            return Err(if left.is_empty() {
-                cause
-            } else {
-                VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") }
-            });
+            return Err(left.after(cause));
         }
         if !self.tables.is_empty() {
             self.tables_written(spans.iter().map(|(pa, ..)| pa.gfn()));
@@ -428,12 +364,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(())
     }
 
-    /// Answers what [`Session::wait_raw`] left open: each vCPU executes its instruction in the default view and goes on.
+    /// Answers what [`Session::wait_raw`] left open: each vCPU executes its instruction in the default view and goes on. So does one whose
+    /// event could not be answered before.
     fn answer_raw(&mut self) -> Result<()> {
         for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
             if let Some(view) = vcpu.raw {
-                let step = VmiEventResponse::action(EventAction::FastSingleStep { view: View::DEFAULT }).in_view(view);
-                self.vmi.driver_mut().respond(VcpuId(index as u16), &step)?;
+                self.vmi.driver_mut().respond(VcpuId(index as u16), &vcpu.step_clean(view))?;
                 vcpu.raw = None;
             }
         }
@@ -443,56 +379,75 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     // --- the end ---
 
     /// Restores the guest and ends the session: taps, watches and views go, held vCPUs go on, all in the default view.
-    /// Everything is tried, whatever fails. Twice is fine.
+    /// Everything is tried, whatever fails; calling again tries what is left. Once nothing is, it does nothing.
     ///
     /// # Errors
     /// [`VmiError::UndoFailed`] with what is left behind; the session is over all the same.
     pub fn detach(&mut self) -> Result<()> {
-        if std::mem::replace(&mut self.detached, true) {
+        self.detached = true;
+        if self.restored {
             return Ok(());
         }
-        let mut failed: Vec<(String, VmiError)> = Vec::new();
-        let mut note = |what: &str, result: Result<()>| {
-            // A guest that is gone has nothing left behind in it.
-            if let Err(error) = result.or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) }) {
-                failed.push((what.to_owned(), error));
-            }
-        };
+        let mut left = Left::default();
         self.end_waiting_rows();
-        note("breakpoints", self.manager.clear(&mut self.vmi, &mut self.controller));
-        note("access rights", self.controller.clear(&mut self.vmi));
+        // The controller knows all that is in the guest, and takes it back by the page.
+        let cleared = self.controller.clear(&mut self.vmi);
+        self.manager = BreakpointManager::default();
         self.tables.forget();
         self.owed.clear();
         self.roaming.clear();
-        note("the CR3 monitor", self.track_roots(false).map(drop));
+        self.overdue.clear();
         self.watches.clear();
         self.keys.clear();
         for tap in &mut self.taps {
             tap.state = TapState::Removed;
         }
+        if let Some(pending) = self.pending.take()
+            && let Some(vcpu) = self.vcpus.get_mut(usize::from(pending.event.vcpu.0))
+        {
+            vcpu.raw = Some(pending.home());
+        }
+        let driver = self.vmi.driver_mut();
         // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
         // answers: that is taken back too.
-        let held = self.pending.take().map(|pending| pending.event);
-        let driver = self.vmi.driver_mut();
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            let id = VcpuId(index as u16);
-            if vcpu.raw.take().is_some() || held.as_ref().is_some_and(|event: &VmiEvent| event.vcpu == id) {
-                note("a held vCPU", driver.respond(id, &go_on));
+        let mut stuck = Vec::new();
+        for (index, vcpu) in self.vcpus.iter_mut().enumerate().filter(|(_, vcpu)| vcpu.raw.is_some()) {
+            match driver.respond(VcpuId(index as u16), &go_on) {
+                Ok(()) => vcpu.raw = None,
+                Err(error) => stuck.push((index, error)),
             }
-            *vcpu = Vcpu::default();
         }
-        note("a vCPU that steps", driver.release_held().map(drop));
-        note("the INT3 monitor", driver.monitor(Monitor::Breakpoint, false));
-        note("the vCPUs' view", driver.switch_to_view(View::DEFAULT));
-        for view in self.views.drain(..) {
-            note("a view", driver.destroy_view(view));
+        if left.note(driver.release_held().map(drop), || "vCPUs that step".to_owned()) {
+            for (index, error) in stuck {
+                left.note(Err(error), || format!("the event of vCPU {index}"));
+            }
+        } else {
+            self.vcpus.fill_with(Vcpu::default);
         }
-        note("the driver's own", driver.let_go());
-        let mut failed = failed.into_iter();
-        let Some((what, cause)) = failed.next() else { return Ok(()) };
-        let left_behind = failed.fold(what, |list, (what, error)| format!("{list}, {what} ({error})"));
-        Err(VmiError::UndoFailed { cause: Box::new(cause), left_behind })
+        left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
+        if self.tracks_roots {
+            let cr3 = driver.monitor(Monitor::ControlRegister(ControlRegister::Cr3), false);
+            self.tracks_roots = left.note(cr3, || "the CR3 monitor".to_owned());
+        }
+        left.note(driver.switch_to_view(View::DEFAULT), || "the view of the vCPUs".to_owned());
+        let controller = &mut self.controller;
+        self.views.retain(|view| {
+            let stays = left.note(driver.destroy_view(*view), || format!("view {view}"));
+            if !stays {
+                controller.forget_view(*view);
+            }
+            stays
+        });
+        if let Err(error) = cleared {
+            log::warn!("{error}; trying again without the views");
+            left.note(self.controller.clear(&mut self.vmi), || "breakpoints and access rights".to_owned());
+        }
+        left.note(self.vmi.driver_mut().let_go(), || "the driver's own".to_owned());
+        // A guest that is gone has nothing left behind in it.
+        let result = left.done().or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) });
+        self.restored = result.is_ok();
+        result
     }
 
     fn check_open(&self) -> Result<()> {

@@ -109,7 +109,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return failed;
         }
         for (va, context) in changed {
-            if let Err(error) = self.settle_page(va, context, registers) {
+            if let Err(error) = self.settle_pages(va, context, registers) {
                 self.owed.push((va, context));
                 failed = failed.and(Err(error));
             }
@@ -118,7 +118,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Brings the breakpoints of one address to where it is mapped.
-    fn settle_page(&mut self, va: Va, context: AddressContext, registers: Option<&Registers>) -> Result<()> {
+    fn settle_pages(&mut self, va: Va, context: AddressContext, registers: Option<&Registers>) -> Result<()> {
         let now = self.tables.mapped(va, context);
         let owners = self.manager.owners(va, context.root).map(|found| (*found.key, found.pa, found.global));
         let owners: Vec<(TapId, Option<Pa>, bool)> = owners.collect();

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use crate::addr::{MemoryAccess, Pa, Va, View};
-use crate::event::VmiEvent;
+use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 
 use super::filter::Question;
 use super::write::AfterWrite;
@@ -20,6 +20,16 @@ pub struct Vcpu {
     pub walk: Option<Walk>,
     /// It has an event of `wait_raw` that is not answered, from this view.
     pub raw: Option<View>,
+}
+
+impl Vcpu {
+    /// Executes one instruction in the default view and comes back to `home`; a store that is to be followed is reported.
+    pub fn step_clean(&self, home: View) -> VmiEventResponse {
+        let view = View::DEFAULT;
+        let reports = self.after_write.is_some();
+        let action = if reports { EventAction::SingleStep { view } } else { EventAction::FastSingleStep { view } };
+        VmiEventResponse::action(action).in_view(home)
+    }
 }
 
 /// Steps a handler asked for.

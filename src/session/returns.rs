@@ -138,9 +138,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             wanted: false,
             enabled: true,
         };
-        // What is not mapped would wait for its page: a row that may never end.
-        let tap = self.vmi.translate(to, context).and_then(|_| self.add(&spec));
-        let tap = tap.inspect_err(|error| log::debug!("the return address {to} is not tapped: {error}")).ok()?;
+        // Code that is returned to is there; what is not is no return address, and is not waited for.
+        let added = self.vmi.translate(to, context).and_then(|_| self.add(&spec));
+        let tap = added.inspect_err(|error| log::debug!("the return address {to} is not tapped: {error}")).ok()?;
         self.returns.places.insert(tap, place);
         self.returns.sites.insert(place, Site { tap, calls: Vec::new() });
         Some(place)

@@ -15,21 +15,33 @@ use super::{Session, TapId, TapKind, TapSpec, TapState};
 /// Roots that are remembered; the one that was loaded first makes room. More processes than that do not run at a time.
 const MAX_ROOTS: usize = 512;
 
+/// What page tables say of an address. What is not merely absent is not waited for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mapping {
+    There,
+    Absent,
+    Never,
+}
+
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whether a breakpoint is to be looked up under each root that is loaded.
     fn roams(spec: &TapSpec, is_planted: bool) -> bool {
         spec.kind == TapKind::Breakpoint && spec.global && (!is_planted || spec.va.0 >> 63 == 0)
     }
 
-    /// Whether page tables can map an address, now or later: what is not merely absent there is not waited for.
-    fn can_map(&self, va: Va, context: AddressContext) -> bool {
-        let translated = self.vmi.translate(va, context);
-        matches!(translated, Ok(_) | Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }))
+    /// What page tables say of an address.
+    fn mapping(&self, va: Va, context: AddressContext) -> Result<Mapping> {
+        match self.vmi.translate(va, context) {
+            Ok(_) => Ok(Mapping::There),
+            Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) => Ok(Mapping::Absent),
+            Err(VmiError::Translation { .. }) => Ok(Mapping::Never),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether a new breakpoint is to be looked up under each root.
-    pub(super) fn starts_to_roam(&self, spec: &TapSpec) -> bool {
-        spec.global && Self::roams(spec, self.vmi.translate(spec.va, spec.context).is_ok())
+    pub(super) fn starts_to_roam(&self, spec: &TapSpec) -> Result<bool> {
+        Ok(spec.global && Self::roams(spec, self.mapping(spec.va, spec.context)? == Mapping::There))
     }
 
     /// The roots such a one is looked up under beside its own. `in_use` keeps those of the vCPUs from one breakpoint to the next.
@@ -38,8 +50,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Some(known) => known,
             None => in_use.insert(self.roots_in_use()?),
         };
-        let others = known.iter().copied();
-        Ok(others.filter(|other| other.root != spec.context.root && self.can_map(spec.va, *other)).collect())
+        let mut others = Vec::new();
+        for other in known.iter().filter(|other| other.root != spec.context.root) {
+            if self.mapping(spec.va, *other)? != Mapping::Never {
+                others.push(*other);
+            }
+        }
+        Ok(others)
     }
 
     fn roots_in_use(&self) -> Result<Vec<AddressContext>> {
@@ -102,7 +119,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(tap) = self.tap(id) else { return Ok(()) };
         let spec = tap.spec;
         let is_known = tap.contexts().any(|known| known.root == context.root);
-        if is_known || !self.can_map(spec.va, context) {
+        if is_known || self.mapping(spec.va, context)? == Mapping::Never {
             return Ok(());
         }
         let at = [(spec.va, context)];
@@ -117,19 +134,20 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Whether a root is none any more: no processor can run under tables that do not map the interrupt table.
-    fn is_dead(&self, context: AddressContext, registers: &Registers) -> bool {
+    fn is_dead(&self, context: AddressContext, registers: &Registers) -> Result<bool> {
         let (idt, here) = (Va(registers.idtr.base), AddressContext::from(registers));
-        self.vmi.translate(idt, here).is_ok() && self.vmi.translate(idt, context).is_err()
+        Ok(self.mapping(idt, here)? == Mapping::There && self.mapping(idt, context)? != Mapping::There)
     }
 
     /// Drops the roots that a vCPU has just written to and that are none any more.
     pub(super) fn leave_dead_roots(&mut self, vcpu: VcpuId, registers: &Registers) -> Result<()> {
         let is_written = |context: &AddressContext| self.tables.is_dirty_table(vcpu, context.root.gfn());
-        let written = self.roots.iter().copied().filter(is_written);
-        let dead: Vec<AddressContext> = written.filter(|context| self.is_dead(*context, registers)).collect();
-        for root in dead {
-            self.leave_root(root)?;
-            self.roots.retain(|known| *known != root);
+        let written: Vec<AddressContext> = self.roots.iter().copied().filter(is_written).collect();
+        for root in written {
+            if self.is_dead(root, registers)? {
+                self.leave_root(root)?;
+                self.roots.retain(|known| *known != root);
+            }
         }
         Ok(())
     }
@@ -144,7 +162,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for tap in taps {
             self.join(*tap, here)?;
         }
-        if self.is_dead(context, registers) { self.leave_root(context) } else { Ok(()) }
+        if self.is_dead(context, registers)? { self.leave_root(context) } else { Ok(()) }
     }
 
     /// No global breakpoint is looked up under this root any more, unless it has no other.

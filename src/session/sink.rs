@@ -13,10 +13,12 @@ use crate::error::{Result, VmiError};
 
 /// Batches that can wait for the writer.
 const QUEUE: usize = 4;
-/// How long the guest is held up for a writer that is behind, before batches are given up.
+/// How long the guest is held up for a writer that is behind, before batches are given up: somebody who reads a pipe may have stopped.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long the end of a file is waited for.
-const END: Duration = Duration::from_secs(5);
+/// The same for a file on a disk, which goes on sooner or later.
+const DISK_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the end of a pipe is waited for beyond that.
+const END: Duration = Duration::from_secs(4);
 
 /// The file.
 pub struct Sink {
@@ -25,6 +27,7 @@ pub struct Sink {
     sender: Option<SyncSender<RecordBatch>>,
     done: Receiver<std::io::Result<()>>,
     written: Arc<AtomicU64>,
+    patience: Duration,
     /// The writer was behind for too long; batches are given up until it has caught up.
     is_stalled: bool,
 }
@@ -47,7 +50,10 @@ impl Sink {
             let _ = end.send(write_all(output, &batches, &counter));
         });
         started.map_err(|error| failed(path, &error, 0))?;
-        Ok(Self { path: path.to_owned(), format, sender: Some(sender), done, written, is_stalled: false })
+        let real = if path == "-" { "/dev/stdout" } else { path };
+        let is_file = std::fs::metadata(real).is_ok_and(|metadata| metadata.is_file());
+        let patience = if is_file { DISK_PATIENCE } else { PATIENCE };
+        Ok(Self { path: path.to_owned(), format, sender: Some(sender), done, written, patience, is_stalled: false })
     }
 
     /// The file's name.
@@ -71,7 +77,7 @@ impl Sink {
     /// [`VmiError::Recording`] if writing failed.
     pub fn push(&mut self, batch: RecordBatch) -> Result<u64> {
         let Some(sender) = &self.sender else { return Ok(0) };
-        let give_up = Instant::now() + if self.is_stalled { Duration::ZERO } else { PATIENCE };
+        let give_up = Instant::now() + if self.is_stalled { Duration::ZERO } else { self.patience };
         let mut batch = batch;
         loop {
             match sender.try_send(batch) {
@@ -108,7 +114,7 @@ impl Sink {
             return Ok(());
         }
         let stopped = || std::io::Error::new(std::io::ErrorKind::TimedOut, "nobody takes what is written");
-        let ended = self.done.recv_timeout(END).unwrap_or_else(|_| Err(stopped()));
+        let ended = self.done.recv_timeout(END + self.patience).unwrap_or_else(|_| Err(stopped()));
         ended.map_err(|error| failed(&self.path, &error, self.written()))
     }
 }

@@ -87,6 +87,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.taps.iter().enumerate().filter(in_view).map(|(index, _)| TapId(index as u32)).collect()
     }
 
+    /// Whether a tap is neither disabled nor removed.
+    pub(super) fn is_planted(&self, id: TapId) -> bool {
+        self.tap(id).is_some_and(|tap| tap.state == TapState::Active)
+    }
+
     fn check(&self, spec: &TapSpec) -> Result<()> {
         if spec.view == View::DEFAULT {
             return Err(VmiError::DefaultView { op: "planting a breakpoint" });
@@ -167,7 +172,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 watched = index + 1;
             }
-            self.plant(&planted)
+            self.insert_breakpoints(&planted)
         });
         let mut others = match done {
             Ok(others) => others.into_iter(),
@@ -201,11 +206,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Plants breakpoints, with the tables they are found through watched: all or none. Returns for each the roots that it is looked
     /// up under beside its own.
-    fn plant(&mut self, wanted: &[(TapId, TapSpec)]) -> Result<Vec<Vec<AddressContext>>> {
+    fn insert_breakpoints(&mut self, wanted: &[(TapId, TapSpec)]) -> Result<Vec<Vec<AddressContext>>> {
         let (mut others, mut breakpoints, mut roaming) = (Vec::new(), Vec::new(), Vec::new());
         let mut in_use = None;
         for (id, spec) in wanted {
-            let more = if self.starts_to_roam(spec) {
+            let more = if self.starts_to_roam(spec)? {
                 roaming.push(*id);
                 self.other_roots(spec, &mut in_use)?
             } else {
@@ -237,7 +242,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Takes breakpoints out of the guest, and the watch of their tables: all or none.
-    fn unplant(&mut self, ids: &[TapId]) -> Result<()> {
+    fn remove_breakpoints(&mut self, ids: &[TapId]) -> Result<()> {
         let (mut at, mut identities) = (Vec::new(), Vec::new());
         for (id, tap) in ids.iter().filter_map(|id| Some((*id, self.tap(*id)?))) {
             at.extend(tap.contexts().map(|context| (tap.spec.va, context)));
@@ -267,10 +272,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Takes the tap out of the guest, whatever becomes of it then.
-    fn lift(&mut self, id: TapId) -> Result<()> {
+    pub(super) fn lift(&mut self, id: TapId) -> Result<()> {
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
         match spec.kind {
-            TapKind::Breakpoint => self.unplant(&[id]),
+            TapKind::Breakpoint => self.remove_breakpoints(&[id]),
             TapKind::Watch { .. } => self.unwatch(id),
         }
     }
@@ -281,13 +286,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Whatever the driver fails with; the tap is as it was then.
     pub fn remove(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
-        self.note_removed(id);
+        self.forget_returns(id);
+        self.bury(id);
         Ok(())
     }
 
-    fn note_removed(&mut self, id: TapId) {
-        self.forget_returns(id);
-        let Some(tap) = self.tap_mut(id) else { return };
+    /// A tap is out of the guest for good.
+    pub(super) fn bury(&mut self, id: TapId) {
+        // Once only: somebody else may have its key since.
+        let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
         tap.state = TapState::Removed;
         if let Some(key) = Self::key_of(&tap.spec) {
             self.keys.remove(&key);
@@ -307,7 +314,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let planted: Vec<TapId> = planted.into_iter().map(|(id, _)| id).collect();
         let mut unwatched = 0;
         let done = watches.iter().try_for_each(|(id, _)| self.unwatch(*id).map(|()| unwatched += 1));
-        if let Err(cause) = done.and_then(|()| self.unplant(&planted)) {
+        if let Err(cause) = done.and_then(|()| self.remove_breakpoints(&planted)) {
             let mut left = Left::default();
             for (id, spec) in watches.get(..unwatched).unwrap_or_default() {
                 if let TapKind::Watch { len, access } = spec.kind {
@@ -317,7 +324,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(left.after(cause));
         }
         for id in ids {
-            self.note_removed(*id);
+            self.forget_returns(*id);
+            self.bury(*id);
         }
         Ok(())
     }
@@ -332,7 +340,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Removes the taps for one hit that have had it; those that fail stay, and are tried again with the next event.
     pub(super) fn remove_spent(&mut self) -> Result<()> {
         while let Some(id) = self.spent.last().copied() {
-            self.remove(id)?;
+            // Unlike `remove`: a call that is under way may still return.
+            self.lift(id)?;
+            self.bury(id);
             self.spent.pop();
         }
         Ok(())
@@ -359,18 +369,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.check_open()?;
         let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Disabled).map(|tap| tap.spec) else { return Ok(()) };
         self.check(&spec)?;
-        match spec.kind {
-            TapKind::Breakpoint => {
-                let more = self.plant(&[(id, spec)])?.pop().unwrap_or_default();
-                if let Some(tap) = self.tap_mut(id) {
-                    tap.more = more;
-                }
-            }
-            TapKind::Watch { len, access } => self.watch(id, &spec, len, access)?,
-        }
+        self.plant(id)?;
         if let Some(tap) = self.tap_mut(id) {
             tap.state = TapState::Active;
         }
         Ok(())
+    }
+
+    /// Puts a tap into the guest that is not in it.
+    pub(super) fn plant(&mut self, id: TapId) -> Result<()> {
+        let Some(spec) = self.tap(id).map(|tap| tap.spec) else { return Ok(()) };
+        match spec.kind {
+            TapKind::Breakpoint => {
+                let more = self.insert_breakpoints(&[(id, spec)])?.pop().unwrap_or_default();
+                if let Some(tap) = self.tap_mut(id) {
+                    tap.more = more;
+                }
+                Ok(())
+            }
+            TapKind::Watch { len, access } => self.watch(id, &spec, len, access),
+        }
     }
 }

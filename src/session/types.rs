@@ -157,6 +157,15 @@ pub struct GpChanges {
 }
 
 impl GpChanges {
+    /// Every register as it is in `gp`.
+    pub fn of(gp: &GpRegisters) -> Self {
+        let values = [
+            gp.rax, gp.rbx, gp.rcx, gp.rdx, gp.rsi, gp.rdi, gp.rsp, gp.rbp, gp.r8, gp.r9, gp.r10, gp.r11, gp.r12, gp.r13, gp.r14,
+            gp.r15, gp.rip, gp.rflags,
+        ];
+        Self { values: values.map(Some) }
+    }
+
     /// Writes the values into `gp`.
     pub fn apply(&self, gp: &mut GpRegisters) {
         let targets = [

@@ -1,8 +1,8 @@
 //! Watches: ranges of bytes whose accesses are reported, by taking access rights away from their pages in a view.
 
-use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, View};
+use crate::addr::{MemoryAccess, PAGE_SIZE, Pa, Va, View};
 use crate::driver::VmiDriver;
-use crate::error::{Result, VmiError};
+use crate::error::Result;
 
 use super::{Session, TapId, TapSpec};
 
@@ -19,45 +19,39 @@ pub struct WatchPage {
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// Watches every page of the range, or on an error none.
     pub(super) fn watch(&mut self, tap: TapId, spec: &TapSpec, len: u64, access: MemoryAccess) -> Result<()> {
-        let watched = self.watch_pages(tap, spec, len, access);
-        let Err(cause) = watched else { return Ok(()) };
-        Err(match self.unwatch(tap) {
-            Ok(()) => cause,
-            Err(error) => VmiError::UndoFailed { cause: Box::new(cause), left_behind: format!("a watch ({error})") },
-        })
-    }
-
-    fn watch_pages(&mut self, tap: TapId, spec: &TapSpec, len: u64, access: MemoryAccess) -> Result<()> {
-        let mut at = spec.va;
-        let mut left = len;
+        let mut parts = Vec::new();
+        let (mut at, mut left) = (spec.va, len);
         while left > 0 {
             let now = left.min(at.page_rest());
             let gfn = self.vmi.translate(at, spec.context)?.gfn();
-            self.controller.rights().deny(&mut self.vmi, gfn, spec.view, access)?;
             let first = at.page_offset() as u16;
-            let page = WatchPage { tap, access, first, last: first + (now - 1) as u16 };
-            self.watches.entry((spec.view, gfn)).or_default().push(page);
+            parts.push(((spec.view, gfn), WatchPage { tap, access, first, last: first + (now - 1) as u16 }));
             left -= now;
             at = Va(at.0.wrapping_add(now));
+        }
+        let pages: Vec<_> = parts.iter().map(|(page, _)| *page).collect();
+        self.controller.rights().deny_many(&mut self.vmi, &pages, access)?;
+        for (page, part) in parts {
+            self.watches.entry(page).or_default().push(part);
         }
         Ok(())
     }
 
-    /// Gives the rights of every page of a watch back.
+    /// Gives the rights of every page of a watch back, or on an error of none.
     pub(super) fn unwatch(&mut self, tap: TapId) -> Result<()> {
-        let pages: Vec<(View, Gfn)> =
-            self.watches.iter().filter(|(_, pages)| pages.iter().any(|page| page.tap == tap)).map(|(at, _)| *at).collect();
-        for (view, gfn) in pages {
-            while let Some(parts) = self.watches.get_mut(&(view, gfn)) {
-                let Some(index) = parts.iter().position(|page| page.tap == tap) else { break };
-                let Some(access) = parts.get(index).map(|page| page.access) else { break };
-                self.controller.rights().allow(&mut self.vmi, gfn, view, access)?;
-                parts.remove(index);
-                if parts.is_empty() {
-                    self.watches.remove(&(view, gfn));
-                }
+        let mut pages = Vec::new();
+        let mut denied = MemoryAccess::NONE;
+        for (page, parts) in &self.watches {
+            for part in parts.iter().filter(|part| part.tap == tap) {
+                pages.push(*page);
+                denied = part.access;
             }
         }
+        self.controller.rights().allow_many(&mut self.vmi, &pages, denied)?;
+        self.watches.retain(|_, parts| {
+            parts.retain(|part| part.tap != tap);
+            !parts.is_empty()
+        });
         Ok(())
     }
 

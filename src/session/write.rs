@@ -1,13 +1,13 @@
 //! Writes to hidden pages: which policy applies, and bringing the shadows up to date once the write is done.
 
-use crate::addr::{Gfn, Pa, Va, VcpuId, View};
+use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, Registers};
 use crate::driver::VmiDriver;
-use crate::error::Result;
+use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEvent};
 use crate::tap::{OnWrite, WriteDecision, decide};
 
-use super::{Session, TapId};
+use super::{Session, TapId, TapState};
 
 /// Bytes a store is taken to be long where the driver does not say.
 const UNKNOWN_LEN: u64 = 8;
@@ -23,10 +23,26 @@ pub struct AfterWrite {
     va: Va,
     pa: Pa,
     context: AddressContext,
-    rdi: u64,
+    /// RDI before the store, and once it is done.
+    rdi: (u64, u64),
     /// Breakpoints to be removed if their byte changed: the tap, its byte's address, what was there, and whether the store is
     /// known to cover it.
     removable: Vec<(TapId, Pa, u8, bool)>,
+}
+
+/// Whether an event is a store. Each one is followed to its end.
+pub fn is_store(event: &VmiEvent) -> bool {
+    matches!(event.reason, EventReason::MemoryAccess { access, .. } if access.contains(MemoryAccess::W) && !access.contains(MemoryAccess::X))
+}
+
+impl AfterWrite {
+    /// What is to be done after any store to that page.
+    pub fn of(event: &VmiEvent) -> Option<Self> {
+        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return None };
+        let rdi = event.registers.gp.rdi;
+        let context = AddressContext::from(&event.registers);
+        Some(Self { va: va.unwrap_or_default(), pa, context, rdi: (rdi, rdi), removable: Vec::new() })
+    }
 }
 
 /// The physical range a denied write covers, as far as it is known.
@@ -55,7 +71,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Remembers what is needed after the store. `answer` stands in for the policies of those that ask.
     pub(super) fn before_write(&self, event: &VmiEvent, view: View, answer: Option<OnWrite>) -> Result<Option<AfterWrite>> {
-        let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return Ok(None) };
+        let EventReason::MemoryAccess { pa, .. } = event.reason else { return Ok(None) };
         let Some((first, last)) = covered(event) else { return Ok(None) };
         let mut removable = Vec::new();
         for (tap, at) in self.taps_on_page(view, pa.gfn()) {
@@ -69,31 +85,54 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 removable.push((tap, at, byte[0], (first..=last).contains(&at)));
             }
         }
-        let context = AddressContext::from(&event.registers);
-        let va = va.unwrap_or_default();
-        Ok(Some(AfterWrite { va, pa, context, rdi: event.registers.gp.rdi, removable }))
+        Ok(AfterWrite::of(event).map(|after| AfterWrite { removable, ..after }))
     }
 
     /// The store of a vCPU is done: brings shadows up to date and removes what is to be removed.
+    ///
+    /// # Errors
+    /// The driver's. [`Session::catch_up`] does the rest then.
     pub(super) fn finish_write(&mut self, vcpu: VcpuId, registers: &Registers) -> Result<()> {
         let slot = self.vcpus.get_mut(usize::from(vcpu.0));
-        let Some(done) = slot.and_then(|slot| slot.after_write.take()) else { return Ok(()) };
+        let Some(mut done) = slot.and_then(|slot| slot.after_write.take()) else { return Ok(()) };
+        done.rdi.1 = registers.gp.rdi;
+        self.overdue.push((vcpu, done));
+        self.catch_up()
+    }
+
+    /// Does what is to be done after stores. What fails is tried again next time: the guest does not run on with old bytes.
+    pub(super) fn catch_up(&mut self) -> Result<()> {
+        while let Some((vcpu, done)) = self.overdue.last().cloned() {
+            self.follow_write(vcpu, &done)?;
+            self.overdue.pop();
+        }
+        Ok(())
+    }
+
+    fn follow_write(&mut self, vcpu: VcpuId, done: &AfterWrite) -> Result<()> {
         self.controller.refresh(&mut self.vmi, done.pa.gfn())?;
         // The store may have reached into the page behind, and a string instruction moves RDI over all it wrote.
-        let moved = registers.gp.rdi.abs_diff(done.rdi);
+        let (from, to) = done.rdi;
         let (mut first, mut last) = (done.va.0, done.va.0.saturating_add(MAX_STORE));
-        if moved > 0 {
-            first = first.min(registers.gp.rdi).min(done.rdi);
-            last = last.max(registers.gp.rdi.max(done.rdi));
+        if from != to {
+            first = first.min(from).min(to);
+            last = last.max(from).max(to);
         }
         let (first, last) = (first >> 12, last >> 12);
         let mut written: Vec<Gfn> = if last - first > MAX_PAGES {
-            self.controller.hidden_pages().chain(self.tables.watched_tables()).collect()
+            self.controller.hidden_pages().map(|(_, gfn)| gfn).chain(self.tables.watched_tables()).collect()
         } else {
             // A page that is not mapped was not written either.
-            let mapped = (first..=last).filter_map(|page| self.vmi.translate(Va(page << 12), done.context).ok());
-            let concerns = |gfn: &Gfn| self.controller.hides_anywhere(*gfn) || self.tables.is_table(*gfn);
-            mapped.map(Pa::gfn).filter(concerns).collect()
+            let mut mapped = Vec::new();
+            for page in first..=last {
+                match self.vmi.translate(Va(page << 12), done.context) {
+                    Ok(pa) => mapped.push(pa.gfn()),
+                    Err(VmiError::Translation { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            mapped.retain(|gfn| self.controller.hides_anywhere(*gfn) || self.tables.is_table(*gfn));
+            mapped
         };
         written.sort_unstable();
         written.dedup();
@@ -103,10 +142,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for gfn in written.into_iter().filter(|gfn| *gfn != done.pa.gfn()) {
             self.controller.refresh(&mut self.vmi, gfn)?;
         }
-        for (tap, at, was, is_covered) in done.removable {
+        for &(tap, at, was, is_covered) in &done.removable {
             let mut byte = [0];
             self.vmi.read_pa(at, &mut byte)?;
-            if is_covered || byte[0] != was {
+            if (is_covered || byte[0] != was) && self.state(tap) != TapState::Removed {
                 self.remove(tap)?;
                 self.stats.removed_by_write += 1;
             }

@@ -4,6 +4,7 @@ use std::hash::{BuildHasher, Hash};
 
 use hashbrown::HashTable;
 use rustc_hash::{FxBuildHasher, FxHashMap};
+use smallvec::SmallVec;
 
 use super::manager::{Breakpoint, Found};
 use crate::addr::{Gfn, Pa, Va, View};
@@ -117,7 +118,7 @@ pub(super) struct Books<K, T> {
     pub(super) ids: HashTable<u32>,
     sites: HashTable<Site>,
     /// The offset of every owner's breakpoint on a page, ascending: one that two owners want is there twice.
-    pub(super) pages: FxHashMap<(View, Gfn), Vec<u16>>,
+    pub(super) pages: FxHashMap<(View, Gfn), SmallVec<[u16; 8]>>,
     /// The views there are breakpoints in, and how many.
     pub(super) views: Vec<(View, usize)>,
 }
@@ -163,6 +164,14 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
             })
         };
         self.views.iter().flat_map(move |(view, _)| of_view(*view, Some(root)).chain(of_view(*view, None)))
+    }
+
+    /// The breakpoint at `va` that was inserted with `root`, if there is one only and it has no other root.
+    pub(super) fn only_owner_at(&self, va: Va, root: Pa) -> Option<(u32, View, Option<Pa>)> {
+        let mut owners = self.owners_at(va, root);
+        let (id, None) = (owners.next()?, owners.next()) else { return None };
+        let entry = self.entry(id).filter(|entry| entry.more.is_none())?;
+        Some((id, entry.view, entry.first.pa))
     }
 
     pub(super) fn set_mappings(
@@ -221,7 +230,8 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     pub(super) fn place(&self, breakpoint: &Breakpoint<K, T>) -> Result<Place> {
         let Breakpoint { view, va, key, global, context, .. } = breakpoint;
         let own = self.find_exact(*view, *va, Some(context.root), key);
-        let shared = self.find_global(*view, *va, context.root, key);
+        let of_all = self.find_exact(*view, *va, None, key);
+        let shared = of_all.filter(|id| self.entry(*id).is_some_and(|entry| entry.has_root(context.root)));
         let (same, other) = if *global { (shared, own) } else { (own, shared) };
         if same.is_some() {
             return Ok(Place::Duplicate);
@@ -229,8 +239,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         if other.is_some() {
             return Err(VmiError::BreakpointConflict { va: *va });
         }
-        let joins = self.find_exact(*view, *va, None, key).filter(|_| *global);
-        Ok(joins.map_or(Place::New, Place::Joins))
+        Ok(of_all.filter(|_| *global).map_or(Place::New, Place::Joins))
     }
 
     /// Writes a new breakpoint into the books, planted nowhere yet.
@@ -257,8 +266,15 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     /// Takes a breakpoint out of the books, with wherever it is planted.
     pub(super) fn forget(&mut self, id: u32) {
-        for (view, pa) in self.places(id) {
-            self.detach(view, pa, id);
+        let Some(entry) = self.entry(id) else { return };
+        if entry.more.is_none() {
+            if let (view, Some(pa)) = (entry.view, entry.first.pa) {
+                self.detach(view, pa, id);
+            }
+        } else {
+            for (view, pa) in self.places(id) {
+                self.detach(view, pa, id);
+            }
         }
         let Some(entry) = self.entry(id) else { return };
         let (view, hash) = (entry.view, id_hash(entry.view, entry.va, entry.index_root()));
@@ -308,13 +324,15 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     pub(super) fn detach(&mut self, view: View, pa: Pa, id: u32) {
         let Ok(mut slot) = self.sites.find_entry(site_hash(view, pa), |site| site.pa == pa && site.view == view) else { return };
         let site = slot.get_mut();
-        // The owners that stay keep their order.
-        let mut owners: Vec<u32> = site.owners().filter(|owner| *owner != id).collect();
-        if owners.is_empty() {
+        if site.more.is_none() {
             slot.remove();
         } else {
-            site.first = owners.remove(0);
-            site.more = (!owners.is_empty()).then(|| Box::new(owners));
+            // The owners that stay keep their order.
+            let owners: Vec<u32> = site.owners().filter(|owner| *owner != id).collect();
+            if let Some((first, more)) = owners.split_first() {
+                site.first = *first;
+                site.more = (!more.is_empty()).then(|| Box::new(more.to_vec()));
+            }
         }
         if let Some(offsets) = self.pages.get_mut(&(view, pa.gfn())) {
             if let Ok(index) = offsets.binary_search(&(pa.page_offset() as u16)) {

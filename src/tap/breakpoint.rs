@@ -60,8 +60,8 @@ impl BreakpointController {
         self.shadows.contains_anywhere(gfn)
     }
 
-    /// Every page that shows a copy with breakpoints in some view, in no order; one that does in several views may come again.
-    pub fn hidden_pages(&self) -> impl Iterator<Item = Gfn> {
+    /// Every page that shows a copy with breakpoints, and in which view, in no order.
+    pub fn hidden_pages(&self) -> impl Iterator<Item = (View, Gfn)> {
         self.shadows.hidden()
     }
 
@@ -108,6 +108,13 @@ impl BreakpointController {
         left.note(self.rights.clear_but(vmi, |view, gfn| shadows.contains(view, gfn)), || "access rights".to_owned());
         self.monitors.retain(|view, gfn| shadows.contains(view, gfn));
         left.done()
+    }
+
+    /// A view is gone, with all that was in it; frames that showed there are kept for others until [`Self::clear`].
+    pub fn forget_view(&mut self, view: View) {
+        self.shadows.forget_view(view);
+        self.rights.forget_view(view);
+        self.monitors.retain(|of, _| of != view);
     }
 
     /// What every call is refused for.

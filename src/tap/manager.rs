@@ -4,6 +4,8 @@
 
 use std::hash::Hash;
 
+use smallvec::SmallVec;
+
 use super::books::{Books, Entry, Mapping, Place, id_hash};
 use super::guarded::guarded;
 use super::{Left, TapController, TapEvents};
@@ -48,6 +50,15 @@ pub struct Found<'a, K, T> {
     pub tag: &'a T,
     /// Whether it is hit under every root.
     pub global: bool,
+}
+
+/// What an insert wrote into the books.
+struct Recorded {
+    id: u32,
+    /// The breakpoint was not there before, under any root.
+    is_new: bool,
+    /// What is still to be planted.
+    at: Option<(View, Pa)>,
 }
 
 /// How an insert comes to the physical address.
@@ -98,8 +109,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
-        let new = self.insert_all(vmi, controller, std::iter::once((breakpoint, Where::Translate)))?;
-        Ok(new.first().copied().unwrap_or_default())
+        self.insert_one(vmi, controller, breakpoint, Where::Translate)
     }
 
     /// As [`Self::insert`], with the physical address as the caller knows it: `None` if the page is not there.
@@ -117,8 +127,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
-        let new = self.insert_all(vmi, controller, std::iter::once((breakpoint, Where::Given(pa))))?;
-        Ok(new.first().copied().unwrap_or_default())
+        self.insert_one(vmi, controller, breakpoint, Where::Given(pa))
     }
 
     /// As [`Self::insert`] for many, all or none, with driver calls by page and not by breakpoint. Returns which are new.
@@ -155,6 +164,24 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         self.insert_all(vmi, controller, breakpoints.into_iter().map(|(breakpoint, pa)| (breakpoint, Where::Given(pa))))
     }
 
+    fn insert_one<D, C>(
+        &mut self,
+        vmi: &mut VmiCore<D>,
+        controller: &mut C,
+        breakpoint: Breakpoint<K, T>,
+        hint: Where,
+    ) -> Result<bool>
+    where
+        D: VmiDriver + ?Sized,
+        C: TapController<D> + ?Sized,
+    {
+        let Some(Recorded { id, is_new, at }) = self.record_one(vmi, breakpoint, hint)? else { return Ok(false) };
+        let Some((view, pa)) = at else { return Ok(true) };
+        guarded(controller, |controller| {
+            self.plant_one(vmi, controller, view, pa).map(|()| true).inspect_err(|_| self.books.unrecord(id, is_new))
+        })
+    }
+
     fn insert_all<D, C>(
         &mut self,
         vmi: &mut VmiCore<D>,
@@ -170,9 +197,17 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         let mut steps = Vec::with_capacity(wanted.len());
         let mut result = Ok(());
         for (breakpoint, hint) in wanted {
-            result = self.record_one(vmi, breakpoint, hint, &mut recorded, &mut steps).map(|is_new| new.push(is_new));
-            if result.is_err() {
-                break;
+            match self.record_one(vmi, breakpoint, hint) {
+                Ok(None) => new.push(false),
+                Ok(Some(Recorded { id, is_new, at })) => {
+                    new.push(true);
+                    recorded.push((id, is_new));
+                    steps.extend(at);
+                }
+                Err(error) => {
+                    result = Err(error);
+                    break;
+                }
             }
         }
         guarded(controller, |controller| {
@@ -189,12 +224,10 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         vmi: &VmiCore<D>,
         breakpoint: Breakpoint<K, T>,
         hint: Where,
-        recorded: &mut Vec<(u32, bool)>,
-        steps: &mut Vec<(View, Pa)>,
-    ) -> Result<bool> {
+    ) -> Result<Option<Recorded>> {
         let place = self.books.place(&breakpoint)?;
         if matches!(place, Place::Duplicate) {
-            return Ok(false);
+            return Ok(None);
         }
         let pa = match hint {
             Where::Given(pa) => pa,
@@ -216,12 +249,11 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             }
             _ => (self.books.add(breakpoint, mapping), false),
         };
-        recorded.push((id, is_new));
-        if let Some(pa) = pa.filter(|_| !is_there) {
+        let at = pa.filter(|_| !is_there).map(|pa| (view, pa));
+        if let Some((view, pa)) = at {
             self.books.attach(view, pa, id);
-            steps.push((view, pa));
         }
-        Ok(true)
+        Ok(Some(Recorded { id, is_new, at }))
     }
 
     /// Removes a breakpoint, planted or waiting, by what is there and not by what `va` is mapped to today. A global one goes
@@ -243,7 +275,13 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         C: TapController<D> + ?Sized,
     {
         let Some(id) = self.books.find(view, va, root, key) else { return Ok(false) };
-        self.take_out(vmi, controller, &[id])?;
+        match self.books.entry(id).map(|entry| (entry.more.is_none(), entry.first.pa)) {
+            Some((true, Some(pa))) => {
+                guarded(controller, |controller| self.unplant_one(vmi, controller, view, pa))?;
+                self.books.forget(id);
+            }
+            _ => self.take_out(vmi, controller, &[id])?,
+        }
         Ok(true)
     }
 
@@ -360,6 +398,13 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
+        if let Some((id, view, at)) = self.books.only_owner_at(va, root) {
+            let Some(pa) = at else { return Ok(0) };
+            guarded(controller, |controller| self.unplant_one(vmi, controller, view, pa))?;
+            self.books.detach(view, pa, id);
+            self.books.set_mapping(id, root, None);
+            return Ok(1);
+        }
         let moved = self.books.set_mappings(va, root, |pa| pa.is_some(), None);
         // The books still have to say what is on the pages, so only now are the sites given up.
         let mut steps = Vec::new();
@@ -392,6 +437,19 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
+        if let Some((id, view, at)) = self.books.only_owner_at(va, root) {
+            if at.is_some() {
+                return Ok(0);
+            }
+            self.books.set_mapping(id, root, Some(pa));
+            self.books.attach(view, pa, id);
+            return guarded(controller, |controller| {
+                self.plant_one(vmi, controller, view, pa).map(|()| 1).inspect_err(|_| {
+                    self.books.detach(view, pa, id);
+                    self.books.set_mapping(id, root, None);
+                })
+            });
+        }
         let is_there: Vec<u32> =
             self.books.owners_at(va, root).filter(|id| self.books.entry(*id).is_some_and(|e| e.is_at(pa))).collect();
         let moved = self.books.set_mappings(va, root, |pa| pa.is_none(), Some(pa));
@@ -506,7 +564,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// The breakpoints planted on a page of a view, and where.
     pub fn breakpoints_on_page(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (Breakpoint<K, T>, Pa)> {
-        let offsets = self.books.pages.get(&(view, gfn)).map_or(&[] as &[u16], Vec::as_slice);
+        let offsets = self.books.pages.get(&(view, gfn)).map_or(&[] as &[u16], |offsets| offsets.as_slice());
         let sites = offsets.chunk_by(PartialEq::eq).filter_map(move |same| {
             let pa = gfn.pa(u64::from(*same.first()?));
             self.books.site(view, pa)
@@ -523,7 +581,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// How many breakpoints are planted on a page of a view; one of two owners counts twice.
     pub fn count_on_page(&self, view: View, gfn: Gfn) -> usize {
-        self.books.pages.get(&(view, gfn)).map_or(0, Vec::len)
+        self.books.pages.get(&(view, gfn)).map_or(0, SmallVec::len)
     }
 
     /// Removes the breakpoints from the guest, then from the books.
@@ -538,6 +596,40 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             self.books.forget(*id);
         }
         Ok(())
+    }
+
+    fn plant_one<D, C>(&self, vmi: &mut VmiCore<D>, controller: &mut C, view: View, pa: Pa) -> Result<()>
+    where
+        D: VmiDriver + ?Sized,
+        C: TapController<D> + ?Sized,
+    {
+        let is_first = self.count_on_page(view, pa.gfn()) == 1;
+        if is_first {
+            controller.monitor(vmi, pa.gfn(), view)?;
+        }
+        controller.insert_breakpoint(vmi, pa, view).map_err(|cause| {
+            let mut left = Left::default();
+            if is_first {
+                left.note(controller.unmonitor(vmi, pa.gfn(), view), || format!("{} monitored in view {view}", pa.gfn()));
+            }
+            left.after(cause)
+        })
+    }
+
+    fn unplant_one<D, C>(&self, vmi: &mut VmiCore<D>, controller: &mut C, view: View, pa: Pa) -> Result<()>
+    where
+        D: VmiDriver + ?Sized,
+        C: TapController<D> + ?Sized,
+    {
+        controller.remove_breakpoint(vmi, pa, view)?;
+        if self.count_on_page(view, pa.gfn()) > 1 {
+            return Ok(());
+        }
+        controller.unmonitor(vmi, pa.gfn(), view).map_err(|cause| {
+            let mut left = Left::default();
+            left.note(controller.insert_breakpoint(vmi, pa, view), || format!("no breakpoint at {pa} in view {view}"));
+            left.after(cause)
+        })
     }
 
     /// Of sorted places, the pages on which the books have nothing else.
@@ -557,17 +649,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         C: TapController<D> + ?Sized,
     {
         if let [(view, pa)] = *steps {
-            let is_first = self.count_on_page(view, pa.gfn()) == 1;
-            if is_first {
-                controller.monitor(vmi, pa.gfn(), view)?;
-            }
-            return controller.insert_breakpoint(vmi, pa, view).map_err(|cause| {
-                let mut left = Left::default();
-                if is_first {
-                    left.note(controller.unmonitor(vmi, pa.gfn(), view), || format!("{} monitored in view {view}", pa.gfn()));
-                }
-                left.after(cause)
-            });
+            return self.plant_one(vmi, controller, view, pa);
         }
         steps.sort_unstable();
         let fresh = self.whole_pages(steps);
@@ -586,15 +668,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         C: TapController<D> + ?Sized,
     {
         if let [(view, pa)] = *steps {
-            controller.remove_breakpoint(vmi, pa, view)?;
-            if self.count_on_page(view, pa.gfn()) > 1 {
-                return Ok(());
-            }
-            return controller.unmonitor(vmi, pa.gfn(), view).map_err(|cause| {
-                let mut left = Left::default();
-                left.note(controller.insert_breakpoint(vmi, pa, view), || format!("no breakpoint at {pa} in view {view}"));
-                left.after(cause)
-            });
+            return self.unplant_one(vmi, controller, view, pa);
         }
         steps.sort_unstable();
         let last = self.whole_pages(steps);

@@ -119,8 +119,8 @@ impl ShadowPages {
     }
 
     /// Every page that has a shadow, once for each view.
-    pub(super) fn hidden(&self) -> impl Iterator<Item = Gfn> {
-        self.pages.keys().map(|(_, gfn)| *gfn)
+    pub(super) fn hidden(&self) -> impl Iterator<Item = (View, Gfn)> {
+        self.pages.keys().copied()
     }
 
     pub(super) fn offsets(&self, view: View, gfn: Gfn) -> impl Iterator<Item = u16> {
@@ -151,6 +151,18 @@ impl ShadowPages {
             }
         }
         Some(shadow.points)
+    }
+
+    /// A view is gone, and its pages with it.
+    pub(super) fn forget_view(&mut self, view: View) {
+        self.views.retain(|(known, _)| *known != view);
+        let frames = &mut self.frames;
+        self.pages.retain(|(of, _), shadow| {
+            if *of == view {
+                frames.put(shadow.frame);
+            }
+            *of != view
+        });
     }
 
     /// One reference more at each of `points`, which are sorted.

@@ -1,4 +1,4 @@
-"""What every test can ask for: a fresh session with the demo guest, and an address in it that may be written to."""
+"""What every test can ask for: the fixtures of `vmitap.testing`, and an address in the demo guest that may be written to."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import vmitap
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import vmitap
+
+pytest_plugins = ["vmitap.testing"]
 
 # A shell that starts the tests in the background has Ctrl-C ignored, and programs that a test starts inherit that: the tests of
 # Ctrl-C would wait for ever.
@@ -19,10 +19,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 @pytest.fixture
-def vm() -> Iterator[vmitap.Vm]:
-    """A fresh session; it is ended, and the guest restored, even if the test forgets it."""
-    with vmitap.attach("demo") as session:
-        yield session
+def vm(demo_vm: vmitap.Vm) -> vmitap.Vm:
+    """The demo guest under its short name, as the examples of the documentation have it."""
+    return demo_vm
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 //! Every operation is whole or not at all: whichever driver call fails, and wherever a controller panics.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use vmitap::core::VmiCore;
 use vmitap::driver::mock::MockDriver;
 use vmitap::driver::{VmiDriver, VmiFrames, VmiViews};
@@ -252,4 +255,58 @@ fn wherever_a_controller_panics_its_batches_are_taken_back_before_the_panic_goes
     each_call_panicking(with, |l: &mut P| l.c.unmonitor_many(&mut l.vmi, &[(V1, GFN), (V1, Gfn(3))]), arm);
     // What fails in the middle of a batch is undone in the same way.
     each_call_failing(with, |l: &mut P| l.c.insert_many(&mut l.vmi, &batch));
+}
+
+/// A page that shows a frame of ours and could be read there.
+fn exposed(driver: &MockDriver) -> Option<String> {
+    for (view, held) in &driver.state().views {
+        for (gfn, frame) in &held.remaps {
+            let access = held.pages.get(gfn).copied().unwrap_or(held.access);
+            if access.intersects(MemoryAccess::RW) && driver.peek(frame.pa(0), 4096) != driver.peek(gfn.pa(0), 4096) {
+                return Some(format!("frame {gfn} in view {view} is {access}"));
+            }
+        }
+    }
+    None
+}
+
+#[test]
+fn after_no_driver_call_of_ten_thousand_inserts_and_removes_can_a_breakpoint_be_read() {
+    let mut lab = empty::<BreakpointController>(true);
+    let memory = lab.driver().inner().peek(Pa(0), 0x8000);
+    let looks = Arc::new(AtomicUsize::new(0));
+    let counter = looks.clone();
+    lab.driver().look_after_each_call(move |driver| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        assert_eq!(exposed(driver), None);
+    });
+    let mut planted: Vec<Vec<(View, Pa)>> = Vec::new();
+    let mut dice = 1_u64;
+    let mut roll = |sides: u64| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 33) % sides
+    };
+    let (mut inserts, mut removes) = (0, 0);
+    while inserts + removes < 10_000 {
+        let room = planted.len() as u64;
+        if roll(20) >= room {
+            let batch: Vec<_> = (0..=roll(3)).map(|_| (View(1 + roll(2) as u16), Gfn(roll(8)).pa(roll(4) * 1365))).collect();
+            let pages: Vec<_> = batch.iter().map(|(view, pa)| (*view, pa.gfn())).collect();
+            if roll(2) == 0 {
+                lab.c.monitor_many(&mut lab.vmi, &pages).unwrap();
+                lab.c.insert_many(&mut lab.vmi, &batch).unwrap();
+                lab.c.unmonitor_many(&mut lab.vmi, &pages).unwrap();
+            } else {
+                lab.c.insert_many(&mut lab.vmi, &batch).unwrap();
+            }
+            planted.push(batch);
+            inserts += 1;
+        } else {
+            let batch = planted.swap_remove(roll(room) as usize);
+            lab.c.remove_many(&mut lab.vmi, &batch).unwrap();
+            removes += 1;
+        }
+    }
+    assert!(lab.driver().inner().peek(Pa(0), 0x8000) == memory, "the guest's own memory was written");
+    assert!(inserts > 4_500 && removes > 4_500 && looks.load(Ordering::Relaxed) > 20_000, "{inserts} {removes} {looks:?}");
 }

@@ -13,7 +13,7 @@ use vmitap::arch::amd64::{AddressContext, Registers, pte};
 use vmitap::capture::{Abi, Column, Format, Node, Plan, Program, Register, Source};
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::event::{EventReason, VmiEvent};
-use vmitap::session::{Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, WAITING};
+use vmitap::session::{Histogram, Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, WAITING};
 use vmitap::tap::OnWrite;
 use vmitap::{Pa, Va, VcpuId, VmiError};
 
@@ -293,7 +293,7 @@ fn calls_that_never_return_are_bounded_and_the_oldest_is_given_up() {
 #[test]
 fn a_return_address_that_cannot_be_tapped_gives_the_row_at_once() {
     let mut guest = with_returns();
-    guest.poke(Pa(STACK_PA.0 + 0x800), &0x7777_0000_u64.to_le_bytes());
+    guest.poke(Pa(STACK_PA.0 + 0x800), &(1_u64 << 50).to_le_bytes());
     guest.event(0, CODE, |registers| registers.gp.rdi = 1);
     guest.event(0, CODE, |registers| (registers.gp.rdi, registers.gp.rsp) = (2, 0x1000));
     assert!(matches!(guest.run(), Ok(Poll::Idle)));
@@ -479,23 +479,70 @@ fn a_tap_over_its_budget_is_disabled_after_its_event_and_says_so() {
 }
 
 #[test]
-fn holding_times_are_counted_for_hits_that_are_captured_or_handed_out_and_for_no_others() {
+fn holding_times_are_counted_for_every_hit_that_is_captured_or_handed_out_and_sampled_for_the_others() {
     let mut guest = tapped();
     let tap = guest.tap;
     guest.enter(0, 0, 1);
     assert!(guest.run().is_ok());
-    assert_eq!((guest.session.holds().count(), guest.session.tap_holds(tap)), (0, None));
+    assert_eq!((guest.session.holds().count(), guest.session.tap_holds(tap).map(Histogram::count)), (1, Some(1)));
+    // The first one is timed, and each sixteenth after it, which stands for those before.
+    for round in 1..=33_u64 {
+        guest.enter(0, 0, 1);
+        assert!(guest.run().is_ok());
+        assert_eq!(guest.session.tap_holds(tap).map(Histogram::count), Some(1 + round / 16 * 16), "after {round} more");
+    }
+    assert_eq!(guest.session.holds().count(), 33);
     guest.session.set_capture(tap, plan(vec![number("n", argument(0))]), None, "f").unwrap();
     guest.enter(0, 0, 2);
     assert!(guest.run().is_ok());
-    assert_eq!(guest.session.tap_holds(tap).unwrap().count(), 1);
+    assert_eq!(guest.session.tap_holds(tap).unwrap().count(), 34);
     guest.session.set_wanted(tap, true);
     guest.enter(0, 0, 3);
     assert!(matches!(guest.run(), Ok(Poll::Hit(_))));
     std::thread::sleep(Duration::from_millis(2));
     assert!(guest.run().is_ok());
     let holds = guest.session.tap_holds(tap).unwrap();
-    assert_eq!(holds.count(), 2);
+    assert_eq!(holds.count(), 35);
     assert!(holds.max_ns() >= 2_000_000 && holds.quantile_ns(0.5) < 2_000_000, "{}", holds.quantile_ns(0.5));
     assert!(words(&guest.rows(), "hold_ns")[1] >= Some(2_000_000));
+}
+
+#[test]
+fn a_tap_for_one_hit_still_has_the_return_of_that_hit() {
+    let mut guest = with_returns();
+    let tap = guest.tap;
+    guest.session.set_once(tap);
+    guest.enter(0, 0, 1);
+    guest.leave(0, 0, 10);
+    assert!(matches!(guest.run(), Ok(Poll::Idle)));
+    assert_eq!(guest.session.state(tap), TapState::Removed);
+    assert_eq!(results(&guest.rows()), [(Some(1), Some(10))]);
+    assert_eq!(guest.session.stats().returns_lost, 0);
+}
+
+#[test]
+fn a_tap_for_one_hit_whose_filter_asks_is_spent_by_the_hit_that_passes() {
+    let mut guest = tapped();
+    let tap = guest.tap;
+    guest.session.set_once(tap);
+    guest.session.set_filter(tap, Some(&Arc::new(Program::compile(&[Node::Ask(0)], Abi::SystemV).unwrap()))).unwrap();
+    for passes in [false, true] {
+        guest.enter(0, 0, 1);
+        assert!(matches!(guest.run(), Ok(Poll::Hit(hit)) if hit.question == Some(0)));
+        guest.session.answer_question_of_filter(passes).unwrap();
+        let expected = if passes { TapState::Removed } else { TapState::Active };
+        assert_eq!(guest.session.state(tap), expected);
+    }
+    assert_eq!(guest.session.tap_stats(tap).hits, 1);
+}
+
+#[test]
+fn removing_many_taps_ends_their_rows() {
+    let mut guest = with_returns();
+    guest.enter(0, 0, 1);
+    assert!(guest.run().is_ok());
+    let tap = guest.tap;
+    guest.session.remove_many(&[tap]).unwrap();
+    assert_eq!(results(&guest.rows()), [(Some(1), None)]);
+    assert_eq!(guest.session.shadow_frames(), 0);
 }

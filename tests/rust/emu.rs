@@ -243,6 +243,23 @@ fn an_access_event_tells_address_and_length_also_across_a_page_border() {
 // --- monitors ---
 
 #[test]
+fn registers_given_with_any_answer_are_those_the_guest_goes_on_with() {
+    // Finding out the old value of an MSR takes an engine, which must not go on with what it held then.
+    for action in [EventAction::Deny, EventAction::Continue, EventAction::FastSingleStep { view: View::DEFAULT }] {
+        let mut lab = guest("mov ecx, 0xc0000082\nmov eax, 1\nxor edx, edx\nmov r8d, 5\nwrmsr\nmov [rip + a], r8\n");
+        lab.vm.monitor(Monitor::Msr(0xc000_0082), true).unwrap();
+        let event = lab.event();
+        assert!(matches!(event.reason, EventReason::WriteMsr { .. }), "{event:?}");
+        let registers = Some(vmitap::arch::amd64::GpRegisters { r8: 77, ..event.registers.gp });
+        lab.vm.respond(event.vcpu, &VmiEventResponse { action, view: None, registers }).unwrap();
+        // The step announces it again.
+        lab.run_with(|_, _| VmiEventResponse::CONTINUE);
+        lab.assert_done();
+        assert_eq!(lab.word("a"), 77, "{action:?}");
+    }
+}
+
+#[test]
 fn writes_of_control_registers_and_msrs_and_cpuid_are_announced() {
     const BODY: &str = "mov rax, cr3\nmov cr3, rax\nmov rax, cr4\nor rax, 4\nmov cr4, rax\nmov ecx, 0xc0000082\nmov eax, 0x1111\n\
                         xor edx, edx\nwrmsr\nrdmsr\nmov [rip + a], rax\npush rbx\nmov eax, 0\nxor ecx, ecx\ncpuid\nmov [rip + b], rbx\npop rbx\n\

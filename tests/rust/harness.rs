@@ -69,10 +69,14 @@ struct Books {
     injections: usize,
 }
 
+type Look<D> = Box<dyn FnMut(&D) + Send>;
+
 struct Inner<D> {
     driver: Mutex<D>,
     books: Mutex<Books>,
     info: VmInfo,
+    /// Looks at the driver after each call.
+    look: Mutex<Option<Look<D>>>,
 }
 
 /// Another driver, whose n-th call fails: any call but those that only tell facts. Clones are of the same driver, so that a test can
@@ -89,12 +93,17 @@ impl<D: VmiDriver> Faulty<D> {
     pub fn new(driver: D) -> Self {
         let info = driver.info().clone();
         let books = Books { views: BTreeSet::from([View::DEFAULT]), ..Books::default() };
-        Self(Arc::new(Inner { driver: Mutex::new(driver), books: Mutex::new(books), info }))
+        Self(Arc::new(Inner { driver: Mutex::new(driver), books: Mutex::new(books), info, look: Mutex::new(None) }))
     }
 
     /// The driver itself, for what a test does behind everybody's back.
     pub fn inner(&self) -> MutexGuard<'_, D> {
         self.0.driver.lock()
+    }
+
+    /// Lets `look` see the driver after each call from now on.
+    pub fn look_after_each_call(&self, look: impl FnMut(&D) + Send + 'static) {
+        *self.0.look.lock() = Some(Box::new(look));
     }
 
     /// Makes the `n`-th call from now on fail; 0: none.
@@ -142,7 +151,12 @@ impl<D: VmiDriver> Faulty<D> {
             }
         }
         drop(books);
-        call(&mut self.0.driver.lock())
+        let mut driver = self.0.driver.lock();
+        let result = call(&mut driver);
+        if let Some(look) = self.0.look.lock().as_mut() {
+            look(&driver);
+        }
+        result
     }
 
     fn note<T>(&self, result: Result<T>, note: impl FnOnce(&mut Books)) -> Result<T> {
@@ -295,6 +309,10 @@ impl<D: VmiDriver> VmiControl for Faulty<D> {
     fn resume(&mut self) -> Result<()> {
         let done = self.call("resume", VmiControl::resume);
         self.note(done, |books| books.pauses -= 1)
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        self.call("let_go", VmiControl::let_go)
     }
 }
 

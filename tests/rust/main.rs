@@ -13,6 +13,8 @@ mod core;
 #[cfg(feature = "emu")]
 mod emu;
 #[cfg(feature = "emu")]
+mod emu_atomic;
+#[cfg(feature = "emu")]
 mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
@@ -24,14 +26,19 @@ mod image;
 mod journal;
 mod layering;
 mod mock;
+mod model;
 mod mortal;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;
 mod paging_session;
+#[cfg(feature = "emu")]
+mod poke_guest;
 mod ptm;
 mod repair;
+mod schedules;
 mod session;
+mod session_atomic;
 mod tap;
 mod tap_manager;
 #[cfg(feature = "xen")]

@@ -222,7 +222,7 @@ fn only_the_vcpu_whose_store_is_done_is_looked_at() {
     assert_eq!(lab.process(SECOND).unwrap(), [page_out(lab.at(VA), Pa(0x7234)), page_in(lab.at(VA), Pa(0x8234))]);
     // What no vCPU stored is looked at with any of them.
     lab.put(near, 0);
-    lab.monitor.mark_all_dirty();
+    lab.monitor.mark_all_dirty(None);
     assert_eq!(lab.process(SECOND).unwrap(), [page_out(lab.at(VA), Pa(0x8234))]);
 }
 
@@ -315,7 +315,7 @@ fn a_view_that_comes_is_watched_too_and_one_that_goes_no_longer() {
     let leaf = lab.entry(VA, 2);
     lab.store(leaf, 0);
     lab.map(VA, PA, PageSize::Size4K);
-    lab.monitor.mark_all_dirty();
+    lab.monitor.mark_all_dirty(None);
     assert_eq!(lab.process(None).unwrap().len(), 1);
     let views = lab.vmi.driver().snapshot().views;
     assert_eq!((views[&second].pages.len(), &views[&second]), (4, &views[&lab.view]));

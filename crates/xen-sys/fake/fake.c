@@ -359,7 +359,7 @@ int xc_domain_hvm_getcontext(void *x, uint32_t dom, uint8_t *out, uint32_t size)
     *(struct record *)o = (struct record){0, 0, 0};
     return need;
 }
-int xc_domain_hvm_getcontext_partial(void *x, uint32_t dom, uint16_t type, uint16_t v, void *out, uint32_t size) { (void)x; (void)dom; ENTER(); if (type != 2 || v >= VCPUS || size < 1032) return ERR(EINVAL); pack(v, out); return 0; }
+int xc_domain_hvm_getcontext_partial(void *x, uint32_t dom, uint16_t type, uint16_t v, void *out, uint32_t size) { (void)x; (void)dom; ENTER(); if (v < VCPUS && d.vcpu[v].emulate) fake_run(v, 1); if (type != 2 || v >= VCPUS || size < 1032) return ERR(EINVAL); pack(v, out); return 0; }
 int xc_domain_hvm_setcontext(void *x, uint32_t dom, uint8_t *in, uint32_t size)
 {
     (void)x; (void)dom; ENTER();
@@ -412,6 +412,7 @@ int xc_altp2m_get_mem_access(void *x, uint32_t dom, uint16_t k, unsigned long g,
 int xc_altp2m_change_gfn(void *x, uint32_t dom, uint16_t k, unsigned long old, unsigned long new)
 {
     (void)x; (void)dom; ENTER(); if (!k || no_view(k)) return -1;
+    for (int v = 0; v < VCPUS; v++) if (d.vcpu[v].emulate & INSN_DATA && d.vcpu[v].view == k && (long)(d.vcpu[v].regs.rip >> 12) == (long)old) d.vcpu[v].misplaced++;
     if (new == ~0ul) { d.views[k][old].valid = 0; return 0; }
     struct entry *e = effective(k, new); if (!e || !effective(k, old)) return ERR(ESRCH);
     struct entry copy = *e;                                    /* with the rights that the frame has in the view */

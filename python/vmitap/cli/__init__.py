@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from vmitap.cli.domains import list_domains
 from vmitap.cli.inspect import info, read, translate
 from vmitap.cli.output import harmless
 from vmitap.cli.repair import repair
+from vmitap.cli.report import report
 from vmitap.cli.script import run
 from vmitap.cli.trace import trace
 
@@ -39,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, doctor, info, list_domains, read, repair, run, trace, translate):
+for command in (demo, doctor, info, list_domains, read, repair, report, run, trace, translate):
     cli.add_command(command)
 
 
@@ -65,6 +67,8 @@ def main() -> NoReturn:
             _reader_has_gone()
         _report(type(error).__name__, str(error), error.hint, exits.code_of(error), as_json=as_json)
     except vmitap.VmitapError as error:
+        if isinstance(error, vmitap.RecordingError) and error.path == "-" and error.errno == errno.EPIPE:
+            _reader_has_gone()
         _report(type(error).__name__, str(error), error.hint, exits.code_of(error), as_json=as_json)
     except BrokenPipeError:
         _reader_has_gone()

@@ -42,7 +42,7 @@ impl Machine {
             let reason = format!("{:?} does not answer this kind of event", response.action);
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
-        let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
+        let vcpu = self.integer_mut(index)?;
         let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);

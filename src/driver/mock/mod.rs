@@ -2,6 +2,7 @@
 //! to fail, and hands out the events it was given. For tests; it runs no guest code.
 
 mod calls;
+mod remote;
 mod state;
 mod tables;
 
@@ -14,6 +15,7 @@ use parking_lot::Mutex;
 
 use self::calls::Recorder;
 pub use self::calls::{Call, CallKind};
+pub use self::remote::{Answered, Remote};
 pub use self::state::{GuestState, MockVcpu, MockView};
 pub use self::tables::PageSize;
 use super::{
@@ -53,7 +55,7 @@ pub struct MockDriver {
     state: GuestState,
     recorder: Mutex<Recorder>,
     script: VecDeque<Scripted>,
-    answers: Vec<(VcpuId, VmiEventResponse)>,
+    remote: Remote,
     waker: Arc<MockWaker>,
     frame_limit: usize,
     frames_peak: usize,
@@ -90,7 +92,7 @@ impl MockDriver {
             },
             recorder: Mutex::new(Recorder::default()),
             script: VecDeque::new(),
-            answers: Vec::new(),
+            remote: Remote::default(),
             waker: Arc::new(MockWaker(AtomicBool::new(false))),
             frame_limit: usize::MAX,
             frames_peak: 0,
@@ -166,8 +168,13 @@ impl MockDriver {
     }
 
     /// The answers events got so far, in order.
-    pub fn answers(&self) -> &[(VcpuId, VmiEventResponse)] {
-        &self.answers
+    pub fn answers(&self) -> Vec<(VcpuId, VmiEventResponse)> {
+        self.remote.answered().iter().map(|answered| (answered.event.vcpu, answered.response)).collect()
+    }
+
+    /// What stays in reach once the driver is given to a session.
+    pub fn remote(&self) -> Remote {
+        self.remote.clone()
     }
 
     /// The whole guest, to compare with a later one.
@@ -197,8 +204,9 @@ impl MockDriver {
         let mut rest = bytes;
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(at.page_rest() as usize));
-            if let Some(target) = self.page_mut(at.gfn()).and_then(|page| page.get_mut(at.page_offset() as usize..)) {
-                target.iter_mut().zip(now).for_each(|(to, from)| *to = *from);
+            let rest_of_page = self.page_mut(at.gfn()).and_then(|page| page.get_mut(at.page_offset() as usize..));
+            if let Some(target) = rest_of_page.and_then(|page| page.get_mut(..now.len())) {
+                target.copy_from_slice(now);
             }
             at = at.checked_add(now.len() as u64).unwrap_or(at);
             rest = later;
@@ -309,8 +317,9 @@ impl MockDriver {
         while !rest.is_empty() {
             let len = rest.len().min(at.page_rest() as usize);
             let (now, later) = rest.split_at_mut(len);
-            if let Some(source) = self.page(at.gfn()).and_then(|page| page.get(at.page_offset() as usize..)) {
-                now.iter_mut().zip(source).for_each(|(to, from)| *to = *from);
+            let rest_of_page = self.page(at.gfn()).and_then(|page| page.get(at.page_offset() as usize..));
+            if let Some(source) = rest_of_page.and_then(|page| page.get(..len)) {
+                now.copy_from_slice(source);
             }
             at = at.checked_add(len as u64).unwrap_or(at);
             rest = later;
@@ -528,12 +537,17 @@ impl VmiEvents for MockDriver {
             return Ok(Wait::Idle);
         }
         let vcpus = &self.state.vcpus;
-        let held = |event: &VmiEvent| vcpus.get(usize::from(event.vcpu.0)).is_some_and(|vcpu| vcpu.pending.is_some());
+        let held = |vcpu: VcpuId| vcpus.get(usize::from(vcpu.0)).is_some_and(|vcpu| vcpu.pending.is_some());
         let ready = self.script.iter().position(|next| match next {
-            Scripted::Event(event) => !held(event),
+            Scripted::Event(event) => !held(event.vcpu),
             Scripted::Timeout => true,
         });
-        match ready.and_then(|index| self.script.remove(index)) {
+        let view_of = |vcpu: VcpuId| vcpus.get(usize::from(vcpu.0)).map(|vcpu| vcpu.view);
+        let remote = || {
+            let event = self.remote.next(held)?;
+            Some(Scripted::Event(Box::new(VmiEvent { view: view_of(event.vcpu), ..event })))
+        };
+        match ready.and_then(|index| self.script.remove(index)).or_else(remote) {
             None => Ok(Wait::Idle),
             Some(Scripted::Timeout) => Ok(Wait::Timeout),
             Some(Scripted::Event(event)) => {
@@ -549,9 +563,7 @@ impl VmiEvents for MockDriver {
 
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
         self.enter(Call::Respond { vcpu, response: *response })?;
-        if self.vcpu(vcpu)?.pending.is_none() {
-            return Err(VmiError::NoPendingEvent { vcpu });
-        }
+        let event = self.vcpu(vcpu)?.pending.ok_or(VmiError::NoPendingEvent { vcpu })?;
         let (step, stays) = match response.action {
             EventAction::SingleStep { view } => (Some(view), true),
             EventAction::FastSingleStep { view } => (Some(view), false),
@@ -564,7 +576,7 @@ impl VmiEvents for MockDriver {
         held.pending = None;
         held.registers.gp = response.registers.unwrap_or(held.registers.gp);
         held.view = step.filter(|_| stays).or(response.view).unwrap_or(held.view);
-        self.answers.push((vcpu, *response));
+        self.remote.note(&Answered { event, response: *response });
         Ok(())
     }
 

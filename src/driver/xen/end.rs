@@ -60,6 +60,7 @@ impl XenDriver {
             self.pauses = 0;
             note(left, "the domain paused", self.xen.control().unpause(domain));
         }
+        self.settle_emulations();
         let mut quiet = 0;
         for _ in 0..ROUNDS {
             let is_away = (0..u32::from(self.info.vcpus))

@@ -561,6 +561,8 @@ impl VmiControl for XenDriver {
     fn pause(&mut self) -> Result<()> {
         self.check_alive()?;
         if self.pauses == 0 {
+            // What is paused does not come to an end, and somebody may want to change a page meanwhile.
+            self.settle_emulations();
             self.xen.control().pause(self.domain).map_err(|error| failed(&error))?;
         }
         self.pauses += 1;

@@ -59,6 +59,8 @@ pub struct Vcpu {
     pub stepping: bool,
     /// A fast step that may be under way.
     pub fast: Option<Fast>,
+    /// RIP of an instruction whose bytes were given to the emulator, which may not have executed them yet.
+    pub emulating: Option<u64>,
     /// Steps that nobody is told of, up to the end of a repeated instruction.
     pub rounds: Option<Rounds>,
 }
@@ -138,6 +140,7 @@ impl XenDriver {
         if !slot.is_in_fast_step(view) {
             slot.fast = None;
         }
+        slot.emulating = None;
         match asked {
             Asked::Event(event) => {
                 if event_is_step(&event)
@@ -255,6 +258,7 @@ impl XenDriver {
     /// within microseconds of running. Requests that arrive meanwhile are kept.
     pub(super) fn settle(&mut self) {
         const ROUNDS: u32 = 100;
+        self.settle_emulations();
         if self.pauses > 0 || self.gone.is_some() {
             return;
         }
@@ -281,6 +285,39 @@ impl XenDriver {
             std::thread::sleep(Duration::from_micros(if round < 10 { 50 } else { 500 }));
         }
         log::debug!("a vCPU has not come back from its step");
+    }
+}
+
+impl XenDriver {
+    /// Waits until the emulator has executed what it was given. A page must not be shown anew before: on Xen 4.17 and 4.20 a vCPU was seen to
+    /// execute the instruction itself then, and the emulator once more somewhere else.
+    pub(super) fn settle_emulations(&mut self) {
+        const ROUNDS: u32 = 400;
+        for round in 0..ROUNDS {
+            if self.pauses > 0 || self.gone.is_some() || self.vcpus.iter().all(|vcpu| vcpu.emulating.is_none()) {
+                return;
+            }
+            loop {
+                match self.take_one() {
+                    Ok(Taken::Held(vcpu)) => self.ready.push_back(vcpu),
+                    Ok(Taken::Answered) => {}
+                    Ok(Taken::Nothing) | Err(_) => break,
+                }
+            }
+            for index in 0..self.info.vcpus {
+                let Some(slot) = self.vcpus.get_mut(usize::from(index)) else { continue };
+                let Some(rip) = slot.emulating else { continue };
+                // A vCPU that moved on has executed it.
+                if self.xen.control().hvm_cpu(self.domain, index).map_or(true, |cpu| cpu.rip != rip) {
+                    slot.emulating = None;
+                }
+            }
+            if self.vcpus.iter().any(|vcpu| vcpu.emulating.is_some()) {
+                // The vCPU gets the processor while this one sleeps.
+                std::thread::sleep(Duration::from_micros(if round < 10 { 50 } else { 500 }));
+            }
+        }
+        log::debug!("a vCPU has not executed its instruction yet");
     }
 }
 

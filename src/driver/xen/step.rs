@@ -154,7 +154,7 @@ impl XenDriver {
         let repeats = insn.is_some_and(|insn| insn.repeats);
         let rip = gp.map_or(held.event.registers.gp.rip, |gp| gp.rip);
         // An instruction is emulated in one piece; an emulation cannot end a fast step that is under way (they share a union).
-        let emulates = insn.is_some_and(|insn| insn.emulates) && !in_fast_step && self.caps_emulate();
+        let emulates = insn.is_some_and(|insn| insn.emulates) && !in_fast_step && self.caps_emulate() && self.pauses == 0;
         let is_access = matches!(held.event.reason, EventReason::MemoryAccess { .. });
         let is_moved_on = rip != held.event.registers.gp.rip;
         Ok(match action {
@@ -172,8 +172,7 @@ impl XenDriver {
             EventAction::SingleStep { view } => Way::Toggle(Rounds { rip: repeats.then_some(rip), view, back, report: true }),
             // In the vCPU's own view a step is no different from going on.
             EventAction::FastSingleStep { view } if view == back => Way::Go,
-            // Nor is it where the breakpoint was taken out while its event was on the way. An emulation here would be worse: on Xen 4.17
-            // it was seen to happen late, after the processor had executed the instruction itself.
+            // Nor is it where the breakpoint was taken out while its event was on the way.
             EventAction::FastSingleStep { view: View::DEFAULT } if self.is_plain_code(held, back, code) => Way::Go,
             EventAction::FastSingleStep { .. } | EventAction::Emulate => {
                 let view = if let EventAction::FastSingleStep { view } = action { view } else { View::DEFAULT };
@@ -289,6 +288,8 @@ impl XenDriver {
         self.send(&answer)?;
         let slot = self.vcpu_mut(vcpu)?;
         slot.held = None;
+        let rip = gp.map_or(held.event.registers.gp.rip, |gp| gp.rip);
+        slot.emulating = matches!(way, Way::Bytes(_) | Way::Emulate { discard: true }).then_some(rip);
         slot.stepping = stepping;
         slot.fast = fast;
         slot.rounds = rounds;

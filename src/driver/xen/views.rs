@@ -258,6 +258,9 @@ impl VmiViews for XenDriver {
         let page = self.book(view)?.page(gfn);
         self.check_alive()?;
         self.check_range(gfn.pa(0), 1)?;
+        if page.frame.is_some() && page.frame != frame {
+            self.settle_emulations();
+        }
         let (domain, control) = (self.domain, self.xen.control());
         match frame {
             Some(frame) => {

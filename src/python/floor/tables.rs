@@ -160,7 +160,7 @@ impl PageTableMonitor {
         let vcpu = event.map(|event| event.get().event.vcpu);
         let events = self.work(py, |tables, vmi, rights| {
             if vcpu.is_none() {
-                tables.mark_all_dirty();
+                tables.mark_all_dirty(None);
             }
             let mut events = Vec::new();
             tables.process(vmi, rights, vcpu, &mut events).map(|()| events)

@@ -354,6 +354,17 @@ fn a_breakpoint_that_was_taken_out_while_its_event_was_on_the_way_is_not_stepped
 }
 
 #[test]
+fn no_page_is_shown_anew_before_the_emulator_has_executed_what_it_was_given() {
+    let mut lab = tapped(XEN, PUSH);
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.step();
+    // The vCPU has not run since.
+    lab.controller.clear(&mut lab.vmi).unwrap();
+    assert_eq!((lab.fake.state("misplaced", 0), lab.fake.reg(0, Reg::Rip)), (0, CODE + 1));
+}
+
+#[test]
 fn a_vcpu_that_is_moved_in_the_middle_of_a_step_ends_up_where_it_was_moved() {
     let mut lab = tapped(XEN, &[0xcc, 0x90]);
     let other = lab.vmi.driver_mut().create_view(MemoryAccess::RWX).unwrap();

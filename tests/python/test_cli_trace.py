@@ -1,0 +1,219 @@
+"""`vmitap trace` with filters and files, and the page that `vmitap report` makes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+VMITAP = (sys.executable, "-W", "error", "-m", "vmitap")
+CAPTURE = ("--capture", "path=Cstr(Arg(0), max=64)", "--capture", "callers=Backtrace(4)", "--on-return", "fd=Reg.rax.i32")
+
+
+def run(*words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*VMITAP, *words], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done
+    return done
+
+
+def test_where_lets_only_the_hits_pass_that_it_names() -> None:
+    done = run("trace", "open_file", "--where", "'alice' in Cstr(Arg(0)) and not Filter.ring(3)", "--count", "2", "--json")
+    *hits, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [hit["strings"][0] for hit in hits] == ["/home/alice/notes.txt"] * 2
+    summary = last["summary"]
+    assert (summary["hits"], summary["py_calls"], summary["filtered"] > 5) == (2, 2, True)
+    assert 0 < summary["hold_p50"] <= summary["hold_p99"] <= summary["hold_max"]
+
+
+@pytest.mark.parametrize("name", ["hits.parquet", "hits.jsonl"])
+def test_rows_go_to_a_file_and_python_is_not_entered(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    done = run("trace", "open_file", "demo", "--cmdline", "rounds=3", "-o", str(path), *CAPTURE, "--json")
+    file, last = (json.loads(line) for line in done.stdout.splitlines())
+    assert (file["file"], file["rows"], file["lost"]) == (str(path), last["summary"]["hits"], 0)
+    assert last["summary"]["py_calls"] == 0
+    if name == "hits.parquet":
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    else:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == file["rows"] > 5
+    assert {row["symbol"] for row in rows} == {"open_file"}
+    assert "/etc/motd" in {row["path"] for row in rows}
+    assert all(row["callers"] and isinstance(row["fd"], int) and row["duration_ns"] > 0 for row in rows)
+
+
+def test_rows_to_standard_output_are_json_lines_and_nothing_else() -> None:
+    done = run("trace", "open_file", "-o", "-", "--capture", "Arg(1)", "--count", "4")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["Arg(1)"] for row in rows] == [0, 0, 0, 0]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--where", "Arg(0"), 2, "is no expression"),
+        (("--where", "__import__('os')"), 2, "where"),
+        (("--where", "Arg(0)"), 2, "no condition"),
+        (("--capture", "path=Cstr(Arg(0))"), 2, "--output"),
+        (("-o", "x.jsonl", "--capture", "a=print(5)"), 2, "capture"),
+        (("-o", "x.jsonl", "--capture", "a=Filter.ring(3)"), 2, "cannot be captured"),
+        (("-o", "x.txt"), 2, "neither"),
+        (("-o", "/nowhere/x.parquet"), 10, "could not be written"),
+        (("-o", "-", "--json"), 2, "leave --json out"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_and_an_exit_code(tmp_path: Path, words: tuple[str, ...], code: int, message: str) -> None:
+    done = subprocess.run([*VMITAP, "trace", "open_file", *words], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == code, done
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_of_rows_that_goes_away_ends_the_command() -> None:
+    command = [*VMITAP, "trace", "open_file", "demo", "--cmdline", "mode=calls calls=1000000000000 check=0", "-o", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        assert json.loads(child.stdout.readline())["symbol"] == "open_file"
+        child.stdout.close()
+        assert child.wait(timeout=60) == 141
+        assert child.stderr.read() == ""
+
+
+def test_on_a_terminal_there_is_a_live_table_of_rates(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    words = ("trace", "open_file", "demo", "--cmdline", "mode=calls calls=1000000000000 check=0", "--timeout", "2", "-o", "x.parquet")
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen([*VMITAP, *words], stdout=theirs, stderr=theirs, cwd=tmp_path, env=environment) as child:
+        os.close(theirs)
+        shown = b""
+        while select.select([ours], [], [], 60)[0]:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:
+                break
+            if not part:
+                break
+            shown += part
+        assert child.wait(timeout=60) == 0
+    os.close(ours)
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    assert re.search(r"open_file +│ +[\d,]+ +│ +[\d.]+ [Mk]/s", text), text[-2000:]
+    assert re.search(r"\d+ rows in x.parquet", text)
+
+
+# --- report ---
+
+
+class _Page(HTMLParser):
+    """What is in a page: tags that load something, and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.loads += [f"{tag} {name}={value}" for name, value in attrs if name in {"src", "href", "onload", "onclick"}]
+        if tag not in {"meta", "br"}:
+            self.open.append(tag)
+        if tag in {"script", "iframe", "link", "img"}:
+            self.loads.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "hits.parquet"
+    run("trace", "open_file", "read_file", "demo", "--cmdline", "rounds=10", "-o", str(path), *CAPTURE)
+    return path
+
+
+def test_a_report_is_one_page_that_loads_nothing_and_has_the_figures(recorded: Path) -> None:
+    [line] = run("report", str(recorded), "--json").stdout.splitlines()
+    result = json.loads(line)
+    table = pyarrow.parquet.read_table(recorded)
+    assert result["rows"] == table.num_rows
+    text = Path(result["page"]).read_text()
+    page = _Page(text)
+    assert page.loads == []
+    assert page.open == []
+    words = " ".join(page.words)
+    for expected in (f"{table.num_rows:,}", "open_file", "read_file", "/etc/motd", "Timeline", "Most frequent callers", "99 of 100"):
+        assert expected in words, expected
+    counts = [int(count.replace(",", "")) for count in re.findall(r"<title>(?:open_file|read_file): ([\d,]+) at", text)]
+    assert sum(counts) == table.num_rows
+    callers = table["callers"].to_pylist()[0]
+    assert callers is not None
+    assert hex(callers[0]) in words
+
+
+def test_text_from_a_guest_cannot_become_markup(tmp_path: Path) -> None:
+    row = {"time_ns": 5, "hold_ns": 7, "vcpu": 0, "symbol": "<script>alert(1)</script>", "path": "<img src=x onerror=alert(1)>&amp;"}
+    path = tmp_path / "<b>.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    run("report", str(path), "-o", str(tmp_path / "page.html"))
+    page = _Page((tmp_path / "page.html").read_text())
+    assert page.loads == []
+    assert "<script>alert(1)</script>" in " ".join(page.words)
+    assert "<img src=x onerror=alert(1)>&amp;" in " ".join(page.words)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"time_ns": 1}\n', "no column 'hold_ns'"),
+        ("a.jsonl", "no json\n", "line 1 is no JSON"),
+        ("a.jsonl", "5\n", "no column 'time_ns'"),
+        ("a.parquet", "no parquet", "is no Parquet file"),
+    ],
+)
+def test_what_is_no_recording_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    done = run("report", str(tmp_path / name), code=2)
+    assert message in done.stderr
+    assert not (tmp_path / f"{name}.html").exists()
+
+
+def test_an_empty_recording_is_a_page_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    run("report", str(tmp_path / "a.jsonl"))
+    assert "There are no rows." in (tmp_path / "a.jsonl.html").read_text()
+
+
+def test_a_browser_shows_the_page(recorded: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no browser is installed here")
+    page, picture = tmp_path / "page.html", tmp_path / "report.png"
+    run("report", str(recorded), "-o", str(page))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,1600"]
+    subprocess.run([browser, *options, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert int.from_bytes(data[16:20], "big") == 1100
+    # An empty page of that size is a few kilobytes.
+    assert len(data) > 30_000
+    if artefacts := os.environ.get("VMITAP_ARTEFACTS"):
+        Path(artefacts).mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, Path(artefacts) / "report.png")
