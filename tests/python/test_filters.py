@@ -56,8 +56,6 @@ def test_the_demo_guest_opens_what_these_tests_rely_on() -> None:
         (-Arg(3) == -9, ["/etc/motd", "/etc/motd"]),
         (~Arg(3) == (1 << 64) - 10, ["/etc/motd", "/etc/motd"]),
         (Arg(3) * 3 % 10 == 7, ["/etc/motd", "/etc/motd"]),
-        (Filter.root(0x20D000), ["/etc/update.conf", "/etc/update.conf"]),
-        (~(Filter.root(0x20D000) | Filter.root(0x1FD000)), ["/opt/app/app.conf", "/opt/app/data.db"]),
         (Cstr(Arg(0)).contains("app") & ~(Arg(3) == 17), ["/opt/app/data.db", "/var/log/app.log"]),
         (Filter.ring(0) & Filter.vcpu(0) & Filter.every(3), ["/opt/app/app.conf", "/etc/motd"]),
         ((Arg(1) == 0) & Filter.every(3), ["/opt/app/app.conf", "/etc/motd"]),
@@ -67,6 +65,22 @@ def test_the_demo_guest_opens_what_these_tests_rely_on() -> None:
 )
 def test_a_filter_lets_the_right_hits_pass(where: Filter, expected: list[str]) -> None:
     assert opened(where, 2) == expected
+
+
+def test_a_filter_on_the_root_lets_one_process_pass() -> None:
+    roots: dict[str, int] = {}
+    with vmitap.attach("demo") as vm:
+
+        @vm.breakpoint("open_file")
+        def each(hit: Hit) -> None:
+            roots.setdefault(hit.vm.read_cstr(hit.args[0]), hit.regs.cr3)
+
+        vm.run(timeout=20, max_hits=12)
+    one, other = roots["/etc/update.conf"], roots["/opt/app/app.conf"]
+    assert one != other
+    assert opened(Filter.root(one), 2) == ["/etc/update.conf", "/etc/update.conf"]
+    assert opened(Filter.root(other), 2) == ["/opt/app/app.conf", "/opt/app/data.db"]
+    assert "/etc/update.conf" not in opened(~Filter.root(one), 6)
 
 
 def test_the_text_of_a_filter_is_the_filter() -> None:

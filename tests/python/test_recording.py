@@ -346,14 +346,15 @@ def test_a_reader_that_stops_costs_rows_that_are_counted_and_the_end_does_not_ha
 
 
 def test_ten_million_rows_to_parquet_take_less_than_300_megabytes(tmp_path: Path) -> None:
-    peak = "import resource; print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)"
+    # Not `ru_maxrss`, which begins with the size of the process that started this one.
+    peak = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')), file=sys.stderr)"
     calls = int(os.environ.get("VMITAP_ROWS", "1000000"))
     path = tmp_path / "hits.parquet"
     command = [sys.executable, "-c", script(after=peak), str(path), str(calls), "65536"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
-    rows, megabytes = done.stderr.split("\n")[:2]
+    rows, kilobytes = done.stderr.split("\n")[:2]
     assert rows == f"rows {calls} lost 0"
-    assert int(megabytes.split()[1]) < 300
+    assert int(kilobytes.split()[1]) < 300 << 10
     assert pyarrow.parquet.ParquetFile(path).metadata.num_rows == calls
 
 
@@ -365,7 +366,8 @@ def test_holding_times_are_told_for_each_breakpoint_and_each_run(vm: Vm) -> None
     fast = vm.breakpoint("open_file", capture={"a": Arg(0)}, key="fast")
     bare = vm.breakpoint("read_file")
     result = vm.run(timeout=20, max_hits=20)
-    assert bare.stats.hold_p99 == bare.stats.hold_max == 0
+    # Of hits that nobody handles some are timed, and stand for the others.
+    assert bare.stats.hold_max < 0.003
     assert slow.stats.hold_p50 >= 0.003
     assert 0 < fast.stats.hold_p50 <= fast.stats.hold_p99 <= fast.stats.hold_max
     assert slow.stats.hold_p50 <= slow.stats.hold_p99 <= slow.stats.hold_max
