@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
-.PHONY: help demo test lint format bench wheel xen-lab clean
+.PHONY: help demo test lint format bench fuzz wheel xen-lab clean
 
 help: ## this list
 	@echo "vmitap: tap a running virtual machine without the machine noticing"
@@ -52,6 +52,9 @@ bench: $(VENV)/.built $(VENV)/.dev ## the benchmarks; compare ratios within one 
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
 	@$(BIN)/python benches/python/bench_capture.py
+
+fuzz: ## hostile input for what reads it, for SECONDS (60) each
+	@scripts/fuzz $(or $(SECONDS),60)
 
 wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries checked
 	@rm -rf dist

@@ -25,8 +25,8 @@ const TITLE: &str = "vmitap journal 1";
 const ROOM: u64 = 1 << 20;
 /// No file that this module writes is longer; one that is was not written by it.
 const LONGEST: u64 = 64 << 20;
-/// No line names more frames: 64 GiB of them.
-const MOST_FRAMES: u64 = 1 << 24;
+/// No file names more frames in all its lines together: what is read from a file must take bounded time and memory.
+const MOST_FRAMES: u64 = 1 << 22;
 /// `O_NOFOLLOW`: a link in the place of the file is not followed. The value is that of Linux on x86-64 and most others.
 const NO_FOLLOW: i32 = 0o400_000;
 /// Names the folder of the journals where [`folder`]'s choice does not fit.
@@ -110,6 +110,14 @@ impl fmt::Display for Entry {
 }
 
 impl Entry {
+    /// How many frames it names.
+    const fn frames(&self) -> usize {
+        match self {
+            Self::Frames(frames) | Self::FramesGone(frames) => frames.len(),
+            _ => 0,
+        }
+    }
+
     fn parse(line: &str) -> Option<Self> {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         let view = || rest.parse().ok().map(View);
@@ -226,6 +234,7 @@ impl Remains {
     pub fn parse(text: &str, guest: &GuestId) -> std::result::Result<Self, (usize, String)> {
         let whole = text.rfind('\n').and_then(|end| text.get(..end)).unwrap_or_default();
         let mut remains = Self::default();
+        let mut named = 0;
         for (index, line) in whole.split('\n').enumerate() {
             let wrong = |expected: &str| Err((index + 1, format!("{} is written where {expected} should be", shown(line))));
             match index {
@@ -235,7 +244,13 @@ impl Remains {
                 1 if line != format!("guest {guest}") => return wrong(&format!("\"guest {guest}\"")),
                 0 | 1 => {}
                 _ => match Entry::parse(line) {
-                    Some(entry) => remains.note(entry),
+                    Some(entry) => {
+                        named += entry.frames() as u64;
+                        if named > MOST_FRAMES {
+                            return wrong("no more frames than a session can have");
+                        }
+                        remains.note(entry);
+                    }
                     None if line.starts_with("found ") && remains.found.is_none() => {
                         remains.found = parse_found(line);
                         if remains.found.is_none() {
@@ -342,6 +357,8 @@ pub struct Journal {
     path: PathBuf,
     file: File,
     len: u64,
+    /// Frames named in all lines together.
+    named: u64,
     remains: Remains,
 }
 
@@ -367,7 +384,7 @@ impl Journal {
         let mut options = OpenOptions::new();
         let file = options.append(true).create_new(true).mode(0o600).custom_flags(NO_FOLLOW).open(&path).map_err(failed)?;
         file.try_lock().map_err(|error| locked(&path, error))?;
-        let mut journal = Self { guest: guest.clone(), path, file, len: 0, remains: Remains::default() };
+        let mut journal = Self { guest: guest.clone(), path, file, len: 0, named: 0, remains: Remains::default() };
         journal.append(&format!("{TITLE}\nguest {guest}\n"))?;
         Ok(journal)
     }
@@ -403,7 +420,7 @@ impl Journal {
             Read::by_ref(&mut file).take(LONGEST).read_to_end(&mut text).map_err(failed)?;
             let text = String::from_utf8(text).map_err(|error| refuse(error.to_string()))?;
             let remains = Remains::parse(&text, guest).map_err(|(line, why)| refuse(format!("line {line}: {why}")))?;
-            return Ok(Some(Self { guest: guest.clone(), path, file, len: text.len() as u64, remains }));
+            return Ok(Some(Self { guest: guest.clone(), path, file, len: text.len() as u64, named: MOST_FRAMES, remains }));
         }
     }
 
@@ -427,8 +444,10 @@ impl Journal {
     /// Writes one line.
     pub(super) fn note(&mut self, entry: Entry) -> Result<()> {
         self.append(&format!("{entry}\n"))?;
+        self.named += entry.frames() as u64;
         self.remains.note(entry);
-        if self.len > ROOM { self.rewrite() } else { Ok(()) }
+        let is_long = self.len > ROOM || self.named > MOST_FRAMES / 2;
+        if is_long && self.named >= 2 * self.remains.frames.len() as u64 { self.rewrite() } else { Ok(()) }
     }
 
     fn append(&mut self, line: &str) -> Result<()> {
@@ -458,6 +477,7 @@ impl Journal {
         fs::rename(&path, &self.path).map_err(failed)?;
         self.file = file;
         self.len = text.len() as u64;
+        self.named = self.remains.frames.len() as u64;
         Ok(())
     }
 

@@ -169,6 +169,7 @@ fn a_line_that_is_none_is_refused_with_its_number_and_a_torn_last_line_does_not_
         (format!("{head}{head}"), 4),
         (format!("{head}frames 0xffffffffffffffff+2\n"), 4),
         (format!("{head}frames 0x0+99999999999\n"), 4),
+        (format!("{head}frames 0x0+4194304\nframes 0x0+1\n"), 5),
         (format!("{head}monitor msr 0x100000000\n"), 4),
     ] {
         let error = left(&folder, &text).unwrap_err();
