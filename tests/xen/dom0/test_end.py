@@ -72,7 +72,7 @@ def test_a_second_session_finds_the_guest_as_the_first_did(start: Start) -> None
 
 def test_somebody_else_cannot_attach_meanwhile(start: Start) -> None:
     start_demo(start, "mode=calls calls=1 parts=1")
-    with vmitap.attach("xen:demo"), pytest.raises(vmitap.AttachError, match="listens"):
+    with vmitap.attach("xen:demo"), pytest.raises(vmitap.AttachError, match="alive"):
         vmitap.attach("xen:demo")
 
 

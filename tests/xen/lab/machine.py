@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from .release import Release
 
-MEMORY = 400 << 20
-DOM0_MEMORY = "288M"
+MEMORY = 512 << 20
+DOM0_MEMORY = "400M"
 XEN_LINE = (
     f"console=com1 com1=115200,8n1 altp2m=1 apicv=0 loglvl=warning guest_loglvl=all dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY} "
     "dom0_max_vcpus=1 noreboot bootscrub=0 sched_ratelimit_us=0 spec-ctrl=no xpti=0 pv-l1tf=0"
