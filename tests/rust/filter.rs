@@ -248,7 +248,11 @@ fn text(guest: &Guest, at: u64, kind: TextKind, test: TextTest, max: usize, patt
         }
     }
     let ended = end || (kind == TextKind::Bytes && read.len() == max);
+    // Of a unit that lies across the end of memory the half that is there can decide: if it differs, so does the unit.
+    let half = at.checked_add(read.len() as u64).filter(|_| fault && unit == 2).and_then(|at| bytes(guest, at, 1));
+    let differs = half.is_some_and(|half| pattern.get(read.len()).is_some_and(|letter| *letter != half[0]));
     match test {
+        TextTest::Equal | TextTest::StartsWith if differs => Some(false),
         // Decided by what is there, if that is enough.
         TextTest::Equal | TextTest::StartsWith => {
             let there = read.len().min(pattern.len());
