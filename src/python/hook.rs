@@ -18,6 +18,10 @@ use crate::error::{Result, VmiError};
 use crate::session::{self, Histogram, Limits, Poll, Session, Stats};
 use crate::tap::OnWrite;
 
+/// Between two moments in which other Python threads get their turn.
+const KEEP: Duration = Duration::from_millis(10);
+/// Such a moment. A thread that waits for the interpreter takes this long to wake; the loop would have it back long before.
+const MOMENT: Duration = Duration::from_micros(100);
 /// Between two looks at Python's signals.
 const SIGNALS: Duration = Duration::from_millis(100);
 
@@ -160,6 +164,7 @@ fn turn_until(
 ) -> PyResult<Option<Reason>> {
     let mut state = Loop::default();
     let mut signals_at = Instant::now();
+    let mut yields_at = signals_at + KEEP;
     loop {
         shared.refresh_wanted(py);
         // A hit was met a moment ago, and the clock read.
@@ -170,6 +175,10 @@ fn turn_until(
             if let Err(error) = py.check_signals() {
                 state.raised.get_or_insert(error);
             }
+        }
+        if now >= yields_at {
+            yields_at = now + KEEP;
+            super::gil::detached(py, || std::thread::sleep(MOMENT));
         }
         let is_late = course.deadline.is_some_and(|deadline| now >= deadline);
         let is_stopped = shared.stop.load(Ordering::Acquire);
