@@ -72,7 +72,9 @@ pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<Vec
         Ok(opened) => opened,
         Err(error) => {
             // Whatever opening had done is taken back.
-            journal.close()?;
+            if let Err(left) = journal.close() {
+                log::error!("{left}");
+            }
             return Err(error);
         }
     };

@@ -13,7 +13,7 @@ use crate::driver::{
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
 
-/// The journal of a session that ends in the ordinary way: its file goes if nothing is left in the guest.
+/// The journal of a session that ends in the ordinary way: its file goes once nothing is left in the guest.
 struct Ending {
     journal: Journal,
     /// The guest has ended before its session: there is nothing to undo.
@@ -22,21 +22,23 @@ struct Ending {
 }
 
 impl Ending {
-    fn end(&mut self) {
-        if std::mem::replace(&mut self.is_over, true) {
-            return;
+    /// Removes the file, if nothing is left. Whether it is gone.
+    fn end(&mut self) -> bool {
+        if !self.is_over && (self.is_gone || self.journal.remains().is_empty()) {
+            self.is_over = true;
+            if let Err(error) = self.journal.close() {
+                log::error!("{error}");
+            }
         }
-        if !self.is_gone && !self.journal.remains().is_empty() {
-            log::error!("the guest is not as it was: {} says what is left in it", self.journal.path().display());
-        } else if let Err(error) = self.journal.close() {
-            log::error!("{error}");
-        }
+        self.is_over
     }
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        self.end();
+        if !self.end() {
+            log::error!("the guest is not as it was: {} says what is left in it", self.journal.path().display());
+        }
     }
 }
 
@@ -61,7 +63,9 @@ impl<D: VmiDriver + ?Sized> Journaled<D> {
         if let Err(error) = driver.additions().and_then(|additions| journal.found(Found { additions, memory_size })) {
             // What attaching has done is taken back with the driver, and then there is nothing to repair.
             drop(driver);
-            journal.close()?;
+            if let Err(left) = journal.close() {
+                log::error!("{left}");
+            }
             return Err(error);
         }
         let journal = Ending { journal, is_gone: false, is_over: false };
@@ -260,13 +264,13 @@ impl<D: VmiDriver + ?Sized> VmiControl for Journaled<D> {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        let result = self.inner.let_go();
-        self.journal.end();
-        #[cfg(feature = "emu")]
-        {
-            self.watchdog = None;
+        // What could not be taken back is still to be repaired: journal and watchdog stay for it, or for another try.
+        self.inner.let_go()?;
+        if self.journal.end() {
+            #[cfg(feature = "emu")]
+            drop(self.watchdog.take());
         }
-        result
+        Ok(())
     }
 }
 

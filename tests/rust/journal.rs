@@ -8,9 +8,10 @@ use std::process::Command;
 use proptest::prelude::*;
 use vmitap::arch::amd64::ControlRegister;
 use vmitap::driver::mock::{CallKind, MockDriver};
-use vmitap::driver::{Additions, Monitor, VmiControl, VmiEvents, VmiFrames, VmiRepair, VmiViews};
+use vmitap::driver::{Additions, Monitor, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiRepair, VmiViews};
 use vmitap::session::journal::{GuestId, Journal, Remains};
-use vmitap::session::{Journaled, Repaired, repair};
+use vmitap::session::{Journaled, Repaired, Session, repair};
+use vmitap::tap::OnWrite;
 use vmitap::{Gfn, MemoryAccess, View, VmiError};
 
 /// A folder for journals that goes with the test.
@@ -83,6 +84,20 @@ fn the_file_is_its_owners_alone_and_goes_with_a_session_that_undid_everything() 
     driver.create_view(MemoryAccess::RWX).unwrap();
     drop(driver);
     assert_eq!(folder.files(), 1, "a view is left");
+}
+
+#[test]
+fn an_end_that_fails_at_first_keeps_the_journal_until_it_is_whole() {
+    let folder = Folder::new("second-try");
+    let mut driver = mock();
+    driver.fail_nth_of(CallKind::DestroyView, 1);
+    let driver: Box<dyn VmiDriver> = Box::new(begin(&folder, driver));
+    let mut session = Session::new(driver, OnWrite::Reapply).unwrap();
+    let error = session.detach().unwrap_err();
+    assert!(matches!(error, VmiError::UndoFailed { .. }), "{error}");
+    assert_eq!(read(&folder).views.len(), 1);
+    session.detach().unwrap();
+    assert_eq!(folder.files(), 0, "the second try was whole");
 }
 
 #[test]
