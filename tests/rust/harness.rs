@@ -71,12 +71,41 @@ struct Books {
 
 type Look<D> = Box<dyn FnMut(&D) + Send>;
 
+/// When a tool dies: from then on no call does anything but fail, and the guest stays as it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Death {
+    /// Before the n-th call reaches the guest; 1 is the first.
+    Before(usize),
+    /// After the n-th call changed the guest, and before anybody hears of it.
+    After(usize),
+}
+
+/// A tool that dies, or is watched until its end.
+struct Life {
+    death: Option<Death>,
+    /// The names of the calls so far.
+    calls: Vec<&'static str>,
+    is_over: bool,
+    /// Done once, at the moment of death.
+    last_will: Box<dyn FnMut() + Send>,
+}
+
+impl Life {
+    fn die(&mut self) -> VmiError {
+        if !std::mem::replace(&mut self.is_over, true) {
+            (self.last_will)();
+        }
+        VmiError::Driver { op: "any", errno: 5, detail: "the tool is dead".to_owned() }
+    }
+}
+
 struct Inner<D> {
     driver: Mutex<D>,
     books: Mutex<Books>,
     info: VmInfo,
     /// Looks at the driver after each call.
     look: Mutex<Option<Look<D>>>,
+    life: Mutex<Option<Life>>,
 }
 
 /// Another driver, whose n-th call fails: any call but those that only tell facts. Clones are of the same driver, so that a test can
@@ -93,7 +122,32 @@ impl<D: VmiDriver> Faulty<D> {
     pub fn new(driver: D) -> Self {
         let info = driver.info().clone();
         let books = Books { views: BTreeSet::from([View::DEFAULT]), ..Books::default() };
-        Self(Arc::new(Inner { driver: Mutex::new(driver), books: Mutex::new(books), info, look: Mutex::new(None) }))
+        Self(Arc::new(Inner {
+            driver: Mutex::new(driver),
+            books: Mutex::new(books),
+            info,
+            look: Mutex::new(None),
+            life: Mutex::new(None),
+        }))
+    }
+
+    /// As [`Self::new`], and its tool dies; `last_will` is done at that moment.
+    pub fn mortal(driver: D, death: Option<Death>, last_will: impl FnMut() + Send + 'static) -> Self {
+        let mortal = Self::new(driver);
+        let life = Life { death, calls: Vec::new(), is_over: false, last_will: Box::new(last_will) };
+        *mortal.0.life.lock() = Some(life);
+        mortal
+    }
+
+    /// The names of the calls there were, and whether the tool is dead.
+    pub fn end(&self) -> (Vec<&'static str>, bool) {
+        self.0.life.lock().as_ref().map(|life| (life.calls.clone(), life.is_over)).unwrap()
+    }
+
+    /// The driver, once nobody else has it.
+    pub fn into_inner(self) -> D {
+        let Ok(inner) = Arc::try_unwrap(self.0) else { panic!("somebody still has the driver") };
+        inner.driver.into_inner()
     }
 
     /// The driver itself, for what a test does behind everybody's back.
@@ -151,8 +205,20 @@ impl<D: VmiDriver> Faulty<D> {
             }
         }
         drop(books);
+        let mut life = self.0.life.lock();
+        let mut death = None;
+        if let Some(life) = life.as_mut() {
+            life.calls.push(op);
+            death = life.death;
+            if life.is_over || death == Some(Death::Before(life.calls.len())) {
+                return Err(life.die());
+            }
+        }
         let mut driver = self.0.driver.lock();
         let result = call(&mut driver);
+        if let Some(life) = life.as_mut().filter(|life| death == Some(Death::After(life.calls.len()))) {
+            return Err(life.die());
+        }
         if let Some(look) = self.0.look.lock().as_mut() {
             look(&driver);
         }

@@ -27,7 +27,6 @@ mod journal;
 mod layering;
 mod mock;
 mod model;
-mod mortal;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;

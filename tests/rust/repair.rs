@@ -1,10 +1,9 @@
 //! Cleaning up after a session that ended without a word.
 
 use std::fs;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 use std::time::Duration;
 
-use parking_lot::Mutex;
 use vmitap::arch::amd64::{AddressContext, Registers};
 use vmitap::driver::mock::MockDriver;
 use vmitap::driver::{Additions, VmiDriver, VmiEvents, VmiRepair, VmiViews, Wait};
@@ -15,8 +14,8 @@ use vmitap::tap::OnWrite;
 use vmitap::{Gfn, MemoryAccess, Va, VcpuId, View, VmiError};
 
 use crate::guest::Lab;
+use crate::harness::{Death, Faulty};
 use crate::journal::{Folder, guest_id};
-use crate::mortal::{Death, Fate, Mortal};
 
 fn int3(view: View) -> VmiEvent {
     let reason = EventReason::Breakpoint { gfn: Gfn(1), insn_len: 1 };
@@ -71,13 +70,6 @@ fn breakpoint(session: &Session, context: AddressContext, va: Va) -> TapSpec {
         wanted: true,
         enabled: true,
     }
-}
-
-/// The guest of a tool that is gone.
-fn survivor<D>(fate: Arc<Mutex<Fate<D>>>) -> D {
-    let Ok(fate) = Arc::try_unwrap(fate) else { panic!("somebody still has the driver") };
-    let Ok(driver) = Arc::try_unwrap(fate.into_inner().driver) else { panic!("somebody still has the guest") };
-    driver.into_inner()
 }
 
 /// A session with everything in it that changes a guest. Comes back early if a call fails, as a tool that dies does.
@@ -140,27 +132,26 @@ fn killed(death: Option<Death>, name: &str, plain: &[u64]) -> (Vec<&'static str>
     let before = vm.additions().unwrap();
     let (kept, path) = (folder.0.join("kept"), folder.0.join("test-1.journal"));
     // What the dead process can no longer write is not in the file.
-    let fate = Fate::new(vm, death, {
+    let tool = Faulty::mortal(vm, death, {
         let (kept, path) = (kept.clone(), path.clone());
         move || {
             fs::copy(&path, &kept).unwrap();
         }
     });
     let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
-    let done = Journaled::new(Box::new(Mortal::new(&fate)), journal).and_then(|driver| script(Box::new(driver), &taps, watched));
-    let (calls, is_dead) = fate.lock().end();
+    let done = Journaled::new(Box::new(tool.clone()), journal).and_then(|driver| script(Box::new(driver), &taps, watched));
+    let (calls, is_dead) = tool.end();
     assert_eq!(done.is_err(), is_dead, "{done:?} {death:?}");
     if is_dead {
         fs::rename(&kept, &path).unwrap();
         let error = Journal::begin(&folder.0, &guest_id()).unwrap_err();
         assert!(matches!(error, VmiError::JournalLeft { .. }), "{error}");
         let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
-        let driver = fate.lock().driver.clone();
-        repair(&mut *driver.lock(), journal.remains()).unwrap();
+        repair(&mut *tool.inner(), journal.remains()).unwrap();
         journal.close().unwrap();
     }
     assert_eq!(folder.files(), 0, "{death:?}");
-    let vm = survivor(fate);
+    let vm = tool.into_inner();
     assert_eq!(vm.additions().unwrap(), before, "{death:?}");
     let mut lab = Lab { vm, ..lab };
     lab.run_with(|_, event| panic!("{death:?}: nobody is left to answer {event:x?}"));
@@ -174,8 +165,8 @@ fn leaving_in_the_middle_of_steps_leaves_no_vcpu_behind_that_waits_for_an_answer
     let lab = boot();
     let va = lab.va("f");
     let Lab { vm, .. } = lab;
-    let fate = Fate::new(vm, None, || ());
-    let driver: Box<dyn VmiDriver> = Box::new(Mortal::new(&fate));
+    let tool = Faulty::new(vm);
+    let driver: Box<dyn VmiDriver> = Box::new(tool.clone());
     let mut session = Session::new(driver, OnWrite::Reapply).unwrap();
     let context = AddressContext::from(&session.registers(VcpuId(0)).unwrap());
     session.add(&breakpoint(&session, context, va)).unwrap();
@@ -183,7 +174,7 @@ fn leaving_in_the_middle_of_steps_leaves_no_vcpu_behind_that_waits_for_an_answer
     session.answer(Verdict::Step(5)).unwrap();
     session.detach().unwrap();
     drop(session);
-    let vm = survivor(fate);
+    let vm = tool.into_inner();
     let mut lab = Lab { vm, ..lab };
     lab.run_with(|_, event| panic!("nobody is left to answer {event:x?}"));
     lab.assert_unseen();

@@ -11,8 +11,8 @@ use xen_sys::fake::{Fake, Kind};
 
 use super::session::{looping, spec};
 use super::{CODE, options};
+use crate::harness::{Death, Faulty};
 use crate::journal::{Folder, guest_id};
-use crate::mortal::{Death, Fate, Mortal};
 
 /// Everything that changes a domain.
 fn script(driver: Box<dyn VmiDriver>, fake: &Fake) -> Result<(), VmiError> {
@@ -50,25 +50,25 @@ fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
     let fake = looping(kind, 2);
     let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
     let driver = XenDriver::attach("guest", &options(&fake)).unwrap();
-    let fate = Fate::new(driver, death, {
+    let tool = Faulty::mortal(driver, death, {
         let (kept, path) = (kept.clone(), path.clone());
         move || {
             std::fs::copy(&path, &kept).unwrap();
         }
     });
-    let done = Journaled::new(Box::new(Mortal::new(&fate)), journal).and_then(|driver| script(Box::new(driver), &fake));
-    let (calls, is_dead) = fate.lock().end();
+    let done = Journaled::new(Box::new(tool.clone()), journal).and_then(|driver| script(Box::new(driver), &fake));
+    let (calls, is_dead) = tool.end();
     assert_eq!(done.is_err(), is_dead, "{done:?} {death:?}");
     if is_dead {
         // The process is gone: nothing of its driver runs any more, and its files are closed.
-        std::mem::forget(fate.lock().driver.clone());
+        std::mem::forget(tool.clone());
         std::fs::rename(&kept, &path).unwrap();
         let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
         let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
         repair(&mut driver, journal.remains()).unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
         journal.close().unwrap();
     }
-    drop(fate);
+    drop(tool);
     fake.automatic(0);
     assert_eq!(folder.files(), 0);
     for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "exposures"] {
