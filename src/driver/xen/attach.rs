@@ -281,7 +281,7 @@ fn listened_to(control: &Control, id: u32) -> Option<Obstacle> {
 fn busy(id: u32) -> Obstacle {
     Obstacle::new(
         format!("another program listens to domain {id} already"),
-        "end it: a domain has one listener at a time. One that has crashed leaves its place taken until the domain is restarted",
+        "end it: a domain has one listener at a time. What a killed vmitap left is undone by `vmitap repair`; any other program that has crashed keeps its place until the domain is restarted",
     )
 }
 
