@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::Watchdog;
 use super::journal::{Entry, Found, Journal};
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
@@ -49,8 +50,7 @@ pub struct Journaled<D: VmiDriver + ?Sized> {
     /// What has happened and could not be written yet.
     late: Vec<Entry>,
     /// Ends last: it looks for the journal.
-    #[cfg(feature = "emu")]
-    watchdog: Option<super::Watchdog>,
+    watchdog: Option<Watchdog>,
 }
 
 impl<D: VmiDriver + ?Sized> Journaled<D> {
@@ -69,19 +69,12 @@ impl<D: VmiDriver + ?Sized> Journaled<D> {
             return Err(error);
         }
         let journal = Ending { journal, is_gone: false, is_over: false };
-        Ok(Self {
-            inner: driver,
-            journal,
-            late: Vec::new(),
-            #[cfg(feature = "emu")]
-            watchdog: None,
-        })
+        Ok(Self { inner: driver, journal, late: Vec::new(), watchdog: None })
     }
 
     /// Keeps the watchdog for as long as the session lives.
-    #[cfg(feature = "emu")]
     #[must_use]
-    pub fn guarded_by(mut self, watchdog: Option<super::Watchdog>) -> Self {
+    pub fn guarded_by(mut self, watchdog: Option<Watchdog>) -> Self {
         self.watchdog = watchdog;
         self
     }
@@ -267,7 +260,6 @@ impl<D: VmiDriver + ?Sized> VmiControl for Journaled<D> {
         // What could not be taken back is still to be repaired: journal and watchdog stay for it, or for another try.
         self.inner.let_go()?;
         if self.journal.end() {
-            #[cfg(feature = "emu")]
             drop(self.watchdog.take());
         }
         Ok(())

@@ -21,6 +21,7 @@ mod taps;
 mod types;
 mod views;
 mod watch;
+mod watchdog;
 mod write;
 
 use std::sync::Arc;
@@ -40,7 +41,7 @@ use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 use crate::undo::Left;
 
 #[cfg(feature = "emu")]
-pub use guard::{Watchdog, open_guarded, repair_guest};
+pub use guard::{open_guarded, repair_guest};
 pub use hold::{Budget, Histogram};
 pub use journaled::Journaled;
 pub use paging::handle_page_table_events;
@@ -53,6 +54,7 @@ use sink::Sink;
 use taps::{Key, Tap};
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
+pub use watchdog::Watchdog;
 use write::AfterWrite;
 
 /// A driver of any kind, with reads, writes and translation.
