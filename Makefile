@@ -51,6 +51,7 @@ format: $(VENV)/.dev ## write the formatting that lint asks for
 bench: $(VENV)/.built $(VENV)/.dev ## the benchmarks; compare ratios within one run
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
+	@$(BIN)/python benches/python/bench_insertion.py
 	@$(BIN)/python benches/python/bench_capture.py
 
 fuzz: ## hostile input for what reads it, for SECONDS (60) each
