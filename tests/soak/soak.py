@@ -40,6 +40,10 @@ NEVER_MAPPED = 0x7000_0000_0000
 MEMORY_LIMIT = 8 << 20
 
 
+# Seconds for a guest to come to its end. A watch on what it reads byte by byte takes it a few, on a machine that has nothing else to do.
+TIME_TO_END = 300
+
+
 class OnPurposeError(Exception):
     """What handlers raise."""
 
@@ -222,7 +226,7 @@ class Session:
                 if frames:
                     raise AssertionError(f"{frames} frames are in use without a breakpoint")
             while True:
-                result = self.go(lambda: vm.run(timeout=20))
+                result = self.go(partial(vm.run, timeout=TIME_TO_END))
                 if isinstance(result, vmitap.RunResult) and result.reason in ("idle", "timeout"):
                     break
             if result.reason != "idle" or not self.guest.is_well(vm):
