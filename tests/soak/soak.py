@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 import vmitap
 from vmitap import Access, Arg, Budget, Cstr, Filter, OnWrite, Reg, Verdict
 from vmitap.cli.truth import Truth
-from vmitap.filters import Number, Text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from vmitap.filters import Number, Text
 
 GUESTS = Path(__file__).resolve().parent.parent / "guests"
 # The addresses of tests/guests/paging.S that come and go.
@@ -286,7 +287,7 @@ def main() -> int:
             seed += 1
     samples.append(Use.sample(time.monotonic() - begin))
     early = Use.least(use for use in samples if 0.2 <= use.at / options.seconds <= 0.4)
-    late = Use.least(use for use in samples if 0.8 <= use.at / options.seconds)
+    late = Use.least(use for use in samples if use.at / options.seconds >= 0.8)
     print(json.dumps({**done, "early": asdict(early), "late": asdict(late)}))
     if late.memory > early.memory + MEMORY_LIMIT or late.descriptors > early.descriptors or late.threads > early.threads:
         print("something grows", file=sys.stderr)
