@@ -210,7 +210,11 @@ class Session:
         vcpus = rng.randrange(1, self.guest.vcpus + 1)
         with vmitap.attach(self.guest.target, memory=self.guest.memory, vcpus=vcpus, cmdline=self.guest.cmdline) as vm:
             for _ in range(rng.randrange(1, 25)):
-                rng.choice(actions)(vm)
+                try:
+                    rng.choice(actions)(vm)
+                except vmitap.TranslationError:
+                    # Its page-table entry makes no sense just then (it points beyond memory), or a watch has no page.
+                    self.done["not mapped"] += 1
                 limit = rng.choice([None, 1, 50])
                 timeout = rng.choice([0.0, 0.001, 0.02])
                 result = self.go(partial(vm.run, timeout=timeout, max_hits=limit))
