@@ -58,7 +58,7 @@ fuzz: ## hostile input for what reads it, for SECONDS (60) each
 	@scripts/fuzz $(or $(SECONDS),60)
 
 soak: $(VENV)/.built ## random sessions for SECONDS (120), watched for what grows
-	@$(BIN)/python tests/soak/soak.py --seconds $(or $(SECONDS),120)
+	@MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py --seconds $(or $(SECONDS),120)
 
 wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries checked
 	@rm -rf dist

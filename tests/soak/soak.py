@@ -1,8 +1,9 @@
-"""Random sessions on the embedded driver for as long as is asked, watching for what grows: `python tests/soak/soak.py --seconds 120`.
+"""Random sessions on the embedded driver for as long as is asked, watching for what grows: `make soak SECONDS=120`.
 
 Each session attaches to a guest, puts taps of every kind in and out at random while it runs, writes to it, raises in handlers, now and then
 leaves in the middle, and otherwise lets the guest come to its end, where its own checks must be clean and no frame may be left. What the
-process holds at the least in the last fifth of the time is compared with the second fifth; in the first, caches fill.
+process holds at the least in the last fifth of the time is compared with the second fifth; in the first, caches fill. One arena of the
+allocator (MALLOC_ARENA_MAX=1) makes that a matter of what is held, and not of which thread asked first.
 """
 
 from __future__ import annotations
