@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
+from functools import partial
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -107,7 +109,9 @@ def report(recording: Path, output: Path | None, as_json: bool) -> None:
     for row in _rows(recording):
         summary.add(row)
     page = output or recording.with_name(recording.name + ".html")
-    page.write_text(_page(recording.name, summary), encoding="utf-8")
+    # It holds what the guest holds: a new page is its owner's alone.
+    with page.open("w", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
+        file.write(_page(recording.name, summary))
     out = Output(as_json=as_json)
     out.object({"page": str(page), "rows": summary.rows, "symbols": dict(summary.symbols)})
     out.text(f"{page}: {summary.rows} rows of {len(summary.symbols)} symbols")
