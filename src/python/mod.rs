@@ -6,6 +6,7 @@ mod convert;
 mod errors;
 mod events;
 mod expression;
+mod flight;
 mod floor;
 mod gil;
 mod hit;
@@ -109,6 +110,8 @@ mod _native {
     use super::breakpoint::{Breakpoint, BreakpointStats, Breakpoints};
     #[pymodule_export]
     use super::events::{Events, RunResult, Stats};
+    #[pymodule_export]
+    use super::flight::{EventJournal, JournalContents, JournalEvent, read_journal};
     #[pymodule_export]
     use super::floor::{
         BreakpointController, BreakpointManager, ManagedBreakpoint, MemoryController, PageTableEvent, PageTableMonitor, VmiCore,

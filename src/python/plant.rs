@@ -62,7 +62,7 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
     let shared = vm.open()?;
     let key = given.key.bind(py);
     let key = if key.is_none() { None } else { Some(shared.intern(py, key)?) };
-    let tap_view = shared.quick(py, |inner| inner.session.tap_view());
+    let (tap_view, is_journaled) = shared.quick(py, |inner| (inner.session.tap_view(), inner.session.flight().is_some()));
     let (view, length, access) = match kind {
         Kind::Breakpoint { view, .. } => (view.unwrap_or(tap_view), 1, MemoryAccess::X),
         Kind::Watch { len, access } => (tap_view, len, access),
@@ -73,7 +73,8 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
     let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
     let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
     let name = |object: &Py<Breakpoint>| object.get().label(py);
-    let labels: Vec<String> = if given.captured.is_some() { objects.iter().map(name).collect() } else { Vec::new() };
+    let labels: Vec<String> =
+        if given.captured.is_some() || is_journaled { objects.iter().map(name).collect() } else { Vec::new() };
     let everybody = shared.listeners.lock().iter().any(|listener| listener.taps.is_none());
     let wanted = given.handler.is_some() || everybody;
     shared.open_released(py, |session| {
@@ -98,6 +99,11 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         if let Some(Captured { entry, on_return }) = &given.captured {
             for (id, label) in ids.iter().zip(&labels) {
                 session.set_capture(*id, entry.clone(), on_return.clone(), label)?;
+            }
+        }
+        if is_journaled {
+            for (id, label) in ids.iter().zip(&labels) {
+                session.name_in_flight(*id, label);
             }
         }
         if given.budget.is_some() {

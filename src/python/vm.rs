@@ -15,6 +15,7 @@ use super::convert::{self, AccessArg, OnWriteArg};
 use super::errors::{invalid, stale};
 use super::events::{Events, RunResult, Stats};
 use super::expression;
+use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
@@ -208,6 +209,12 @@ impl Vm {
     #[pyo3(signature = (path, *, format=None, batch=65_536))]
     fn record_to(&self, py: Python<'_>, path: PathBuf, format: Option<&str>, batch: usize) -> PyResult<RecordingFile> {
         RecordingFile::open(py, self.open()?, path, format, batch)
+    }
+
+    /// The last events of the session, in a file that outlives this process. None is written until `EventJournal.open`.
+    #[getter]
+    fn journal(&self) -> PyResult<EventJournal> {
+        Ok(EventJournal(self.current()?.clone()))
     }
 
     /// Guest-physical memory as a whole, and scattered reads.

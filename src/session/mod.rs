@@ -5,6 +5,7 @@
 
 mod event_loop;
 mod filter;
+mod flight;
 #[cfg(feature = "emu")]
 mod guard;
 mod hold;
@@ -31,7 +32,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
-use crate::capture::{Recording, Row};
+use crate::capture::{FlightOutcome, FlightRecorder, Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
@@ -104,6 +105,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// When the first row of the event in hand was captured.
     captured_at: u64,
     sink: Option<Sink>,
+    /// The last events, in a file.
+    flight: Option<Box<FlightRecorder>>,
     returns: Returns,
     /// How long vCPUs stood still for hits.
     holds: Histogram,
@@ -175,6 +178,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             row: Row::default(),
             captured_at: 0,
             sink: None,
+            flight: None,
             returns: Returns::default(),
             holds: Histogram::default(),
             sampler: hold::Sampler::default(),
@@ -340,6 +344,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
+            self.begin_flight(event);
+            self.note_flight(FlightOutcome::Raw, None);
             self.tables.mark_store(&self.vmi, event);
             if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
                 && let Err(error) = self.note_root(&event.registers, new)
@@ -449,6 +455,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         // A guest that is gone has nothing left behind in it.
         let result = left.done().or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) });
         self.restored = result.is_ok();
+        if self.restored {
+            self.close_flight();
+        }
         result
     }
 

@@ -19,6 +19,7 @@ mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
 mod filter;
+mod flight;
 #[cfg(feature = "emu")]
 mod guest;
 mod harness;

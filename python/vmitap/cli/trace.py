@@ -31,6 +31,8 @@ _REFRESH = 0.25
 @click.option("--capture", "captures", multiple=True, metavar="NAME=EXPR", help='A column for -o, such as "path=Cstr(Arg(0))". Repeatable.')
 @click.option("--on-return", "returns", multiple=True, metavar="NAME=EXPR", help='A column read at the return, such as "fd=Reg.rax.i32".')
 @click.option("-o", "--output", metavar="FILE", help="Write rows to FILE (.parquet, .jsonl) or as JSON lines to standard output (-).")
+@click.option("--journal", metavar="FILE", help="Keep the last events in FILE, which outlives this command however it ends.")
+@click.option("--replace", is_flag=True, help="Replace the FILE of --journal if it is there.")
 @guest_options
 @json_option
 def trace(
@@ -42,6 +44,8 @@ def trace(
     captures: tuple[str, ...],
     returns: tuple[str, ...],
     output: str | None,
+    journal: str | None,
+    replace: bool,
     memory: int | None,
     vcpus: int | None,
     cmdline: str,
@@ -71,6 +75,8 @@ def trace(
     out = Output(as_json=as_json)
     places = [address(symbol) for symbol in symbols]
     with attach(target, memory, vcpus, cmdline) as vm:
+        if journal is not None:
+            vm.journal.open(journal, replace=replace)
         if output is None:
             result = _print(vm, out, places, filters, arguments, count, timeout)
         else:
