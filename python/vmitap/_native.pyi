@@ -22,7 +22,7 @@ from typing_extensions import Buffer, CapsuleType
 
 from vmitap.capture import Capturable
 from vmitap.filters import Filter
-from vmitap.policy import Access, Budget, OnWrite
+from vmitap.policy import Access, Budget, OnWrite, WritePolicy
 from vmitap.protocols import RegisterValues, TapController
 
 __all__ = [
@@ -99,7 +99,7 @@ def open(
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
-        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        abi: how the guest's functions get their arguments, for `Arg` and `Hit.args`: "sysv" or "ms".
         repair: whether what a killed session has left in the guest is undone first, as `repair` does.
         watchdog: a command that is started with the session and reads its standard input, which ends when this process does; it
             is to repair the guest then. Not started for a guest that ends with this process. None: no watchdog.
@@ -401,7 +401,7 @@ class Vm:
         capture: Mapping[str, Capturable] | None = None,
         on_return: Mapping[str, Capturable] | None = None,
         abi: Literal["sysv", "ms"] | None = None,
-        on_write: OnWrite | None = None,
+        on_write: OnWrite | WritePolicy | Filter | None = None,
         ask: _WriteHandler | None = None,
         key: Hashable | None = None,
         tag: object = None,
@@ -433,8 +433,9 @@ class Vm:
             on_return: what is read when the function that was entered returns; it completes the row, with `duration_ns`. Calls are
                 told apart by their stack pointer. Of more than 4096 that have not returned the oldest is given up, counted
                 (`Stats.returns_lost`), and recorded with missing values, as are those that are open when the breakpoint goes.
-            abi: how the function gets its arguments, for `Arg`; None: as the session was opened with.
-            on_write: what a write to its byte does; None: as the session was opened with.
+            abi: how the function gets its arguments, for `Arg`, `Hit.args` and `Hit.arg`; None: as the session was opened with.
+            on_write: what a write to its byte does; None: as the session was opened with. A filter: writes for which it holds happen, others
+                are thrown away; `OnWrite.REMOVE & filter` and `OnWrite.ASK | filter` say more (see `OnWrite`).
             ask: called with a hit of a write (`hit.access` is W) to its byte, returns the `OnWrite` to apply; goes with `OnWrite.ASK` only.
             key: owner of the breakpoint; None: one of its own. The same address, root and key twice is an error.
             tag: anything; comes back in each `Hit` and finds the breakpoint again.
@@ -467,7 +468,7 @@ class Vm:
         capture: Mapping[str, Capturable] | None = None,
         on_return: Mapping[str, Capturable] | None = None,
         abi: Literal["sysv", "ms"] | None = None,
-        on_write: OnWrite | None = None,
+        on_write: OnWrite | WritePolicy | Filter | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
@@ -1031,7 +1032,7 @@ class BreakpointStats:
         """Hits that its filter kept back; they are not among `hits`."""
     @property
     def filter_faults(self) -> int:
-        """Hits at which its filter looked at memory that could not be read."""
+        """Hits at which its filter, and writes at which its `on_write`, looked at memory that could not be read."""
     @property
     def py_calls(self) -> int:
         """How often its handler, or a predicate of its filter, was called."""
@@ -1419,11 +1420,36 @@ class Hit:
         """Its registers; `rip` is the tapped instruction, which has not been executed."""
     @property
     def args(self) -> tuple[int, int, int, int, int, int]:
-        """The first six integer arguments of a System V call: RDI, RSI, RDX, RCX, R8, R9. Right at the entry of a function only.
+        """The first six integer arguments, by the breakpoint's calling convention. Right at the entry of a function only.
+
+        `abi` of the breakpoint or of the session says which. "sysv": RDI, RSI, RDX, RCX, R8, R9 (System V AMD64 ABI 3.2.3). "ms": RCX, RDX, R8, R9,
+        and two on the stack above the return address and 32 bytes of home space (Microsoft x64), which are read while the vCPU stands still.
+
+        Raises:
+            TranslationError: the convention has some of them on the stack, and it cannot be read.
 
         >>> hit = next(vm.events(vm.breakpoint("open_file"), timeout=5))
         >>> hit.args[0] == hit.regs.rdi
         True
+        """
+    def arg(self, n: int) -> int:
+        """Argument `n`, from 0, by the breakpoint's calling convention; from the seventh on valid only inside the handler.
+
+        Args:
+            n: 0 to 63. The first six are those of `args`; the others are read from the stack when this is called.
+
+        Raises:
+            StaleContextError: it is on the stack, and the vCPU has gone on.
+            TranslationError: the stack cannot be read.
+            OutOfRangeError: the stack lies beyond the guest's memory.
+            InvalidArgumentError: no such number.
+
+        >>> @vm.breakpoint("open_file")
+        ... def opened(hit):
+        ...     assert hit.arg(0) == hit.args[0]
+        ...     assert hit.arg(7) == hit.vm.read_u64(hit.regs.rsp + 16)
+        >>> vm.run(timeout=5, max_hits=1).hits
+        1
         """
     @property
     def address(self) -> int:

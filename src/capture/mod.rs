@@ -11,7 +11,7 @@ mod plan;
 mod recording;
 mod text;
 
-pub use filter::{Abi, Arith, Node, Program, Register, Test, TextKind, TextTest, Type};
+pub use filter::{Abi, Arith, MAX_ARGUMENT, Node, Program, Register, Test, TextKind, TextTest, Type};
 pub use flight::{Flight, FlightEvent, FlightKind, FlightOutcome, FlightRecorder, MAX_SLOTS};
 pub use machine::{Machine, Outcome, Scene};
 pub use output::{Format, Output};

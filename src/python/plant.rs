@@ -10,7 +10,7 @@ use super::expression::{Captured, condition};
 use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
 use crate::capture::Abi;
-use crate::session::{TapKind, TapSpec};
+use crate::session::{TapKind, TapSpec, WriteRule};
 use crate::tap::OnWrite;
 
 /// What is put in.
@@ -45,7 +45,19 @@ pub fn given(
     let budget = budget.map(|budget| self::budget(budget)).transpose()?;
     let condition = condition("where", filter, abi)?;
     let filter = filter.map(|filter| filter.clone().unbind());
-    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition, captured, budget })
+    Ok(Given {
+        handler,
+        ask,
+        key,
+        tag: tag.unwrap_or_else(|| py.None()),
+        deadline,
+        root,
+        filter,
+        condition,
+        captured,
+        abi,
+        budget,
+    })
 }
 
 /// A `Budget` argument.
@@ -58,7 +70,14 @@ fn budget(budget: &Bound<'_, PyAny>) -> PyResult<u64> {
 }
 
 /// Puts them in: all or none.
-pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind) -> PyResult<Vec<Py<Breakpoint>>> {
+pub fn plant(
+    py: Python<'_>,
+    vm: &Handle,
+    vas: &[Va],
+    given: &Given,
+    kind: Kind,
+    write_rules: &[WriteRule],
+) -> PyResult<Vec<Py<Breakpoint>>> {
     let shared = vm.open()?;
     let key = given.key.bind(py);
     let key = if key.is_none() { None } else { Some(shared.intern(py, key)?) };
@@ -105,6 +124,9 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
             for (id, label) in ids.iter().zip(&labels) {
                 session.name_in_flight(*id, label);
             }
+        }
+        if !write_rules.is_empty() {
+            ids.iter().try_for_each(|id| session.set_write_rules(*id, write_rules))?;
         }
         if given.budget.is_some() {
             for id in &ids {

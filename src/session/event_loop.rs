@@ -159,6 +159,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let view = event.view.unwrap_or(self.tap_view);
         let rip = event.registers.rip();
         self.owners.clear();
+        self.judged.clear();
         match event.reason {
             EventReason::Breakpoint { gfn, insn_len } => {
                 let pa = gfn.pa(rip.0);
@@ -183,6 +184,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 } else if access.contains(MemoryAccess::W) {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
+                    if is_hidden {
+                        self.judge_write(event, view);
+                    }
                     // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
                     course = Course::Write;
                 } else if is_hidden {

@@ -24,6 +24,7 @@ mod views;
 mod watch;
 mod watchdog;
 mod write;
+mod write_policy;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,6 +58,7 @@ pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, T
 use watch::WatchPage;
 pub use watchdog::Watchdog;
 use write::AfterWrite;
+pub use write_policy::WriteRule;
 
 /// A driver of any kind, with reads, writes and translation.
 pub type Vmi = VmiCore<dyn VmiDriver>;
@@ -92,6 +94,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     pending: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// What the policies that look at each write say of the one in hand.
+    judged: Vec<(TapId, OnWrite)>,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -173,6 +177,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             overdue: Vec::new(),
             pending: None,
             owners: Vec::new(),
+            judged: Vec::new(),
             questions: Vec::new(),
             recording,
             row: Row::default(),

@@ -10,6 +10,7 @@ use crate::undo::Left;
 use super::filter::Filter;
 use super::hold::{Budget, Histogram};
 use super::record::Capture;
+use super::write_policy::WritePolicy;
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// What a key is taken for.
@@ -26,6 +27,8 @@ pub struct Tap {
     /// Its first hit takes it out.
     pub once: bool,
     pub filter: Option<Box<Filter>>,
+    /// What a write to its byte does, where that depends on the write.
+    pub write_policy: Option<Box<WritePolicy>>,
     pub capture: Option<Box<Capture>>,
     pub budget: Option<Box<Budget>>,
     pub holds: Option<Box<Histogram>>,
@@ -47,9 +50,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.taps.get_mut(id.0 as usize)
     }
 
-    /// What a write over the byte of that tap does.
+    /// What the write in hand does over the byte of that tap.
     pub(super) fn policy(&self, id: TapId) -> OnWrite {
-        self.tap(id).and_then(|tap| tap.spec.on_write).unwrap_or(self.on_write)
+        let judged = self.judged.iter().find(|(tap, _)| *tap == id).map(|(_, policy)| *policy);
+        judged.or_else(|| self.tap(id).and_then(|tap| tap.spec.on_write)).unwrap_or(self.on_write)
     }
 
     /// The description of a tap; `None` if there never was one of that number.
@@ -72,7 +76,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub fn tap_stats(&self, id: TapId) -> TapStats {
         let Some(tap) = self.tap(id) else { return TapStats::default() };
         let (filtered, filter_faults) = tap.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
-        TapStats { filtered, filter_faults, ..tap.stats }
+        let write_faults = tap.write_policy.as_ref().map_or(0, |policy| policy.faults);
+        TapStats { filtered, filter_faults: filter_faults + write_faults, ..tap.stats }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.
@@ -185,6 +190,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             more: if spec.enabled && spec.kind == TapKind::Breakpoint { others.next().unwrap_or_default() } else { Vec::new() },
             once: false,
             filter: None,
+            write_policy: None,
             capture: None,
             budget: None,
             holds: None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from threading import Event, Thread
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -27,6 +27,7 @@ _REFRESH = 0.25
 @click.option("--count", type=click.IntRange(min=1), help="Stop after that many hits.")
 @timeout_option
 @click.option("--args", "arguments", type=click.IntRange(0, 6), default=3, help="How many arguments to show.")
+@click.option("--abi", type=click.Choice(["sysv", "ms"]), default="sysv", help="How the functions get their arguments.")
 @click.option("--where", metavar="FILTER", help="Only hits that pass, such as \"Cstr(Arg(0)).startswith('/etc/') and Arg(1) != 0\".")
 @click.option("--capture", "captures", multiple=True, metavar="NAME=EXPR", help='A column for -o, such as "path=Cstr(Arg(0))". Repeatable.')
 @click.option("--on-return", "returns", multiple=True, metavar="NAME=EXPR", help='A column read at the return, such as "fd=Reg.rax.i32".')
@@ -40,6 +41,7 @@ def trace(
     count: int | None,
     timeout: float | None,
     arguments: int,
+    abi: Literal["sysv", "ms"],
     where: str | None,
     captures: tuple[str, ...],
     returns: tuple[str, ...],
@@ -74,7 +76,7 @@ def trace(
     results = dict(parse_capture(each, "on_return") for each in returns)
     out = Output(as_json=as_json)
     places = [address(symbol) for symbol in symbols]
-    with attach(target, memory, vcpus, cmdline) as vm:
+    with attach(target, memory, vcpus, cmdline, abi=abi) as vm:
         if journal is not None:
             vm.journal.open(journal, replace=replace)
         if output is None:
