@@ -39,6 +39,7 @@ use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEventResponse};
 use crate::ptm::PageTableMonitor;
+use crate::symbols::SymbolTable;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 use crate::undo::Left;
 
@@ -109,6 +110,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// When the first row of the event in hand was captured.
     captured_at: u64,
     sink: Option<Sink>,
+    /// They name addresses in files.
+    symbols: Arc<SymbolTable>,
     /// The last events, in a file.
     flight: Option<Box<FlightRecorder>>,
     returns: Returns,
@@ -183,6 +186,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             row: Row::default(),
             captured_at: 0,
             sink: None,
+            symbols: Arc::default(),
             flight: None,
             returns: Returns::default(),
             holds: Histogram::default(),

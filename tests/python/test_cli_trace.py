@@ -16,6 +16,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+import vmitap
+
 VMITAP = (sys.executable, "-W", "error", "-m", "vmitap")
 CAPTURE = ("--capture", "path=Cstr(Arg(0), max=64)", "--capture", "callers=Backtrace(4)", "--on-return", "fd=Reg.rax.i32")
 
@@ -163,9 +165,51 @@ def test_a_report_is_one_page_that_loads_nothing_and_has_the_figures(recorded: P
         assert expected in words, expected
     counts = [int(count.replace(",", "")) for count in re.findall(r"<title>(?:open_file|read_file): ([\d,]+) at", text)]
     assert sum(counts) == table.num_rows
-    callers = table["callers"].to_pylist()[0]
-    assert callers is not None
-    assert hex(callers[0]) in words
+    # A caller that has a name is shown by it, as the guest's own table has it.
+    callers = {callers[0] for callers in table["callers"].to_pylist() if callers}
+    with vmitap.attach("demo") as vm:
+        names = {vm.symbolize(caller) for caller in callers}
+    assert None not in names
+    assert names <= set(page.words)
+    assert not any(hex(caller) in words for caller in callers)
+
+
+def test_callers_of_json_lines_are_named_by_a_target(tmp_path: Path) -> None:
+    path = tmp_path / "hits.jsonl"
+    run("trace", "open_file", "demo", "--count", "5", "-o", str(path), "--capture", "callers=Backtrace(2)")
+    caller = json.loads(path.read_text().splitlines()[0])["callers"][0]
+    with vmitap.attach("demo") as vm:
+        name = vm.symbolize(caller)
+    for words, shown, hidden in [((), hex(caller), name), (("--symbols", "demo"), name, hex(caller))]:
+        run("report", str(path), *words)
+        page = (tmp_path / "hits.jsonl.html").read_text()
+        assert f">{shown}<" in page
+        assert f">{hidden}<" not in page
+    assert "cannot attach" in run("report", str(path), "--symbols", "emu:/nowhere", code=3).stderr
+
+
+def test_names_in_a_file_are_text_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "hits.parquet"
+    rows: dict[str, list[object]] = {"time_ns": [5], "hold_ns": [7], "vcpu": [0], "symbol": ["a"], "callers": [[16]]}
+    name = "<img src=x onerror=alert(1)>/../../etc/passwd"
+    for places, shown in [({"0x10": name}, name), ({"0x11": name}, "0x10"), ({"0x10": 5}, "5"), ({}, "0x10")]:
+        table = pyarrow.table(rows).replace_schema_metadata({"vmitap.places": json.dumps(places)})
+        pyarrow.parquet.write_table(table, path)
+        run("report", str(path), "-o", str(tmp_path / "page.html"))
+        page = _Page((tmp_path / "page.html").read_text())
+        assert page.loads == []
+        assert shown in page.words
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["hits.parquet", "page.html"]
+    for places in ("no json", "[1]", '{"x": "y"}', "[" * 100_000):
+        pyarrow.parquet.write_table(pyarrow.table(rows).replace_schema_metadata({"vmitap.places": places}), path)
+        assert "makes no sense" in run("report", str(path), code=2).stderr
+
+
+def test_a_damaged_file_is_one_line(recorded: Path, tmp_path: Path) -> None:
+    data = bytearray(recorded.read_bytes())
+    data[100:2000] = bytes(1900)
+    (tmp_path / "hits.parquet").write_bytes(data)
+    assert "is damaged" in run("report", str(tmp_path / "hits.parquet"), code=2).stderr
 
 
 def test_text_from_a_guest_cannot_become_markup(tmp_path: Path) -> None:

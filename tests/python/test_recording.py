@@ -313,6 +313,9 @@ def test_after_a_full_disk_the_file_can_be_read_up_to_the_last_whole_batch(tmp_p
             table = pyarrow.parquet.read_table(path)
             assert (table.num_rows, rows % batch) == (rows, 0)
             assert table["n"].to_pylist()[:5] == [0, 1, 2, 3, 4]
+            # What ends the file is written anew, and says of it what a whole file says.
+            assert table.schema.metadata[b"vmitap.schema"] == b"1"
+            assert str(table.schema.field("symbol").type).startswith("dictionary")
         else:
             lines = path.read_text().splitlines()
             assert len(lines) >= rows
