@@ -1223,7 +1223,7 @@ class EventJournal:
     ['open_file', 'open_file', 'open_file']
     """
 
-    def open(self, path: str | PathLike[str], *, events: int = 65_536, replace: bool = False) -> EventJournal:
+    def open(self, path: str | PathLike[str], *, events: int | None = None, replace: bool = False) -> EventJournal:
         """From now on the last events are in a file, which outlives this process. Returns the journal, a context manager that ends it.
 
         The file is made at its full size (64 bytes an event and 260 KiB), readable and writable for its owner only. Nobody may cut it
@@ -1232,7 +1232,7 @@ class EventJournal:
 
         Args:
             path: the file.
-            events: how many of the last events are kept, 1 to 4194304.
+            events: how many of the last events are kept, 1 to 4194304; None: 65536.
             replace: whether a file that is there is replaced; else that is an error, as it may be what is left of a crash.
 
         Raises:
