@@ -1,6 +1,6 @@
 """What a filtered hit, a captured row and a written row cost beyond the bare hit, which is counted and stepped over.
 
-`make bench` runs it; by hand: `python benches/python/bench_capture.py [--hits N] [--json]`. Everything is measured in this one run, in
+`make bench-parts` runs it; by hand: `python benches/python/bench_capture.py [--hits N] [--json]`. Everything is measured in this one run, in
 turns, and the best of the turns counts. Each way must account for every call, or there is no result.
 """
 
