@@ -55,6 +55,7 @@ bench: $(VENV)/.built ## one table: a hit here, in plain unicorn scripts, in gdb
 bench-parts: $(VENV)/.built $(VENV)/.dev ## the benchmarks of the parts; compare ratios within one run
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
+	@$(BIN)/python benches/python/bench_insertion.py
 	@$(BIN)/python benches/python/bench_capture.py
 
 fuzz: ## hostile input for what reads it, for SECONDS (60) each

@@ -65,9 +65,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(VmiError::InvalidArgument { what: "on_write", reason });
         }
         let with_state = |rule: &WriteRule| (rule.clone(), vec![0; rule.when.slots()].into());
-        if let Some(tap) = self.tap_mut(id) {
+        if let Some(rare) = self.taps.rare_or_new(id) {
             let policy = || Box::new(WritePolicy { rules: rules.iter().map(with_state).collect(), faults: 0 });
-            tap.write_policy = (!rules.is_empty()).then(policy);
+            rare.write_policy = (!rules.is_empty()).then(policy);
         }
         Ok(())
     }
@@ -82,7 +82,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let clock = || began.elapsed().as_nanos() as u64;
         let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: va.unwrap_or_default(), clock: &clock };
         for (id, pa) in on_page {
-            let Some(policy) = taps.get_mut(id.0 as usize).and_then(|tap| tap.write_policy.as_mut()) else { continue };
+            let Some(policy) = taps.rare_mut(id).and_then(|rare| rare.write_policy.as_mut()) else { continue };
             // A string instruction may go on to a byte that this write does not cover.
             if let Some(said) = policy.judge(&scene, (first..=last).contains(&pa)) {
                 judged.push((id, said));

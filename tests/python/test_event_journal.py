@@ -265,3 +265,14 @@ def test_a_filter_that_keeps_a_hit_back_is_told_with_its_breakpoint(tmp_path: Pa
         vm.run(timeout=20)
     hits = [event for event in vmitap.read_journal(path).events if event.reason == "breakpoint"]
     assert [(event.outcome, event.symbol) for event in hits] == [("filtered", "open_file")] * 3
+
+
+def test_what_a_predicate_says_is_what_became_of_the_hit(tmp_path: Path) -> None:
+    path = tmp_path / "last.events"
+    with vmitap.attach("demo", cmdline=CALLS.format(4)) as vm:
+        vm.journal.open(path)
+        vm.breakpoint("open_file", where=Filter.predicate(lambda hit: len(vmitap.read_journal(path)) % 2 == 0))
+        vm.run(timeout=20)
+    hits = [event for event in vmitap.read_journal(path).events if event.reason == "breakpoint"]
+    assert {event.outcome for event in hits} == {"counted", "filtered"}
+    assert len(hits) == 4
