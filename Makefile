@@ -57,6 +57,7 @@ bench-parts: $(VENV)/.built $(VENV)/.dev ## the benchmarks of the parts; compare
 	@$(BIN)/python benches/python/bench_dance.py
 	@$(BIN)/python benches/python/bench_insertion.py
 	@$(BIN)/python benches/python/bench_capture.py
+	@$(BIN)/python benches/python/bench_dispatch.py
 
 fuzz: ## hostile input for what reads it, for SECONDS (60) each
 	@scripts/fuzz $(or $(SECONDS),60)

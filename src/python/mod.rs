@@ -118,6 +118,8 @@ mod _native {
         VmiEvent, VmiEventResponse,
     };
     #[pymodule_export]
+    use super::gil::_let_go;
+    #[pymodule_export]
     use super::hit::{_hit, Hit};
     #[pymodule_export]
     use super::memory::Memory;
@@ -148,7 +150,7 @@ mod _native {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         // What only unpickling and `vmitap.testing` call is not for `import *`.
         let all = module.index()?;
-        for private in ["_Script", "_hit", "_registers", "_still"] {
+        for private in ["_Script", "_hit", "_let_go", "_registers", "_still"] {
             all.call_method1("remove", (private,))?;
         }
         Ok(())

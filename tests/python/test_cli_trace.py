@@ -67,11 +67,17 @@ def test_rows_to_standard_output_are_json_lines_and_nothing_else() -> None:
         (("--where", "Arg(0"), 2, "is no expression"),
         (("--where", "__import__('os')"), 2, "where"),
         (("--where", "Arg(0)"), 2, "no condition"),
+        (("--where", "Arg(1) == 1 and path == 5"), 2, "'path' at column 17: there is no 'path': a filter looks at"),
+        (("--where", "Reg.rpc == 5"), 2, "'Reg.rpc' at column 1: there is no such register"),
         (("--capture", "path=Cstr(Arg(0))"), 2, "--output"),
         (("-o", "x.jsonl", "--capture", "a=print(5)"), 2, "capture"),
         (("-o", "x.jsonl", "--capture", "a=Filter.ring(3)"), 2, "cannot be captured"),
+        (("-o", "x.jsonl", "--capture", "a=Cstr(Arg(0), max=1000000000)"), 2, "no length of 1 to 65536 bytes"),
+        (("-o", "x.jsonl", "--capture", "time_ns=Arg(0)"), 2, "every row has a column"),
         (("-o", "x.txt"), 2, "neither"),
         (("-o", "/nowhere/x.parquet"), 10, "could not be written"),
+        (("-o", "/proc/self/x.jsonl"), 10, "could not be written"),
+        (("--journal", "/nowhere/x.events"), 10, "not usable"),
         (("-o", "-", "--json"), 2, "leave --json out"),
     ],
 )
@@ -92,6 +98,23 @@ def test_a_reader_of_rows_that_goes_away_ends_the_command() -> None:
         child.stdout.close()
         assert child.wait(timeout=60) == 141
         assert child.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("x.parquet", 2_000), ("x.jsonl", 30_000)])
+def test_a_full_disk_ends_the_command_with_its_code_and_a_file_that_can_be_read(tmp_path: Path, name: str, blocks: int) -> None:
+    # A limit on the size of files stands in for the end of a disk.
+    words = [*VMITAP, "trace", "open_file", "demo", "--cmdline", "mode=calls calls=400000 check=0", "-o", name]
+    command = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 10, done
+    rows = int(re.search(r"File too large.*; (\d+) rows are in it", done.stderr)[1])  # type: ignore[index]
+    assert "Traceback" not in done.stderr
+    if name.endswith(".parquet"):
+        assert pyarrow.parquet.read_table(tmp_path / name).num_rows == rows > 0
+    else:
+        lines = (tmp_path / name).read_text().splitlines()
+        assert all(json.loads(line)["symbol"] == "open_file" for line in lines[:rows])
+        assert len(lines) >= rows > 0
 
 
 def test_on_a_terminal_there_is_a_live_table_of_rates(tmp_path: Path) -> None:
