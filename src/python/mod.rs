@@ -6,6 +6,7 @@ mod convert;
 mod errors;
 mod events;
 mod expression;
+mod flight;
 mod floor;
 mod gil;
 mod hit;
@@ -116,10 +117,14 @@ mod _native {
     #[pymodule_export]
     use super::events::{Events, RunResult, Stats};
     #[pymodule_export]
+    use super::flight::{EventJournal, JournalContents, JournalEvent, read_journal};
+    #[pymodule_export]
     use super::floor::{
         BreakpointController, BreakpointManager, ManagedBreakpoint, MemoryController, PageTableEvent, PageTableMonitor, VmiCore,
         VmiEvent, VmiEventResponse,
     };
+    #[pymodule_export]
+    use super::gil::_let_go;
     #[pymodule_export]
     use super::hit::{_hit, Hit};
     #[pymodule_export]
@@ -151,7 +156,7 @@ mod _native {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         // What only unpickling and `vmitap.testing` call is not for `import *`.
         let all = module.index()?;
-        for private in ["_Script", "_drop_privileges", "_hit", "_registers", "_still"] {
+        for private in ["_Script", "_drop_privileges", "_hit", "_let_go", "_registers", "_still"] {
             all.call_method1("remove", (private,))?;
         }
         Ok(())
