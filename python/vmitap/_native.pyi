@@ -2501,7 +2501,7 @@ class _Script:
         """Where unused memory begins, and how many bytes there are."""
 
 def _drop_privileges() -> None:
-    """Gives up what the calling thread may do beyond its user's files, for good. For the watchdog."""
+    """Gives up what the calling thread may do beyond its user's files, for good."""
 
 def _still(target: str, *, memory: int | None, vcpus: int, on_write: OnWrite | None) -> tuple[Vm, _Script]:
     """Opens a session with a guest that stands still. For `vmitap.testing`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from functools import partial
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -120,7 +119,7 @@ def report(recording: Path, output: Path | None, symbols: str | None, as_json: b
             _read(recording, summary)
     page = output or recording.with_name(recording.name + ".html")
     # It holds what the guest holds: a new page is its owner's alone.
-    with page.open("w", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
+    with os.fdopen(os.open(page, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(_page(recording.name, summary))
     out = Output(as_json=as_json)
     out.object({"page": str(page), "rows": summary.rows, "symbols": dict(summary.symbols)})
