@@ -17,6 +17,8 @@ from vmitap import Access, Arg, Budget, Cstr, Reg
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from vmitap.filters import Number, Text
+
 # What the demo guest's programs pass and read.
 SECRETS = ("/etc/motd", "/etc/shadow", "/home/alice", "BEGIN", "alice", "Welcome")
 
@@ -36,7 +38,7 @@ def test_nothing_that_a_guest_holds_is_logged(caplog: pytest.LogCaptureFixture, 
     caplog.set_level(logging.DEBUG)
     with vmitap.attach("demo", cmdline="rounds=6", vcpus=2) as vm:
         seen: list[str] = []
-        path = {"path": Cstr(Arg(0)), "flags": Arg(1)}
+        path: dict[str, Number | Text] = {"path": Cstr(Arg(0)), "flags": Arg(1)}
 
         @vm.breakpoint("open_file", capture=path, on_return={"fd": Reg.rax}, budget=Budget(per_second=20))
         def opened(hit: vmitap.Hit) -> None:
@@ -48,7 +50,7 @@ def test_nothing_that_a_guest_holds_is_logged(caplog: pytest.LogCaptureFixture, 
         vm.watch("boot_copy", 64, Access.R | Access.W, budget=Budget(per_second=10))
         vm.breakpoint(0x7000_0000_0000)
         with vm.record_to(tmp_path / "rows.parquet"):
-            with pytest.raises(vmitap.HandlerError, match="^the handler at open_file raised RuntimeError: on purpose$"):
+            with pytest.raises(vmitap.HandlerError, match=r"^the handler at open_file raised RuntimeError: on purpose$"):
                 vm.run(timeout=60)
             assert vm.run(timeout=60).reason == "idle"
         with pytest.raises(vmitap.TranslationError):
