@@ -1,5 +1,6 @@
 //! One hit, as a snapshot.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -42,7 +43,7 @@ struct Pickled {
 
 /// A hit of a session that is still there. Everything is as the session gave it: what nobody asks for costs nothing.
 struct Live {
-    hit: Box<session::Hit>,
+    hit: Arc<session::Hit>,
     met: Instant,
     breakpoint: Py<Breakpoint>,
     /// While the session's is the same, the handler of this hit is running.
@@ -59,7 +60,7 @@ enum Origin {
 pub struct Hit(Origin);
 
 impl Hit {
-    pub const fn new(hit: Box<session::Hit>, met: Instant, breakpoint: Py<Breakpoint>, generation: u64) -> Self {
+    pub const fn new(hit: Arc<session::Hit>, met: Instant, breakpoint: Py<Breakpoint>, generation: u64) -> Self {
         Self(Origin::Live(Live { hit, met, breakpoint, generation }))
     }
 
@@ -102,7 +103,7 @@ impl Hit {
     #[getter]
     fn regs(&self, py: Python<'_>) -> PyResult<Py<Registers>> {
         match &self.0 {
-            Origin::Live(live) => Py::new(py, Registers::from(&live.hit.registers)),
+            Origin::Live(live) => Py::new(py, Registers::from(&live.hit)),
             Origin::Pickled(pickled) => Ok(pickled.registers.clone_ref(py)),
         }
     }

@@ -114,6 +114,18 @@ pub(super) struct Sampler {
     pub(super) in_hand: Option<(Instant, u32)>,
 }
 
+impl Sampler {
+    /// Whether the next hit is one that is timed.
+    pub(super) const fn is_due(&self) -> bool {
+        self.untimed + 1 >= SAMPLE || !self.has_begun
+    }
+
+    /// A hit goes by that is not.
+    pub(super) const fn pass(&mut self) {
+        self.untimed += 1;
+    }
+}
+
 /// How many events a tap may cause in a second, filtered ones included, before it is switched off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Budget {

@@ -12,6 +12,7 @@ pub mod journal;
 mod journaled;
 mod paging;
 mod pending;
+mod quick;
 mod record;
 mod repair;
 mod returns;
@@ -89,8 +90,12 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     overdue: Vec<(VcpuId, AfterWrite)>,
     /// The event whose hits are being handed out.
     pending: Option<Box<Pending>>,
+    /// The one before, to spare an allocation a hit.
+    spare: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
+    /// So many events are not tried to be counted without being raised.
+    usual: u32,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -168,7 +173,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpus: vec![Vcpu::default(); count],
             overdue: Vec::new(),
             pending: None,
+            spare: None,
             owners: Vec::new(),
+            usual: 0,
             questions: Vec::new(),
             recording,
             row: Row::default(),

@@ -195,6 +195,13 @@ impl Taps {
         self.rare.get_mut(tap.rare as usize)
     }
 
+    /// Whether its hits are counted and nothing else.
+    #[inline]
+    pub fn is_only_counted(&self, id: TapId) -> bool {
+        let is_plain = |rare: &Rare| rare.filter.is_none() && rare.capture.is_none() && rare.budget.is_none();
+        self.get(id).is_some_and(|tap| !tap.is(flag::WANTED | flag::ONCE)) && self.rare(id).is_none_or(is_plain)
+    }
+
     /// A tap as it was described; its context, and whether it is wanted and enabled, as they are now.
     pub fn spec(&self, id: TapId) -> Option<TapSpec> {
         let (tap, rare) = (self.get(id)?, self.rare(id));

@@ -80,6 +80,9 @@ impl Point {
     }
 }
 
+/// On a page with no more breakpoints than that they are all looked at.
+const FEW: usize = 16;
+
 /// The breakpoints planted on one page of a view, ascending by offset and then in the order they were planted.
 struct Page {
     gfn: Gfn,
@@ -267,7 +270,12 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     #[inline]
     pub(super) fn planted_at(&self, view: View, pa: Pa) -> &[Point] {
         let (points, offset) = (self.on_page(view, pa.gfn()), pa.page_offset() as u16);
-        let first = points.partition_point(|point| point.offset < offset);
+        // Counted where there are few: a processor that has to guess which is the one guesses wrong, and waits for memory once more.
+        let first = if points.len() <= FEW {
+            points.iter().map(|point| usize::from(point.offset < offset)).sum()
+        } else {
+            points.partition_point(|point| point.offset < offset)
+        };
         let rest = points.get(first..).unwrap_or_default();
         rest.get(..rest.iter().take_while(|point| point.offset == offset).count()).unwrap_or_default()
     }

@@ -31,8 +31,8 @@ use std::time::Duration;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
-    VmiRepair, VmiViews, VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, Trap, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
+    VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -264,7 +264,11 @@ impl VmiEvents for EmuDriver {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
-        self.machine.0.wait(timeout)
+        self.machine.0.wait(timeout, &mut |_| false)
+    }
+
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap) -> bool) -> Result<Wait> {
+        self.machine.0.wait(timeout, counts)
     }
 
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {

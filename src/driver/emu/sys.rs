@@ -179,6 +179,7 @@ impl Ram {
         self.map.len()
     }
 
+    #[inline]
     fn at(&self, pa: u64, len: usize) -> Option<*mut u8> {
         let start = usize::try_from(pa).ok()?;
         if start.checked_add(len)? > self.map.len() {
@@ -189,6 +190,7 @@ impl Ram {
     }
 
     /// Copies bytes out; `None` if the range is not all inside.
+    #[inline]
     pub fn read(&self, pa: u64, buf: &mut [u8]) -> Option<()> {
         let from = self.at(pa, buf.len())?;
         // SAFETY: `at` checked the range; no engine runs while Rust code of its thread does, so nothing writes meanwhile.
@@ -197,6 +199,7 @@ impl Ram {
     }
 
     /// Copies bytes in; `None`, and nothing done, if the range is not all inside.
+    #[inline]
     pub fn write(&self, pa: u64, bytes: &[u8]) -> Option<()> {
         let to = self.at(pa, bytes.len())?;
         // SAFETY: as in `read`; references into the mapping are never made.

@@ -170,7 +170,9 @@ impl Vcpu {
         self.segment(TR)
     }
 
-    /// All registers, as an event carries them.
+    /// All registers, as an event carries them; made where they go, because a copy costs as much as reading them.
+    #[expect(clippy::inline_always, reason = "not done otherwise, and measured: 2% of a hit")]
+    #[inline(always)]
     pub fn registers(&self) -> Registers {
         let layout = &self.layout;
         let segments: [u64; 3 * SEGMENTS] = self.context.words(layout.segments);
