@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
-.PHONY: help demo test lint format bench fuzz wheel xen-lab clean
+.PHONY: help demo test lint format bench fuzz soak wheel xen-lab clean
 
 help: ## this list
 	@echo "vmitap: tap a running virtual machine without the machine noticing"
@@ -56,6 +56,9 @@ bench: $(VENV)/.built $(VENV)/.dev ## the benchmarks; compare ratios within one 
 
 fuzz: ## hostile input for what reads it, for SECONDS (60) each
 	@scripts/fuzz $(or $(SECONDS),60)
+
+soak: $(VENV)/.built ## random sessions for SECONDS (120), watched for what grows
+	@$(BIN)/python tests/soak/soak.py --seconds $(or $(SECONDS),120)
 
 wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries checked
 	@rm -rf dist

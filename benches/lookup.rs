@@ -1,5 +1,5 @@
 //! Cost of finding out whose an event is, and of the bookkeeping of one breakpoint more among many.
-#![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark that cannot go on panics")]
+#![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark that cannot go on panics")]
 
 mod common;
 

@@ -59,7 +59,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(others)
     }
 
-    fn roots_in_use(&self) -> Result<Vec<AddressContext>> {
+    pub(super) fn roots_in_use(&self) -> Result<Vec<AddressContext>> {
         let mut roots = self.roots.clone();
         for vcpu in (0..self.vcpus.len() as u16).map(VcpuId) {
             let context = AddressContext::from(&self.vmi.driver().registers(vcpu)?);

@@ -79,6 +79,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return refuse("length", "the range reaches past the end of the address space");
             }
         }
+        Ok(())
+    }
+
+    /// Refuses an address that can be none, and a watch whose first page is not there.
+    fn check_mapped(&self, spec: &TapSpec) -> Result<()> {
         match self.vmi.translate(spec.va, spec.context) {
             Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) if spec.kind == TapKind::Breakpoint => {
                 Ok(())
@@ -121,6 +126,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let mut planted = Vec::new();
         let checked = specs.iter().enumerate().try_for_each(|(index, spec)| {
             self.check(spec)?;
+            self.check_mapped(spec)?;
             if let Some(key) = Self::key_of(spec) {
                 if !self.keys.insert(key) {
                     return Err(VmiError::BreakpointConflict { va: spec.va });
