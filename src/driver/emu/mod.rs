@@ -9,6 +9,7 @@
 
 mod answer;
 mod apic;
+mod asks;
 mod boot;
 mod deliver;
 mod direct;

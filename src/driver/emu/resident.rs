@@ -4,11 +4,15 @@
 //! MSR state stays in the main engine until somebody else needs the engine, or something needs that state.
 
 use crate::addr::VcpuId;
+use crate::arch::amd64::rflags;
 use crate::error::{Result, VmiError};
 
 use super::run::Machine;
 use super::sys::reg;
 use super::vcpu::Vcpu;
+
+/// Flags that the engine keeps outside of RFLAGS while it runs: CF, PF, AF, ZF, SF, OF, and DF.
+const KEPT_ELSEWHERE: u64 = rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF | rflags::OF | rflags::DF;
 
 /// What the main engine holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -73,6 +77,11 @@ impl Machine {
             self.evict();
         }
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
+        let (at, flags) = (vcpu.layout.eflags, vcpu.context.u64(vcpu.layout.eflags));
+        // A run that begins takes the arithmetic flags out of RFLAGS; one that stands has them elsewhere already.
+        if self.main.is_standing() {
+            vcpu.context.set_u64(at, flags & !KEPT_ELSEWHERE);
+        }
         match held {
             Some(resident) if resident.integer_is_old => {
                 self.main.restore_part(&mut vcpu.context, vcpu.layout.copied.integer);
@@ -84,6 +93,7 @@ impl Machine {
                 self.resident = Some(Resident { index, integer_is_old: false, rest_is_here: false });
             }
         }
+        vcpu.context.set_u64(at, flags);
         Ok(())
     }
 
@@ -96,6 +106,11 @@ impl Machine {
             self.main.save(&mut vcpu.context);
         } else {
             self.main.save_part(&mut vcpu.context, vcpu.layout.copied.integer);
+        }
+        // A run that ends puts them back.
+        if self.main.is_standing() {
+            let flags = vcpu.context.rflags();
+            vcpu.context.set_u64(vcpu.layout.eflags, flags);
         }
         self.resident = Some(Resident { index, integer_is_old: false, rest_is_here: !whole });
     }

@@ -384,7 +384,7 @@ impl Machine {
         let hooks = self.main.hooks();
         hooks.budget.set(budget);
         hooks.wants_interrupts.set(wants_interrupts);
-        let ended = self.main.run(rip, 0);
+        let ended = self.main.go(rip)?;
         self.ran(index);
         let hooks = self.main.hooks();
         let used = budget - hooks.budget.get();

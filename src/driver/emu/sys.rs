@@ -5,16 +5,20 @@
 
 #![expect(unsafe_code, reason = "the FFI boundary: every block names the invariant it rests on")]
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use corosensei::stack::DefaultStack;
+use corosensei::{Coroutine, CoroutineResult, Yielder};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::{Result, VmiError};
 
+pub use super::asks::{Access, Fill, Hooks};
 pub(super) use super::reg;
 
 /// Error codes of the engine (unicorn.h, `uc_err`) that the driver tells apart.
@@ -225,41 +229,6 @@ impl Ram {
     }
 }
 
-/// What an access is for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Access {
-    Read,
-    Write,
-    Fetch,
-}
-
-/// An answer to a TLB miss: where the page is and which accesses the entry allows (read 1, write 2, execute 4).
-#[derive(Clone, Copy, Debug)]
-pub struct Fill {
-    pub pa: u64,
-    pub rights: u8,
-}
-
-/// What an engine asks while it runs. Every method is called on the engine's own thread, inside [`Engine::run`].
-pub trait Hooks: 'static {
-    /// A TLB miss on the page at `va`. `None` ends the run before the instruction has any effect.
-    fn fill(&self, engine: EngineRef<'_>, va: u64, access: Access) -> Option<Fill>;
-    /// An exception or software interrupt. The run ends.
-    fn interrupt(&self, vector: u32);
-    /// An access to a physical address that is not mapped. The run ends before the instruction has any effect.
-    fn unmapped(&self, pa: u64, len: u32, write: bool);
-    /// A store of `len` bytes at `pa` is about to be done (only with [`EngineKind::Stepper`]).
-    fn store(&self, pa: u64, len: u32);
-    /// A basic block is entered (only with [`EngineKind::Main`]). True ends the run before it.
-    fn block(&self, engine: EngineRef<'_>) -> bool;
-    /// An instruction inside a range given to [`EngineRef::watch_code`] is about to run. True ends the run before it.
-    fn code(&self, va: u64) -> bool;
-    /// `IN`.
-    fn port_in(&self, port: u32, size: u32) -> u32;
-    /// `OUT`.
-    fn port_out(&self, port: u32, size: u32, value: u32);
-}
-
 /// Which job an engine has: that decides which hooks it gets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EngineKind {
@@ -269,12 +238,30 @@ pub enum EngineKind {
     Stepper,
 }
 
+/// Bytes of the stack that [`Engine::go`] runs on: as much as the engine has where it runs in a thread of its own.
+const STACK: usize = 2 << 20;
+/// The vector of INT3.
+const BREAKPOINT: u32 = 3;
+
+/// What an engine that stands at an INT3 is to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Go {
+    On,
+    Stop,
+}
+
+type Run = Coroutine<Go, (), c_int>;
+
 /// One emulated processor.
 pub struct Engine<H: Hooks> {
     uc: NonNull<Uc>,
     library: Arc<Library>,
     // Boxed: the engine holds a pointer to it.
     hooks: Box<Installed<H>>,
+    // The run that stands at an INT3. Ended before the engine is closed (`drop`), so it is never dropped half-way.
+    standing: Option<Run>,
+    // For the next run.
+    stack: Option<DefaultStack>,
     // Keeps the mapped memory alive.
     _ram: Rc<Ram>,
 }
@@ -282,6 +269,8 @@ pub struct Engine<H: Hooks> {
 struct Installed<H> {
     hooks: H,
     library: Arc<Library>,
+    /// How the run under way comes back without ending; null unless [`Engine::go`] began it. On that run's stack.
+    way_back: Cell<*const Yielder<Go, ()>>,
 }
 
 /// An engine as its hooks see it, while it runs.
@@ -330,8 +319,8 @@ impl<H: Hooks> Engine<H> {
         // SAFETY: a valid place for the handle.
         library.check("opening the engine", unsafe { (library.uc_open)(ARCH_X86, MODE_64, &raw mut uc) })?;
         let uc = NonNull::new(uc).ok_or_else(|| library.error("opening the engine", code::OK))?;
-        let hooks = Box::new(Installed { hooks, library: Arc::clone(library) });
-        let engine = Self { uc, library: Arc::clone(library), hooks, _ram: Rc::clone(ram) };
+        let hooks = Box::new(Installed { hooks, library: Arc::clone(library), way_back: Cell::new(std::ptr::null()) });
+        let engine = Self { uc, library: Arc::clone(library), hooks, standing: None, stack: None, _ram: Rc::clone(ram) };
         // A quarter of the default address space is plenty for the guests this driver is for.
         let buffer: u32 = if kind == EngineKind::Main { 256 << 20 } else { 64 << 20 };
         // SAFETY: the request takes one u32.
@@ -391,6 +380,69 @@ impl<H: Hooks> Engine<H> {
         unsafe { (self.library.uc_emu_start)(self.uc.as_ptr(), rip, 0, 0, count) }
     }
 
+    /// As [`Self::run`] until a hook ends it, but at an INT3 it comes back with the run standing where it is: the next call goes on from
+    /// there, with the state that was restored meanwhile (RIP too). Ending a run and beginning another costs as much as all else at an INT3.
+    ///
+    /// # Errors
+    /// [`VmiError::Driver`] if there is no memory for a stack.
+    #[inline]
+    pub fn go(&mut self, rip: u64) -> Result<i32> {
+        let mut run = match self.standing.take() {
+            Some(run) => run,
+            None => self.begin(rip)?,
+        };
+        Ok(match run.resume(Go::On) {
+            CoroutineResult::Yield(()) => {
+                self.standing = Some(run);
+                code::OK
+            }
+            CoroutineResult::Return(ended) => {
+                self.keep_stack(run);
+                ended
+            }
+        })
+    }
+
+    /// Whether a run stands at an INT3.
+    #[inline]
+    pub const fn is_standing(&self) -> bool {
+        self.standing.is_some()
+    }
+
+    fn begin(&mut self, rip: u64) -> Result<Run> {
+        let failed = |error: std::io::Error| VmiError::Driver {
+            op: "allocating a stack",
+            errno: error.raw_os_error().unwrap_or(0),
+            detail: error.to_string(),
+        };
+        let stack = self.stack.take().map_or_else(|| DefaultStack::new(STACK), Ok).map_err(failed)?;
+        let (uc, start, installed) = (self.uc.as_ptr(), self.library.uc_emu_start, &raw const *self.hooks);
+        Ok(Coroutine::with_stack(stack, move |way_back, _| {
+            // SAFETY: the box lives as long as the engine, which ends this run before it goes (`drop`); it is only ever shared.
+            let installed = unsafe { &*installed };
+            installed.way_back.set(way_back);
+            // SAFETY: as in `run`; the engine runs nothing else until this is over, for `standing` is resumed or ended first.
+            let ended = unsafe { start(uc, rip, 0, 0, 0) };
+            installed.way_back.set(std::ptr::null());
+            ended
+        }))
+    }
+
+    fn keep_stack(&mut self, run: Run) {
+        self.stack = Some(run.into_stack());
+    }
+
+    /// Ends a run that stands at an INT3. The state stays as it is.
+    fn end_standing(&mut self) {
+        while let Some(mut run) = self.standing.take() {
+            match run.resume(Go::Stop) {
+                // Told to stop it comes to no other INT3; should it, it is told again.
+                CoroutineResult::Yield(()) => self.standing = Some(run),
+                CoroutineResult::Return(_) => self.keep_stack(run),
+            }
+        }
+    }
+
     /// Forgets every translation of addresses.
     #[inline]
     pub fn flush_tlb(&mut self) {
@@ -400,12 +452,14 @@ impl<H: Hooks> Engine<H> {
 
     /// Forgets code translated from the virtual range `first..end`, which must lie in one page.
     pub fn forget_code(&mut self, first: u64, end: u64) {
+        self.end_standing();
         // SAFETY: the engine is open and does not run (`&mut self`); the request takes two u64.
         unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_REMOVE_CACHE, first, end) };
     }
 
     /// Writes a 64-bit register.
     pub fn write_register(&mut self, register: i32, value: u64) -> Result<()> {
+        self.end_standing();
         // SAFETY: the engine is open; the registers used here are 8 bytes wide or less, little-endian.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), register, (&raw const value).cast()) };
         self.library.check("writing a register", code)
@@ -413,6 +467,7 @@ impl<H: Hooks> Engine<H> {
 
     /// Writes a model-specific register.
     pub fn write_msr(&mut self, msr: u32, value: u64) -> Result<()> {
+        self.end_standing();
         let pair = Msr { msr, value };
         // SAFETY: this pseudo-register takes a `uc_x86_msr`.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), reg::MSR, (&raw const pair).cast()) };
@@ -421,6 +476,7 @@ impl<H: Hooks> Engine<H> {
 
     /// Writes GDTR, IDTR or TR.
     pub fn write_table(&mut self, register: i32, table: &Table) -> Result<()> {
+        self.end_standing();
         // SAFETY: these registers take a `uc_x86_mmr`.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), register, (&raw const *table).cast()) };
         self.library.check("writing a descriptor table register", code)
@@ -492,6 +548,7 @@ impl<H: Hooks> Engine<H> {
 
 impl<H: Hooks> Drop for Engine<H> {
     fn drop(&mut self) {
+        self.end_standing();
         // SAFETY: open, and closed once: here.
         unsafe { (self.library.uc_close)(self.uc.as_ptr()) };
     }
@@ -622,7 +679,8 @@ impl Drop for Context {
 pub struct Confined<T>(pub T);
 
 // SAFETY: every `Rc`, `Cell` and engine pointer inside is reachable from this one value only, never handed out, and the engine has no
-// thread-local state between runs; so moving the whole to another thread moves all of it.
+// thread-local state between runs or while one stands at an INT3 (its stack holds its own frames and our hook's); so moving the whole to
+// another thread moves all of it.
 unsafe impl<T> Send for Confined<T> {}
 
 fn installed<'a, H: Hooks>(user: *mut c_void) -> &'a Installed<H> {
@@ -659,7 +717,15 @@ extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mu
 }
 
 extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void) {
-    installed::<H>(user).hooks.interrupt(vector);
+    let installed = installed::<H>(user);
+    installed.hooks.interrupt(vector);
+    if vector == BREAKPOINT {
+        // SAFETY: null, or on the stack of the run that calls this, which has not ended.
+        let way_back = unsafe { installed.way_back.get().as_ref() };
+        if way_back.is_some_and(|way_back| way_back.suspend(()) == Go::On) {
+            return;
+        }
+    }
     stop::<H>(uc, user);
 }
 
