@@ -161,9 +161,7 @@ impl Budget {
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// Limits how many events the tap may cause in a second; with one more it is disabled. `None`: no limit.
     pub fn set_budget(&mut self, id: TapId, per_second: Option<u64>) {
-        if let Some(rare) = self.taps.rare_or_new(id) {
-            rare.budget = per_second.map(|per_second| Box::new(Budget::new(per_second)));
-        }
+        self.taps.specialize(id, |rare| rare.budget = per_second.map(|per_second| Box::new(Budget::new(per_second))));
     }
 
     /// The budget of a tap.

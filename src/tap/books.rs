@@ -80,7 +80,7 @@ impl Point {
     }
 }
 
-/// On a page with no more breakpoints than that they are all looked at.
+/// On a page with no more breakpoints than that they are looked at one by one.
 const FEW: usize = 16;
 
 /// The breakpoints planted on one page of a view, ascending by offset and then in the order they were planted.
@@ -270,11 +270,11 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     #[inline]
     pub(super) fn planted_at(&self, view: View, pa: Pa) -> &[Point] {
         let (points, offset) = (self.on_page(view, pa.gfn()), pa.page_offset() as u16);
-        // Counted where there are few: a processor that has to guess which is the one guesses wrong, and waits for memory once more.
+        let is_first = |point: &Point| point.offset >= offset;
         let first = if points.len() <= FEW {
-            points.iter().map(|point| usize::from(point.offset < offset)).sum()
+            points.iter().position(is_first).unwrap_or(points.len())
         } else {
-            points.partition_point(|point| point.offset < offset)
+            points.partition_point(|point| !is_first(point))
         };
         let rest = points.get(first..).unwrap_or_default();
         rest.get(..rest.iter().take_while(|point| point.offset == offset).count()).unwrap_or_default()

@@ -48,6 +48,8 @@ pub struct Layout {
 pub struct Copied {
     pub all: u64,
     pub integer: u64,
+    /// Of that: the general-purpose registers, RIP, RFLAGS with what is kept of them elsewhere, and the mode flags.
+    pub core: u64,
     /// Offset in a [`Context`] of what is no integer state.
     pub rest: usize,
 }
@@ -267,6 +269,6 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         dr6,
         old_exception,
         context_size: state.size(),
-        copied: Copied { all, integer, rest: last as usize },
+        copied: Copied { all, integer, core: (gp + 16 * 8).max(rip + 8).max(hflags + 4) as u64 - header, rest: last as usize },
     })
 }

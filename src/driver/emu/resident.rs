@@ -4,15 +4,11 @@
 //! MSR state stays in the main engine until somebody else needs the engine, or something needs that state.
 
 use crate::addr::VcpuId;
-use crate::arch::amd64::rflags;
 use crate::error::{Result, VmiError};
 
 use super::run::Machine;
 use super::sys::reg;
 use super::vcpu::Vcpu;
-
-/// Flags that the engine keeps outside of RFLAGS while it runs: CF, PF, AF, ZF, SF, OF, and DF.
-const KEPT_ELSEWHERE: u64 = rflags::CF | rflags::PF | rflags::AF | rflags::ZF | rflags::SF | rflags::OF | rflags::DF;
 
 /// What the main engine holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -20,6 +16,8 @@ pub(super) struct Resident {
     index: usize,
     /// The context has newer integer state.
     integer_is_old: bool,
+    /// Of that, at least the general-purpose registers, RIP and RFLAGS.
+    core_is_old: bool,
     /// The engine alone has the state that is not integer state.
     rest_is_here: bool,
 }
@@ -41,6 +39,15 @@ impl Machine {
     /// The vCPU with all of its state, to be changed in any way: the main engine's copy counts no more.
     pub fn vcpu_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
         self.unload(index);
+        let count = self.vcpus.len() as u16;
+        self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
+    }
+
+    /// The vCPU, of whose state the general-purpose registers, RIP and RFLAGS may be changed, and what is no processor state.
+    pub(super) fn core_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
+        if let Some(resident) = self.resident.as_mut().filter(|resident| resident.index == index) {
+            resident.core_is_old = true;
+        }
         let count = self.vcpus.len() as u16;
         self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
     }
@@ -77,23 +84,23 @@ impl Machine {
             self.evict();
         }
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
-        let (at, flags) = (vcpu.layout.eflags, vcpu.context.u64(vcpu.layout.eflags));
-        // A run that begins takes the arithmetic flags out of RFLAGS; one that stands has them elsewhere already.
-        if self.main.is_standing() {
-            vcpu.context.set_u64(at, flags & !KEPT_ELSEWHERE);
-        }
+        vcpu.place_flags(self.main.is_standing());
+        let clean = Resident { index, integer_is_old: false, core_is_old: false, rest_is_here: false };
         match held {
-            Some(resident) if resident.integer_is_old => {
+            Some(Resident { integer_is_old: true, rest_is_here, .. }) => {
                 self.main.restore_part(&mut vcpu.context, vcpu.layout.copied.integer);
-                self.resident = Some(Resident { integer_is_old: false, ..resident });
+                self.resident = Some(Resident { rest_is_here, ..clean });
+            }
+            Some(Resident { core_is_old: true, rest_is_here, .. }) => {
+                self.main.restore_part(&mut vcpu.context, vcpu.layout.copied.core);
+                self.resident = Some(Resident { rest_is_here, ..clean });
             }
             Some(_) => {}
             None => {
                 self.main.restore(&vcpu.context);
-                self.resident = Some(Resident { index, integer_is_old: false, rest_is_here: false });
+                self.resident = Some(clean);
             }
         }
-        vcpu.context.set_u64(at, flags);
         Ok(())
     }
 
@@ -107,12 +114,8 @@ impl Machine {
         } else {
             self.main.save_part(&mut vcpu.context, vcpu.layout.copied.integer);
         }
-        // A run that ends puts them back.
-        if self.main.is_standing() {
-            let flags = vcpu.context.rflags();
-            vcpu.context.set_u64(vcpu.layout.eflags, flags);
-        }
-        self.resident = Some(Resident { index, integer_is_old: false, rest_is_here: !whole });
+        vcpu.flags_apart = self.main.is_standing();
+        self.resident = Some(Resident { index, integer_is_old: false, core_is_old: false, rest_is_here: !whole });
     }
 
     /// Sets CR0 and CR4, which change the engine's own mode flags with them.

@@ -189,6 +189,7 @@ impl Machine {
         self.vcpus.push(Vcpu {
             context: self.main.context()?,
             layout,
+            flags_apart: false,
             apic: apic::Apic::new(id as u32),
             view: View::DEFAULT,
             state: State::Running,
@@ -455,7 +456,7 @@ impl Machine {
         let at = vcpu.rip().wrapping_sub(1);
         // The engine has just fetched it, so its TLB says where from.
         let known = if which == Which::Main { self.main.hooks().fetched(at, vcpu.cpl()) } else { None };
-        let vcpu = self.integer_mut(index)?;
+        let vcpu = self.core_mut(index)?;
         let next = vcpu.rip();
         let view = step.map_or(vcpu.view, |step| step.view);
         let walk = || translate(&memory, &vcpu.mode(view), at, Access::Fetch, vcpu.cpl(), || 0).ok();
@@ -468,7 +469,7 @@ impl Machine {
         let rip = next.wrapping_sub(len.into());
         vcpu.set_rip(rip);
         if !raised {
-            deliver::software(vcpu, &memory, vector::BP, next);
+            deliver::software(self.integer_mut(index)?, &memory, vector::BP, next);
             return Ok(None);
         }
         // The two-byte form may begin on the page before; its last byte's page is as good a name for it.

@@ -121,7 +121,7 @@ impl Machine {
                 return false;
             }
         }
-        let Ok(vcpu) = self.integer_mut(index) else { return false };
+        let Ok(vcpu) = self.core_mut(index) else { return false };
         direct::carry_out(op, vcpu, rip.wrapping_add(len.into()));
         vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ);
         true
@@ -218,6 +218,7 @@ impl Machine {
     fn run_stepper(&mut self, index: usize, rip: u64, count: usize, insn: Insn) -> i32 {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return code::OK };
         self.stepper.hooks().begin();
+        vcpu.place_flags(false);
         let (integer, wide) = (insn == Insn::Integer, insn == Insn::WideStore);
         if integer {
             let part = vcpu.layout.copied.integer;

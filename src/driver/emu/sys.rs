@@ -387,20 +387,18 @@ impl<H: Hooks> Engine<H> {
     /// [`VmiError::Driver`] if there is no memory for a stack.
     #[inline]
     pub fn go(&mut self, rip: u64) -> Result<i32> {
-        let mut run = match self.standing.take() {
-            Some(run) => run,
-            None => self.begin(rip)?,
-        };
-        Ok(match run.resume(Go::On) {
-            CoroutineResult::Yield(()) => {
-                self.standing = Some(run);
-                code::OK
-            }
-            CoroutineResult::Return(ended) => {
-                self.keep_stack(run);
-                ended
-            }
-        })
+        if self.standing.is_none() {
+            self.standing = Some(self.begin(rip)?);
+        }
+        Ok(self.resume(Go::On).unwrap_or(code::OK))
+    }
+
+    /// Lets the run that stands go on. `None`: it stands again.
+    #[inline]
+    fn resume(&mut self, go: Go) -> Option<i32> {
+        let CoroutineResult::Return(ended) = self.standing.as_mut()?.resume(go) else { return None };
+        self.stack = self.standing.take().map(Run::into_stack);
+        Some(ended)
     }
 
     /// Whether a run stands at an INT3.
@@ -428,18 +426,11 @@ impl<H: Hooks> Engine<H> {
         }))
     }
 
-    fn keep_stack(&mut self, run: Run) {
-        self.stack = Some(run.into_stack());
-    }
-
     /// Ends a run that stands at an INT3. The state stays as it is.
     fn end_standing(&mut self) {
-        while let Some(mut run) = self.standing.take() {
-            match run.resume(Go::Stop) {
-                // Told to stop it comes to no other INT3; should it, it is told again.
-                CoroutineResult::Yield(()) => self.standing = Some(run),
-                CoroutineResult::Return(_) => self.keep_stack(run),
-            }
+        // Told to stop it comes to no other INT3; should it, it is told again.
+        while self.standing.is_some() {
+            self.resume(Go::Stop);
         }
     }
 
