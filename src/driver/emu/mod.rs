@@ -7,6 +7,7 @@
 //! All vCPUs run on the calling thread, in turns that are counted in basic blocks, so a run is repeatable. Time stands still
 //! for the guest while it is held.
 
+mod abi;
 mod answer;
 mod apic;
 mod asks;

@@ -18,47 +18,10 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::{Result, VmiError};
 
+use super::abi;
+pub use super::abi::{Table, code};
 pub use super::asks::{Access, Fill, Hooks};
 pub(super) use super::reg;
-
-/// Error codes of the engine (unicorn.h, `uc_err`) that the driver tells apart.
-pub mod code {
-    pub const OK: i32 = 0;
-    pub const INSN_INVALID: i32 = 10;
-}
-
-/// The empty range of addresses, by which a hook is asked for at every address.
-const EVERYWHERE: (u64, u64) = (1, 0);
-
-const ARCH_X86: c_int = 4;
-const MODE_64: c_int = 8;
-const PROT_ALL: u32 = 7;
-
-const HOOK_INTR: c_int = 1 << 0;
-const HOOK_INSN: c_int = 1 << 1;
-const HOOK_CODE: c_int = 1 << 2;
-const HOOK_BLOCK: c_int = 1 << 3;
-const HOOK_MEM_READ_UNMAPPED: c_int = 1 << 4;
-const HOOK_MEM_WRITE_UNMAPPED: c_int = 1 << 5;
-const HOOK_MEM_WRITE: c_int = 1 << 11;
-const HOOK_TLB_FILL: c_int = 1 << 17;
-const INSN_IN: c_int = 218;
-const INSN_OUT: c_int = 500;
-
-const MEM_WRITE: c_int = 17;
-const MEM_FETCH: c_int = 18;
-const MEM_WRITE_UNMAPPED: c_int = 20;
-
-// uc_ctl's first argument: the request, how many arguments follow (from bit 26), and the direction (from bit 30).
-const CTL_WRITE: u32 = 1 << 30;
-const CTL_USE_EXITS: u32 = 4 | 1 << 26 | CTL_WRITE;
-const CTL_CPU_MODEL: u32 = 7 | 1 << 26 | CTL_WRITE;
-const CTL_REMOVE_CACHE: u32 = 9 | 2 << 26 | CTL_WRITE;
-const CTL_FLUSH_TLB: u32 = 0xb | CTL_WRITE;
-const CTL_TLB_TYPE: u32 = 0xc | 1 << 26 | CTL_WRITE;
-const CTL_TCG_BUFFER_SIZE: u32 = 0xd | 1 << 26 | CTL_WRITE;
-const TLB_VIRTUAL: c_int = 1;
-const CPU_SKYLAKE_CLIENT: c_int = 21;
 
 type Uc = c_void;
 
@@ -304,8 +267,9 @@ impl EngineRef<'_> {
     pub fn watch_code(self, first: u64, last: u64) {
         let mut hook = 0_usize;
         // SAFETY: `uc` is open; the callback has the prototype of HOOK_CODE and `user` outlives the engine (Engine's fields).
-        let code =
-            unsafe { (self.library.uc_hook_add)(self.uc, &raw mut hook, HOOK_CODE, self.code_callback, self.user, first, last) };
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc, &raw mut hook, abi::HOOK_CODE, self.code_callback, self.user, first, last)
+        };
         if code != code::OK {
             log::error!("the engine refused a code hook at {first:#x}: error {code}");
         }
@@ -317,33 +281,35 @@ impl<H: Hooks> Engine<H> {
     pub fn new(library: &Arc<Library>, kind: EngineKind, ram: &Rc<Ram>, hooks: H) -> Result<Self> {
         let mut uc = std::ptr::null_mut();
         // SAFETY: a valid place for the handle.
-        library.check("opening the engine", unsafe { (library.uc_open)(ARCH_X86, MODE_64, &raw mut uc) })?;
+        library.check("opening the engine", unsafe { (library.uc_open)(abi::ARCH_X86, abi::MODE_64, &raw mut uc) })?;
         let uc = NonNull::new(uc).ok_or_else(|| library.error("opening the engine", code::OK))?;
         let hooks = Box::new(Installed { hooks, library: Arc::clone(library), way_back: Cell::new(std::ptr::null()) });
         let engine = Self { uc, library: Arc::clone(library), hooks, standing: None, stack: None, _ram: Rc::clone(ram) };
         // A quarter of the default address space is plenty for the guests this driver is for.
         let buffer: u32 = if kind == EngineKind::Main { 256 << 20 } else { 64 << 20 };
         // SAFETY: the request takes one u32.
-        library.check("sizing the engine", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_TCG_BUFFER_SIZE, buffer) })?;
+        library.check("sizing the engine", unsafe { (library.uc_ctl)(uc.as_ptr(), abi::CTL_TCG_BUFFER_SIZE, buffer) })?;
         // SAFETY: the request takes one int.
-        library.check("choosing the processor", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_CPU_MODEL, CPU_SKYLAKE_CLIENT) })?;
+        library.check("choosing the processor", unsafe {
+            (library.uc_ctl)(uc.as_ptr(), abi::CTL_CPU_MODEL, abi::CPU_SKYLAKE_CLIENT)
+        })?;
         // SAFETY: the request takes one int.
-        library.check("choosing the TLB", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_TLB_TYPE, TLB_VIRTUAL) })?;
+        library.check("choosing the TLB", unsafe { (library.uc_ctl)(uc.as_ptr(), abi::CTL_TLB_TYPE, abi::TLB_VIRTUAL) })?;
         // With exits switched on and none given, no address is special. SAFETY: the request takes one int.
-        library.check("switching exits on", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_USE_EXITS, 1 as c_int) })?;
+        library.check("switching exits on", unsafe { (library.uc_ctl)(uc.as_ptr(), abi::CTL_USE_EXITS, 1 as c_int) })?;
         // SAFETY: the mapping is `ram.len()` bytes of page-aligned memory and lives as long as the engine (`_ram`).
-        let mapped = unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), PROT_ALL, ram.map.as_mut_ptr().cast()) };
+        let mapped = unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), abi::PROT_ALL, ram.map.as_mut_ptr().cast()) };
         library.check("mapping guest memory", mapped)?;
-        engine.add_hook(HOOK_INTR, on_interrupt::<H> as *mut c_void, EVERYWHERE)?;
-        engine.add_hook(HOOK_TLB_FILL, on_fill::<H> as *mut c_void, EVERYWHERE)?;
+        engine.add_hook(abi::HOOK_INTR, on_interrupt::<H> as *mut c_void, abi::EVERYWHERE)?;
+        engine.add_hook(abi::HOOK_TLB_FILL, on_fill::<H> as *mut c_void, abi::EVERYWHERE)?;
         // Only beyond memory: a memory hook that could fire for RAM would keep every store to it on the engine's slow path.
         let unmapped = (ram.len() as u64, u64::MAX);
-        engine.add_hook(HOOK_MEM_READ_UNMAPPED | HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void, unmapped)?;
-        engine.add_insn_hook(INSN_IN, on_in::<H> as *mut c_void)?;
-        engine.add_insn_hook(INSN_OUT, on_out::<H> as *mut c_void)?;
+        engine.add_hook(abi::HOOK_MEM_READ_UNMAPPED | abi::HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void, unmapped)?;
+        engine.add_insn_hook(abi::INSN_IN, on_in::<H> as *mut c_void)?;
+        engine.add_insn_hook(abi::INSN_OUT, on_out::<H> as *mut c_void)?;
         match kind {
-            EngineKind::Main => engine.add_hook(HOOK_BLOCK, on_block::<H> as *mut c_void, EVERYWHERE)?,
-            EngineKind::Stepper => engine.add_hook(HOOK_MEM_WRITE, on_store::<H> as *mut c_void, EVERYWHERE)?,
+            EngineKind::Main => engine.add_hook(abi::HOOK_BLOCK, on_block::<H> as *mut c_void, abi::EVERYWHERE)?,
+            EngineKind::Stepper => engine.add_hook(abi::HOOK_MEM_WRITE, on_store::<H> as *mut c_void, abi::EVERYWHERE)?,
         }
         Ok(engine)
     }
@@ -363,8 +329,9 @@ impl<H: Hooks> Engine<H> {
     fn add_insn_hook(&self, insn: c_int, callback: *mut c_void) -> Result<()> {
         let mut hook = 0_usize;
         // SAFETY: as in `add_hook`; HOOK_INSN takes the instruction as one more int.
-        let code =
-            unsafe { (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, HOOK_INSN, callback, self.user(), 1, 0, insn) };
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, abi::HOOK_INSN, callback, self.user(), 1, 0, insn)
+        };
         self.library.check("installing a hook", code)
     }
 
@@ -438,14 +405,14 @@ impl<H: Hooks> Engine<H> {
     #[inline]
     pub fn flush_tlb(&mut self) {
         // SAFETY: the engine is open; the request takes nothing.
-        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_FLUSH_TLB) };
+        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), abi::CTL_FLUSH_TLB) };
     }
 
     /// Forgets code translated from the virtual range `first..end`, which must lie in one page.
     pub fn forget_code(&mut self, first: u64, end: u64) {
         self.end_standing();
         // SAFETY: the engine is open and does not run (`&mut self`); the request takes two u64.
-        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_REMOVE_CACHE, first, end) };
+        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), abi::CTL_REMOVE_CACHE, first, end) };
     }
 
     /// Writes a 64-bit register.
@@ -459,7 +426,7 @@ impl<H: Hooks> Engine<H> {
     /// Writes a model-specific register.
     pub fn write_msr(&mut self, msr: u32, value: u64) -> Result<()> {
         self.end_standing();
-        let pair = Msr { msr, value };
+        let pair = abi::Msr { msr, value };
         // SAFETY: this pseudo-register takes a `uc_x86_msr`.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), reg::MSR, (&raw const pair).cast()) };
         self.library.check("writing an MSR", code)
@@ -489,7 +456,7 @@ impl<H: Hooks> Engine<H> {
 
     /// Reads a model-specific register; 0 for one the engine does not know.
     pub fn read_msr(&self, msr: u32) -> Result<u64> {
-        let mut pair = Msr { msr, value: 0 };
+        let mut pair = abi::Msr { msr, value: 0 };
         // SAFETY: this pseudo-register takes a `uc_x86_msr`.
         let code = unsafe { (self.library.uc_reg_read)(self.uc.as_ptr(), reg::MSR, (&raw mut pair).cast()) };
         self.library.check("reading an MSR", code)?;
@@ -543,21 +510,6 @@ impl<H: Hooks> Drop for Engine<H> {
         // SAFETY: open, and closed once: here.
         unsafe { (self.library.uc_close)(self.uc.as_ptr()) };
     }
-}
-
-#[repr(C)]
-struct Msr {
-    msr: u32,
-    value: u64,
-}
-
-/// `uc_x86_mmr`: a descriptor table register, or TR.
-#[repr(C)]
-pub struct Table {
-    pub selector: u16,
-    pub base: u64,
-    pub limit: u32,
-    pub flags: u32,
 }
 
 /// A copy of one processor's state. Fields are reached by byte offsets that the calibration found.
@@ -689,21 +641,15 @@ fn stop<H: Hooks>(uc: *mut Uc, user: *mut c_void) {
     unsafe { (installed::<H>(user).library.uc_emu_stop)(uc) };
 }
 
-#[repr(C)]
-struct TlbEntry {
-    paddr: u64,
-    perms: u32,
-}
-
-extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mut TlbEntry, user: *mut c_void) -> bool {
+extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mut abi::TlbEntry, user: *mut c_void) -> bool {
     let access = match access {
-        MEM_FETCH => Access::Fetch,
-        MEM_WRITE => Access::Write,
+        abi::MEM_FETCH => Access::Fetch,
+        abi::MEM_WRITE => Access::Write,
         _ => Access::Read,
     };
     let Some(fill) = installed::<H>(user).hooks.fill(engine_ref::<H>(uc, user), va, access) else { return false };
     // SAFETY: the engine passes a valid place for the entry.
-    unsafe { result.write(TlbEntry { paddr: fill.pa, perms: u32::from(fill.rights) }) };
+    unsafe { result.write(abi::TlbEntry { paddr: fill.pa, perms: u32::from(fill.rights) }) };
     true
 }
 
@@ -721,7 +667,7 @@ extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void
 }
 
 extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, len: c_int, _: i64, user: *mut c_void) -> bool {
-    installed::<H>(user).hooks.unmapped(pa, len.unsigned_abs(), kind == MEM_WRITE_UNMAPPED);
+    installed::<H>(user).hooks.unmapped(pa, len.unsigned_abs(), kind == abi::MEM_WRITE_UNMAPPED);
     false
 }
 
