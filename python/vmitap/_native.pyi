@@ -538,6 +538,16 @@ class Vm:
         >>> vm.run(timeout=5, max_hits=3).hits
         3
         """
+    def _moments(self, timeout: float | None = None, max_hits: int | None = None) -> _Moments: ...
+    def fileno(self) -> int | None:
+        """A file descriptor that is readable when the guest has an event to be looked at; None: it runs only inside `run` and the like.
+
+        For event loops: `vmitap.aio` waits for it, without a thread. It belongs to the session. A Xen domain has one (its event channel);
+        a guest on the embedded driver has none.
+
+        >>> vm.fileno() is None
+        True
+        """
     def events(self, *breakpoints: Breakpoint, timeout: float | None = None, queue: int = 10_000) -> Events:
         """Iterates over hits; the vCPU is not held while your code works on one.
 
@@ -1681,6 +1691,10 @@ class Verdict:
         """
 
 @final
+class _Moments:
+    def go(self) -> tuple[RunResult | None, bool]: ...
+
+@final
 class RunResult:
     """Why `run` came back, and what happened in it.
 
@@ -1816,6 +1830,8 @@ class Events:
         >>> list(events), events.result.reason
         ([], 'timeout')
         """
+    def _moment(self) -> bool: ...
+    def _take(self) -> Hit | None: ...
     def close(self) -> None:
         """Ends the iteration; hits that still wait are dropped.
 
