@@ -1221,7 +1221,7 @@ class EventJournal:
     """The last events of a session in a file, which is still there when this process is killed: what it was at, and what came before.
 
     Every event the driver raises is in it, those that filters keep back too, with what became of it. It is a ring of a size that is set
-    once, mapped into this process: an event costs some 40 ns and no system call. Not to be taken for the journal that
+    once, mapped into this process: an event costs some 60 ns and no system call. Not to be taken for the journal that
     `vmitap.repair` reads, which tells what is to be undone in a guest and is always kept for a Xen domain.
 
     >>> import tempfile, os

@@ -349,7 +349,9 @@ fn enqueue(py: Python<'_>, shared: &Shared, listener: &Listener, hit: &Py<Hit>) 
         return;
     }
     drop(queue);
-    listener.lost.fetch_add(1, Ordering::Relaxed);
+    if listener.lost.fetch_add(1, Ordering::Relaxed) == 0 {
+        log::warn!("{} hits wait in a queue of events() that has no room for more: others are lost, and counted", listener.room);
+    }
     shared.lost.fetch_add(1, Ordering::Relaxed);
 }
 
