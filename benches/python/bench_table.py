@@ -1,7 +1,7 @@
 """One table: what a hit costs with vmitap, with plain `unicorn` scripts, and with what else taps a function from Python.
 
 `make bench` runs it; by hand: `python benches/python/bench_table.py [--turns N] [--markdown]`. Everything is measured in this one run,
-in turns of some hundredths of a second, by the wall clock, and the best of the turns counts: compare the ratios, not the times of two
+in turns, in the processor time of all that take part, and the best of the turns counts: compare the ratios, not the times of two
 machines. Each way must count every call, or there is no result. `--peers PYTHON` is an interpreter that has what is to be compared (`pip
 install frida qiling python-ptrace`), if this one has not; what is missing is said in its row.
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import TYPE_CHECKING
 
 import peer
@@ -87,9 +87,9 @@ def ours(guest: str, calls: int, **options: object) -> Measured:
         where = (Arg(0) == 0) | (Arg(0) == calls + 1) if filtered else None
         vm.breakpoint("f", where=where, **options)
         vm.run(timeout=600, max_hits=1)
-        begin = perf_counter()
+        begin = process_time()
         result = vm.run(timeout=600, max_hits=1 if filtered else calls)
-        elapsed = perf_counter() - begin
+        elapsed = process_time() - begin
         if (result.hits, result.filtered) != ((1, calls) if filtered else (calls, 0)):
             raise SystemExit(f"vmitap: {result}")
         vm.run(timeout=600)
@@ -106,7 +106,7 @@ def look(hit: vmitap.Hit) -> None:
 
 def unicorn(guest: str, way: str, calls: int) -> Measured:
     """A script with nothing but the package unicorn."""
-    result = peer.measure(guest, way, calls, clock=perf_counter)
+    result = peer.measure(guest, way, calls)
     if (result.hits, result.executed) != (calls, calls):
         raise SystemExit(f"unicorn, {way}: {result}")
     return Measured(result.microseconds, result.seen > 0)
@@ -126,18 +126,18 @@ class Process:
     @staticmethod
     def _output(command: list[str | Path]) -> dict[str, int]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        values = {name: int(value) for name, value in re.findall(r"(hits|called|ns|code) (\d+)", done.stdout)}
+        values = {name: int(value) for name, value in re.findall(r"(hits|called|ns|busy|code) (\d+)", done.stdout)}
         if "code" not in values:
             raise UnavailableError(((done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"])[-1])
         return values
 
     def measure(self, command: list[str], program: Path, calls: int) -> Measured:
-        """Runs a peer on it; the process measures itself, unless the peer measures it."""
+        """Runs a peer on it; the process measures itself, and a peer outside of it itself too."""
         values = self._output([word.format(program=program, calls=calls, address=self.address) for word in command])
         # The process calls f once before it begins to count.
         if (values["hits"], values["called"]) != (calls + 1, calls):
             raise SystemExit(f"{command}: {values}")
-        return Measured(values["ns"] / calls / 1e3, values["code"] != self.code[program])
+        return Measured((values["ns"] + values.get("busy", 0)) / calls / 1e3, values["code"] != self.code[program])
 
 
 def python_peer(python: str, package: str, install: str) -> str:
