@@ -246,7 +246,7 @@ def show(ways: list[Way], *, markdown: bool) -> None:
             print(f"| {' | '.join(line)} |")
         table.add_row(*line)
     if not markdown:
-        Console(soft_wrap=True).print(table)
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
         print("\nThe commands, from benches/python; process and calls.elf are built by this script:")
         for way in ways:
             print(f"  {way.name:<36}{way.command}")
