@@ -3,6 +3,7 @@
 //! A driver is `Send` and used by one thread at a time. Physical addresses below [`VmInfo::memory_size`] are the guest's;
 //! frames that [`VmiFrames::allocate_frames`] gives lie above and are read and written like the guest's own.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -225,6 +226,15 @@ pub trait VmiEvents {
 
     /// What wakes a [`VmiEvents::wait`] from another thread.
     fn waker(&self) -> Arc<dyn Waker>;
+
+    /// A descriptor that can be read from while [`VmiEvents::wait`] has something new to tell, or was woken: for whoever waits for other
+    /// things too, and then calls `wait` without a timeout until that has nothing more. `None`: the guest runs inside `wait` only.
+    ///
+    /// # Errors
+    /// The system's.
+    fn readiness(&self) -> Result<Option<OwnedFd>> {
+        Ok(None)
+    }
 }
 
 /// Delivering interrupts and exceptions.

@@ -60,6 +60,8 @@ pub struct Course {
     pub calls_before: u64,
     pub lost_before: u64,
     pub hold_max: Duration,
+    /// It is made in moments: [`drive`] comes back when there is nothing more for now, with this false, or after [`KEEP`], with this true.
+    moments: Option<bool>,
 }
 
 impl Course {
@@ -75,7 +77,19 @@ impl Course {
             calls_before: shared.calls.load(Ordering::Relaxed),
             lost_before: shared.lost.load(Ordering::Relaxed),
             hold_max: Duration::ZERO,
+            moments: None,
         }
+    }
+
+    /// Whether there may be more at once, of what is made in moments.
+    pub fn has_more(&self) -> bool {
+        self.moments == Some(true)
+    }
+
+    /// The same, made in moments.
+    #[must_use]
+    pub fn in_moments(self) -> Self {
+        Self { moments: Some(true), ..self }
     }
 }
 
@@ -165,6 +179,7 @@ fn turn_until(
     let mut state = Loop::default();
     let mut signals_at = Instant::now();
     let mut yields_at = signals_at + KEEP;
+    let moment_ends = course.moments.map(|_| yields_at);
     loop {
         shared.refresh_wanted(py);
         // A hit was met a moment ago, and the clock read.
@@ -182,7 +197,8 @@ fn turn_until(
         }
         let is_late = course.deadline.is_some_and(|deadline| now >= deadline);
         let is_stopped = shared.stop.load(Ordering::Acquire);
-        let has_enough = listener.is_some_and(|listener| !listener.queue.lock().is_empty());
+        let is_over = moment_ends.is_some_and(|ends| now >= ends);
+        let has_enough = is_over || listener.is_some_and(|listener| !listener.queue.lock().is_empty());
         let detach = state.detach || shared.is_detach_wanted();
         let ends = state.raised.is_some() || state.paused || detach || is_late || is_stopped || has_enough;
         let (mut answer, paused, last_hit, hold_max) = (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max);
@@ -212,7 +228,7 @@ fn turn_until(
         };
         // Hits often come in crowds: after one, the next is first waited for without letting go of the interpreter.
         let at_once = if met_at.is_some() { shared.briefly(|inner| turn(inner, Some(now))) } else { None };
-        let limit = if ends { Some(now) } else { until };
+        let limit = if ends || course.moments.is_some() { Some(now) } else { until };
         let kept = at_once.is_some();
         let turn = match at_once {
             Some(turn) => {
@@ -227,6 +243,10 @@ fn turn_until(
                 let is_news = state.event != Some((hit.at, hit.vcpu));
                 let met = if kept && is_news { hit.at } else { Instant::now() };
                 meet(py, shared, &mut state, hit, met);
+            }
+            Turn::Polled(Poll::Timeout) if course.moments.is_some() && !ends => {
+                course.moments = Some(false);
+                return Ok(None);
             }
             Turn::Polled(Poll::Timeout) => {}
             Turn::Polled(Poll::Idle) if !ends => return Ok(Some(Reason::Idle)),
@@ -243,6 +263,7 @@ fn turn_until(
                     return Ok(Some(Reason::Paused));
                 }
                 if has_enough {
+                    course.moments = course.moments.map(|_| true);
                     return Ok(None);
                 }
                 if is_stopped {
@@ -336,7 +357,9 @@ fn enqueue(py: Python<'_>, shared: &Shared, listener: &Listener, hit: &Py<Hit>) 
         return;
     }
     drop(queue);
-    listener.lost.fetch_add(1, Ordering::Relaxed);
+    if listener.lost.fetch_add(1, Ordering::Relaxed) == 0 {
+        log::warn!("{} hits wait in a queue of events() that has no room for more: others are lost, and counted", listener.room);
+    }
     shared.lost.fetch_add(1, Ordering::Relaxed);
 }
 

@@ -4,8 +4,9 @@
 //! lock is held while Python runs. A thread that has the interpreter takes `inner` only if it is free; it waits without.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -65,6 +66,8 @@ pub struct Shared {
     pub abi: Abi,
     pub began: Instant,
     pub waker: Arc<dyn Waker>,
+    /// The driver's descriptor, once somebody has asked for it.
+    pub readiness: OnceLock<Option<OwnedFd>>,
     /// By the number of the tap.
     pub taps: Mutex<Vec<Option<Py<Breakpoint>>>>,
     /// Numbers of the owners that were given as `key`.
@@ -103,6 +106,7 @@ impl Shared {
         session.set_symbols(symbols.clone());
         Self {
             waker: session.waker(),
+            readiness: OnceLock::new(),
             began: session.began(),
             inner: Mutex::new(Inner { session, planted: Vec::new() }),
             turn: Mutex::default(),

@@ -1,5 +1,6 @@
 //! A driver that writes down what it adds to the guest, before or right after it does.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -244,6 +245,10 @@ impl<D: VmiDriver + ?Sized> VmiEvents for Journaled<D> {
 
     fn waker(&self) -> Arc<dyn Waker> {
         self.inner.waker()
+    }
+
+    fn readiness(&self) -> Result<Option<OwnedFd>> {
+        self.inner.readiness()
     }
 }
 

@@ -98,6 +98,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.returns.waiting >= WAITING
             && let Some(Call { tap, facts, row, .. }) = self.returns.oldest()
         {
+            if self.returns.lost == 0 {
+                log::warn!("{WAITING} calls have not returned: the oldest is given up for each that comes, and counted");
+            }
             self.returns.lost += 1;
             self.end_row(tap, &facts, row, None);
         }
