@@ -82,7 +82,7 @@ static struct {
     int answer_count, bound;
     int bp, step, cpuid, unimplemented, cr, param_set, altp2m_on, unsupported_insn;
     long wiped, ring_full, exposures;
-    int automatic;
+    int automatic, always;
 } d;
 
 /* --- what a test sets, asks and breaks --- */
@@ -92,6 +92,9 @@ static struct knob knobs[] = {
     {"version_errno", 0}, {"open_errno", 0}, {"vcpus", 1}, {"named", 1}, {"emul_monitor", 1}, {"shutdown", 0}, {"version", VM_EVENT}, {0, 0},
 };
 static struct { const char *name; long count, fail_at; int error; } calls[128];
+/* Of all calls, whatever they are: at one of them something happens. */
+#define MOST_CALLS 4096
+static struct { long total, fail_at, set_at, value; int error; const char *knob, *names[MOST_CALLS]; } every;
 
 long *fake_knob(const char *name) { for (struct knob *k = knobs; k->name; k++) if (!strcmp(k->name, name)) return &k->value; abort(); }
 static long knob(const char *name) { return *fake_knob(name); }
@@ -100,12 +103,28 @@ static int find(const char *name) { int i = 0; while (calls[i].name && strcmp(ca
 long fake_calls(const char *name) { return calls[find(name)].count; }
 void fake_forget_calls(void) { for (int i = 0; calls[i].name; i++) calls[i].count = 0; }
 void fake_fail(const char *name, long nth, int error) { int i = find(name); calls[i].fail_at = calls[i].count + nth; calls[i].error = error; }
-static int enter(const char *name)
+long fake_total(void) { return every.total; }
+const char *fake_name(long nth) { return nth > 0 && nth <= every.total && nth < MOST_CALLS ? every.names[nth] : 0; }
+void fake_fail_call(long nth, int error) { every.fail_at = nth; every.error = error; }
+void fake_set_at(long nth, const char *name, long value) { every.set_at = nth; every.knob = strdup(name); every.value = value; }
+int fake_run(int v, int n);
+/* 0, or -1 if the call is to fail. */
+static int count(const char *name)
 {
     int i = find(name);
     calls[i].count++;
-    if (knob("gone") && strncmp(name, "xenforeignmemory_unmap", 22) && strncmp(name, "xenevtchn", 9)) return ERR(ESRCH);
+    if (++every.total < MOST_CALLS) every.names[every.total] = calls[i].name;
+    /* The guest runs all the time, not only while the tool waits. */
+    for (int v = 0; v < VCPUS; v++) if (d.always) fake_run(v, d.always);
+    if (every.total == every.set_at) *fake_knob(every.knob) = every.value;
+    if (every.total == every.fail_at) return ERR(every.error);
     return calls[i].count == calls[i].fail_at ? ERR(calls[i].error) : 0;
+}
+static int enter(const char *name)
+{
+    if (count(name)) return -1;
+    if (knob("gone") && strncmp(name, "xenforeignmemory_unmap", 22) && strncmp(name, "xenevtchn", 9)) return ERR(ESRCH);
+    return 0;
 }
 #define ENTER() do { if (enter(__func__)) return -1; } while (0)
 
@@ -153,6 +172,7 @@ long fake_state(const char *what, long i)
 const struct event *fake_answer(int i) { return &d.answers[i]; }
 void fake_ring(uint32_t req_prod) { __atomic_store_n(&d.ring->req_prod, req_prod, __ATOMIC_RELEASE); }
 void fake_automatic(int instructions) { d.automatic = instructions; }
+void fake_always(int instructions) { d.always = instructions; }
 void fake_lose_emulator(int lost) { d.unsupported_insn = lost; }
 
 /* --- the machine --- */
@@ -192,6 +212,8 @@ static int denied(int v, long va, int access)
 {
     struct entry *e = effective(d.vcpu[v].view, va >> 12);
     if (e && (e->access & access) == access) return 0;
+    /* Nobody listens: Xen takes the restriction away (p2m_mem_access_check). */
+    if (e && !d.ring) { e->access = 7; if (!d.vcpu[v].view) d.host_access[va >> 12] = 7; d.exposures++; return 0; }
     struct event event = {.reason = MEM_ACCESS, .u.access = {va >> 12, va & 4095, va, access | 8 | 16, 0}};
     push(v, &event, 1);
     return 1;
@@ -309,8 +331,7 @@ int xc_vm_event_get_version(void *x) { (void)x; ENTER(); if (knob("version_errno
 struct info { uint16_t domain, pad; uint32_t flags; uint64_t tot, max, out, shr, paged, shared, time; uint32_t online, max_vcpu, ssid; uint8_t handle[16]; uint32_t pool; uint64_t rest[MINOR >= 16 ? 2 : 1]; };
 int xc_domain_getinfolist(void *x, uint32_t first, unsigned max, struct info *out)
 {
-    (void)x; int i = find(__func__); calls[i].count++;
-    if (calls[i].count == calls[i].fail_at) return ERR(calls[i].error);
+    (void)x; if (count(__func__)) return -1;
     if (!max || first > DOMAIN || (first && knob("gone"))) return 0;
     memset(out, 0, sizeof *out);
     if (!first) { out->max_vcpu = 0; return 1; }
@@ -454,7 +475,7 @@ void *xenevtchn_open(void *l, unsigned f) { (void)l; (void)f; return enter(__fun
 int xenevtchn_close(void *x) { (void)x; return 0; }
 int xenevtchn_fd(void *x)
 {
-    (void)x;
+    (void)x; if (count(__func__)) return -1;
     /* The tool is about to wait: now the guest runs. */
     for (int v = 0; v < VCPUS; v++) if (d.automatic) fake_run(v, d.automatic);
     return d.event_fd;
@@ -492,7 +513,7 @@ void *xs_open(unsigned long f) { (void)f; return enter(__func__) ? 0 : &d; }
 void xs_close(void *x) { (void)x; }
 void *xs_read(void *x, uint32_t t, const char *path, unsigned *len)
 {
-    (void)x; (void)t;
+    (void)x; (void)t; if (count(__func__)) return 0;
     const char *name = !strcmp(path, "/local/domain/0/name") ? "Domain-0" : !strcmp(path, "/local/domain/7/name") && knob("named") ? "guest" : 0;
     if (!name) { errno = ENOENT; return 0; }
     *len = strlen(name); return strdup(name);

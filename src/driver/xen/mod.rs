@@ -137,6 +137,8 @@ pub struct XenDriver {
     pauses: u32,
     bell: Arc<Bell>,
     stepping: Stepping,
+    /// Another program listened before us, and may have left vCPUs that stand still.
+    has_deposed: bool,
     /// When the domain was last looked at.
     looked_at: Instant,
     /// Why the domain is gone, once it is.
@@ -197,35 +199,17 @@ impl XenDriver {
             pauses: 0,
             bell: Arc::new(Bell { rung: AtomicBool::new(false), fd }),
             stepping: options.stepping,
+            has_deposed: options.take_over,
             looked_at: Instant::now(),
             gone: None,
             broken: None,
         };
-        if options.take_over
-            && let Err(error) = driver.xen.control().monitor_disable(domain)
-        {
-            log::debug!("nobody listened: {error}");
+        if options.take_over {
+            driver.depose().map_err(call)?;
         }
         // Whatever fails from here on, dropping the driver takes back what was done.
         driver.listen().map_err(refuse)?;
         Ok(driver)
-    }
-
-    /// Ends the listening and begins it anew, with an empty ring.
-    fn listen_anew(&mut self) -> Result<()> {
-        self.ring = None;
-        if let Some(port) = self.port.take() {
-            self.events.unbind(port).map_err(|error| failed(&error))?;
-        }
-        self.xen.control().monitor_disable(self.domain).map_err(|error| failed(&error))?;
-        let switched_on = self.switched_on;
-        self.listen().map_err(|obstacle| obstacle.error(&self.info.name))?;
-        self.switched_on |= switched_on;
-        self.decides_writes = false;
-        for monitor in std::mem::take(&mut self.monitors) {
-            VmiEvents::monitor(self, monitor, true)?;
-        }
-        Ok(())
     }
 
     fn listen(&mut self) -> Result<(), Obstacle> {

@@ -43,9 +43,9 @@ fn script(driver: Box<dyn VmiDriver>, fake: &Fake) -> Result<(), VmiError> {
     session.detach()
 }
 
-/// How many calls there were, and whether the tool died.
-fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
-    let folder = Folder::new("xen-killed");
+/// How many calls there were, and whether the tool died. So many instructions each vCPU executes between any two calls of the repair.
+fn killed(kind: Kind, death: Option<Death>, meanwhile: i32) -> (usize, bool) {
+    let folder = Folder::new(if meanwhile == 0 { "xen-killed" } else { "xen-killed-meanwhile" });
     let (kept, path) = (folder.0.join("kept"), folder.0.join("test-1.journal"));
     let fake = looping(kind, 2);
     let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
@@ -64,14 +64,17 @@ fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
         std::mem::forget(tool.clone());
         std::fs::rename(&kept, &path).unwrap();
         let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
+        fake.always(meanwhile);
         let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
         repair(&mut driver, journal.remains()).unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
         journal.close().unwrap();
     }
     drop(tool);
     fake.automatic(0);
+    fake.always(0);
     assert_eq!(folder.files(), 0);
-    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "exposures"] {
+    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "int3s", "exposures"]
+    {
         for vcpu in [0, 1] {
             assert_eq!(fake.state(what, vcpu), 0, "{death:?}: {what} of vCPU {vcpu}");
         }
@@ -86,12 +89,23 @@ fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
 #[test]
 fn whenever_the_tool_is_killed_the_domain_is_brought_back() {
     for kind in [Kind::new(6, 14), Kind::new(7, 17), Kind::new(7, 20)] {
-        let (calls, is_dead) = killed(kind, None);
+        let (calls, is_dead) = killed(kind, None, 0);
         assert!(calls > 40 && !is_dead, "{calls}");
         for n in 1..=calls {
             for death in [Death::Before(n), Death::After(n)] {
-                killed(kind, Some(death));
+                killed(kind, Some(death), 0);
             }
+        }
+    }
+}
+
+#[test]
+fn a_repair_misses_nothing_that_the_guest_does_meanwhile() {
+    let kind = Kind::new(7, 20);
+    let (calls, _) = killed(kind, None, 1);
+    for n in 1..=calls {
+        for instructions in [1, 3, 50] {
+            killed(kind, Some(Death::After(n)), instructions);
         }
     }
 }
