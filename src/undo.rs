@@ -20,7 +20,8 @@ impl Left {
 
     /// The error of an operation that failed for `cause` and was then undone.
     pub(crate) fn after(self, cause: VmiError) -> VmiError {
-        if self.what.is_empty() {
+        // Nothing is left behind in a guest that is gone.
+        if self.what.is_empty() || matches!(cause, VmiError::DomainGone { .. }) {
             return cause;
         }
         VmiError::UndoFailed { cause: Box::new(cause), left_behind: self.what.join(", ") }

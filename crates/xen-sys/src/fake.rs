@@ -205,6 +205,13 @@ impl Fake {
         unsafe { place.write(value) };
     }
 
+    /// What one of the knobs of fake.c is set to.
+    pub fn knob(&self, knob: &str) -> i64 {
+        let place = self.raw_knob(text(knob).as_ptr());
+        // SAFETY: as in `set`.
+        unsafe { place.read() }
+    }
+
     /// How often a function was called.
     pub fn calls(&self, function: &str) -> i64 {
         self.raw_calls(text(function).as_ptr())

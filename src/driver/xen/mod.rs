@@ -16,6 +16,7 @@ mod run;
 mod step;
 mod views;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -38,6 +39,7 @@ use crate::event::VmiEventResponse;
 
 pub use abi::{Abi, Layout, MAX_EVENT};
 pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
+use end::left_behind;
 use frames::Frames;
 use pages::Pages;
 use ring::Ring;
@@ -122,8 +124,12 @@ pub struct XenDriver {
     /// Bits of what can be monitored.
     bits: u32,
     ring: Option<Ring>,
+    /// Xen has a ring of ours.
+    is_listening: bool,
     /// Our port of the event channel.
     port: Option<u32>,
+    /// There are answers in the ring of which Xen was not told.
+    untold: bool,
     /// We switched views on.
     switched_on: bool,
     /// Register writes wait for their answer.
@@ -135,6 +141,8 @@ pub struct XenDriver {
     frames: Frames,
     monitors: FxHashSet<Monitor>,
     pauses: u32,
+    /// A pause of the driver's own could not be taken back yet.
+    owes_unpause: Cell<bool>,
     bell: Arc<Bell>,
     stepping: Stepping,
     /// Another program listened before us, and may have left vCPUs that stand still.
@@ -145,6 +153,8 @@ pub struct XenDriver {
     gone: Option<String>,
     /// Why the ring cannot be used any more, although the domain may be there.
     broken: Option<String>,
+    /// It has let go of the domain, or tried to.
+    has_ended: bool,
 }
 
 impl std::fmt::Debug for XenDriver {
@@ -188,7 +198,9 @@ impl XenDriver {
             abi,
             bits,
             ring: None,
+            is_listening: false,
             port: None,
+            untold: false,
             switched_on: false,
             decides_writes: false,
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
@@ -197,12 +209,14 @@ impl XenDriver {
             frames,
             monitors: FxHashSet::default(),
             pauses: 0,
+            owes_unpause: Cell::new(false),
             bell: Arc::new(Bell { rung: AtomicBool::new(false), fd }),
             stepping: options.stepping,
             has_deposed: options.take_over,
             looked_at: Instant::now(),
             gone: None,
             broken: None,
+            has_ended: false,
         };
         if options.take_over {
             driver.depose().map_err(call)?;
@@ -219,6 +233,7 @@ impl XenDriver {
             .monitor_enable(self.domain, self.pages.foreign())
             .map_err(|error| attach::cannot_listen(&error, self.domain))?;
         self.ring = Some(Ring::new(page, self.abi.layout));
+        self.is_listening = true;
         self.port = Some(self.events.bind_interdomain(self.domain, port).map_err(explain)?);
         self.switched_on = attach::switch_views_on(control, self.domain)?;
         // Up to 4.18 a fast step never ends without this monitor.
@@ -272,8 +287,11 @@ impl XenDriver {
         if is_ours { Ok(()) } else { Err(out()) }
     }
 
-    /// An error once the domain is gone, or the ring to it is.
+    /// An error once the domain is gone, or the ring to it is, or the session has ended.
     fn check_alive(&self) -> Result<()> {
+        if self.has_ended && self.gone.is_none() {
+            return Err(VmiError::DomainGone { reason: "the session has ended".to_owned() });
+        }
         match self.gone.as_ref().or(self.broken.as_ref()) {
             None => Ok(()),
             Some(reason) => Err(VmiError::DomainGone { reason: reason.clone() }),
@@ -425,15 +443,38 @@ const fn sets(registers: &Registers) -> Registers {
 
 impl XenDriver {
     fn load_registers(&self, vcpu: VcpuId, registers: &Registers) -> Result<()> {
-        let control = self.xen.control();
-        control.pause(self.domain).map_err(|error| failed(&error))?;
-        let loaded = control.hvm_context(self.domain).and_then(|context| {
+        let loaded = self.paused(|driver| {
+            let context = driver.xen.control().hvm_context(driver.domain)?;
             let mut new = codec::context_with(&context, vcpu.0, registers)
                 .ok_or(xen_sys::Error { op: "xc_domain_hvm_getcontext", errno: errno::ENOENT })?;
-            control.set_hvm_context(self.domain, &mut new)
+            driver.xen.control().set_hvm_context(driver.domain, &mut new)
         });
-        let resumed = control.unpause(self.domain);
-        loaded.and(resumed).map_err(|error| failed(&error))
+        loaded.map_err(|error| failed(&error))
+    }
+
+    /// Does something while no vCPU runs. If they cannot be let go on afterwards it is done all the same: the next wait tries again.
+    fn paused<T>(&self, what: impl FnOnce(&Self) -> xen_sys::Result<T>) -> xen_sys::Result<T> {
+        if self.owes_unpause.get() {
+            // It is paused still.
+            self.owes_unpause.set(false);
+        } else {
+            self.xen.control().pause(self.domain)?;
+        }
+        let result = what(self);
+        self.owes_unpause.set(true);
+        if let Err(error) = self.let_run() {
+            log::debug!("{error}");
+        }
+        result
+    }
+
+    /// Takes back a pause of the driver's own that could not be taken back before.
+    fn let_run(&self) -> xen_sys::Result<()> {
+        if self.owes_unpause.get() {
+            self.xen.control().unpause(self.domain)?;
+            self.owes_unpause.set(false);
+        }
+        Ok(())
     }
 }
 
@@ -463,6 +504,24 @@ impl VmiFrames for XenDriver {
 impl VmiEvents for XenDriver {
     fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
         self.check_alive()?;
+        self.switch_monitor(monitor, on)
+    }
+
+    fn wait(&mut self, timeout: Duration) -> Result<Wait> {
+        self.wait_for_event(timeout)
+    }
+
+    fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
+        self.answer(vcpu, response)
+    }
+
+    fn waker(&self) -> Arc<dyn Waker> {
+        Arc::<Bell>::clone(&self.bell)
+    }
+}
+
+impl XenDriver {
+    fn switch_monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
         if self.monitors.contains(&monitor) == on {
             return Ok(());
         }
@@ -504,18 +563,6 @@ impl VmiEvents for XenDriver {
         }
         Ok(())
     }
-
-    fn wait(&mut self, timeout: Duration) -> Result<Wait> {
-        self.wait_for_event(timeout)
-    }
-
-    fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
-        self.answer(vcpu, response)
-    }
-
-    fn waker(&self) -> Arc<dyn Waker> {
-        Arc::<Bell>::clone(&self.bell)
-    }
 }
 
 impl VmiInject for XenDriver {
@@ -554,6 +601,7 @@ impl VmiControl for XenDriver {
     }
 
     fn resume(&mut self) -> Result<()> {
+        self.check_alive()?;
         let none = || VmiError::Driver { op: "resuming the guest", errno: errno::EINVAL, detail: "it is not paused".to_owned() };
         let left = self.pauses.checked_sub(1).ok_or_else(none)?;
         if left == 0 {
@@ -564,19 +612,21 @@ impl VmiControl for XenDriver {
     }
 
     fn let_go(&mut self) -> Result<()> {
-        let left = self.end();
-        if left.is_empty() {
-            return Ok(());
-        }
-        Err(VmiError::Driver { op: "letting go of the domain", errno: 0, detail: left.join(", ") })
+        left_behind(&self.end()).map_or(Ok(()), Err)
     }
 }
 
 impl Drop for XenDriver {
     fn drop(&mut self) {
-        let left = self.end();
+        if self.gone.is_some() && self.has_ended {
+            return;
+        }
+        let mut left = self.end();
         if !left.is_empty() {
-            log::error!("domain {} ({}) was left with {}", self.domain, self.info.name, left.join(", "));
+            left = self.end();
+        }
+        if let Some(error) = left_behind(&left) {
+            log::error!("domain {} ({}): {error}", self.domain, self.info.name);
         }
     }
 }

@@ -133,21 +133,22 @@ impl XenDriver {
             if let Some(ring) = &mut self.ring {
                 ring.push_unasked(&answer);
             }
-            if let Some(port) = self.port {
-                told = told.and(self.events.notify(port));
-            }
+            self.untold = true;
+            told = told.and(self.tell());
         }
         self.listen_anew()?;
-        told.map_err(|error| failed(&error))
+        told
     }
 
     /// Ends the listening and begins it anew, with an empty ring and nothing monitored.
     fn listen_anew(&mut self) -> Result<()> {
         self.ring = None;
+        self.untold = false;
         if let Some(port) = self.port.take() {
             self.events.unbind(port).map_err(|error| failed(&error))?;
         }
         self.xen.control().monitor_disable(self.domain).map_err(|error| failed(&error))?;
+        self.is_listening = false;
         let switched_on = self.switched_on;
         self.listen().map_err(|obstacle| obstacle.error(&self.info.name))?;
         self.switched_on |= switched_on;

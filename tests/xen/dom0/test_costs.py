@@ -2,7 +2,6 @@
 
 import pytest
 
-import vmitap
 from demo_guest import finish, start_demo, symbols
 from domain import Start, attach
 from xentrace import NOTIFY, SETUP, Trace, table

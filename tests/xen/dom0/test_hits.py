@@ -1,6 +1,5 @@
 """Hits and calls are equal, and the guest sees nothing: the point of it all."""
 
-import vmitap
 from demo_guest import READ_KINDS, assert_unseen, finish, start_demo, symbols
 from domain import Start, attach
 

@@ -21,7 +21,7 @@ struct state {
 	long calls; /* so far */
 	long at, what, error; /* what is to happen at which call */
 	long done; /* it has */
-	char last[64]; /* the function of the last call */
+	char last[64], failed[64]; /* the function of the last call, and of the one that failed */
 };
 
 static struct state *state;
@@ -64,6 +64,7 @@ static long call(const char *name, function **own, long failed, long a, long b, 
 	int now = number == state->at ? state->what : NOTHING;
 	state->done |= now != NOTHING;
 	if (now == FAIL) {
+		strcpy(state->failed, state->last);
 		errno = state->error;
 		return failed;
 	}

@@ -23,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--xen", choices=[*RELEASES, "all"], default="all", help="which release")
     parser.add_argument("--vcpus", type=int, default=2, help="how many vCPUs the guests have")
     parser.add_argument("--filter", default="", help="run only these tests (pytest -k)")
+    parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
     parser.add_argument("--pytest", default="", help="further arguments for pytest")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where downloads and builds are kept")
     parser.add_argument("--limit", type=float, default=600, help="seconds that a machine may take")
