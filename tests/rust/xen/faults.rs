@@ -38,7 +38,7 @@ impl Tool<'_> {
     }
 
     /// Until there are so many more hits, each of them answered.
-    fn hits(&mut self, count: usize, verdict: Verdict) -> Result<()> {
+    fn hits(&mut self, count: usize, verdict: &Verdict) -> Result<()> {
         let end = self.hits + count;
         let mut waits = 0;
         while self.hits < end {
@@ -96,10 +96,10 @@ const STEPS: &[(&str, Step)] = &[
     }),
     ("hits", |tool| {
         tool.fake.automatic(50);
-        tool.hits(3, Verdict::Continue)
+        tool.hits(3, &Verdict::Continue)
     }),
-    ("a hit that steps", |tool| tool.hits(1, Verdict::Step(2))),
-    ("hits after it", |tool| tool.hits(2, Verdict::Continue)),
+    ("a hit that steps", |tool| tool.hits(1, &Verdict::Step(2))),
+    ("hits after it", |tool| tool.hits(2, &Verdict::Continue)),
     ("read and set registers", |tool| {
         let mut changes = GpChanges::default();
         changes.values[15] = Some(0x15);
@@ -128,12 +128,12 @@ const STEPS: &[(&str, Step)] = &[
         Ok(())
     }),
     ("resume", |tool| if tool.is_paused { tool.session().resume() } else { Ok(()) }),
-    ("hits after the pause", |tool| tool.hits(2, Verdict::Continue)),
+    ("hits after the pause", |tool| tool.hits(2, &Verdict::Continue)),
     ("switch the view", |tool| {
         let view = tool.other;
         tool.session().switch_to_view(view)
     }),
-    ("hits in the other view", |tool| tool.hits(2, Verdict::Continue)),
+    ("hits in the other view", |tool| tool.hits(2, &Verdict::Continue)),
     ("switch back", |tool| {
         let view = tool.session().tap_view();
         tool.session().switch_to_view(view)
@@ -164,7 +164,7 @@ const STEPS: &[(&str, Step)] = &[
         Ok(())
     }),
     ("a last hit, of which one stays in hand", |tool| {
-        tool.hits(1, Verdict::Continue)?;
+        tool.hits(1, &Verdict::Continue)?;
         tool.holds = tool.holds || matches!(tool.session().poll(&Limits::default())?, Poll::Hit(_));
         Ok(())
     }),

@@ -1,8 +1,8 @@
 //! The tool is killed while it taps a domain: whatever call it dies at, the domain is brought back from the journal.
 
 use vmitap::arch::amd64::AddressContext;
-use vmitap::driver::VmiDriver;
 use vmitap::driver::xen::{XenDriver, XenOptions};
+use vmitap::driver::{VmiControl, VmiDriver};
 use vmitap::session::journal::Journal;
 use vmitap::session::{Journaled, Limits, Poll, Session, TapKind, TapSpec, Verdict, repair};
 use vmitap::tap::OnWrite;
@@ -67,6 +67,7 @@ fn killed(kind: Kind, death: Option<Death>, meanwhile: i32) -> (usize, bool) {
         fake.always(meanwhile);
         let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
         repair(&mut driver, journal.remains()).unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
+        driver.let_go().unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
         journal.close().unwrap();
     }
     drop(tool);
