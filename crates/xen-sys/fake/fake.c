@@ -94,7 +94,7 @@ static struct knob knobs[] = {
 static struct { const char *name; long count, fail_at; int error; } calls[128];
 /* Of all calls, whatever they are: at one of them something happens. */
 #define MOST_CALLS 4096
-static struct { long total, fail_at, set_at, value; int error; const char *knob, *names[MOST_CALLS]; } every;
+static struct { long total, fail_at, set_at, value, die_at; int error, dead; const char *knob, *names[MOST_CALLS]; void (*last_will)(void); } every;
 
 long *fake_knob(const char *name) { for (struct knob *k = knobs; k->name; k++) if (!strcmp(k->name, name)) return &k->value; abort(); }
 static long knob(const char *name) { return *fake_knob(name); }
@@ -108,6 +108,8 @@ const char *fake_name(long nth) { return nth > 0 && nth <= every.total && nth < 
 void fake_fail_call(long nth, int error) { every.fail_at = nth; every.error = error; }
 void fake_set_at(long nth, const char *name, long value) { every.set_at = nth; every.knob = strdup(name); every.value = value; }
 int fake_run(int v, int n);
+/* From a call on nothing is done any more, as by a process that has ended; `last_will` is called when it ends. 0: it lives (again). */
+void fake_die_at(long nth, void (*last_will)(void)) { every.die_at = nth; every.last_will = last_will; every.dead = 0; }
 /* 0, or -1 if the call is to fail. */
 static int count(const char *name)
 {
@@ -117,6 +119,8 @@ static int count(const char *name)
     /* The guest runs all the time, not only while the tool waits. */
     for (int v = 0; v < VCPUS; v++) if (d.always) fake_run(v, d.always);
     if (every.total == every.set_at) *fake_knob(every.knob) = every.value;
+    if (every.total == every.die_at) { every.dead = 1; every.last_will(); }
+    if (every.dead) return ERR(EIO);
     if (every.total == every.fail_at) return ERR(every.error);
     return calls[i].count == calls[i].fail_at ? ERR(calls[i].error) : 0;
 }

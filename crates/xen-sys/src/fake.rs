@@ -152,6 +152,8 @@ functions! {
     pub total = fake_total() -> c_long;
     /// Has a call fail by its number, of all functions' calls; the first is 1.
     pub fail_call = fake_fail_call(nth: c_long, errno: c_int) -> ();
+    /// From a call on, by its number, nothing is done any more, as by a process that has ended; `last_will` is called at that moment. 0: it lives again.
+    pub die_at = fake_die_at(nth: c_long, last_will: extern "C" fn()) -> ();
     /// Forgets how often functions were called.
     pub forget_calls = fake_forget_calls() -> ();
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use xen_sys::errno;
-use xen_sys::types::{dominf, flag};
+use xen_sys::types::flag;
 
 use super::codec::with_cpuid_results;
 use super::run::{Held, Taken};
@@ -80,10 +80,8 @@ impl XenDriver {
         if self.pauses > 0 {
             // What is paused does not end its steps.
             self.pauses = 0;
-            // Of a pause that another session left it may not be known whether it was made.
-            let is_paused =
-                self.xen.control().domain(domain).map(|info| info.is_some_and(|info| info.flags & dominf::PAUSED != 0));
-            if is_paused.unwrap_or(true) {
+            // Those of a session before us were taken back as far as they are known.
+            if !self.has_deposed {
                 note(left, "the domain paused", self.xen.control().unpause(domain));
             }
         }

@@ -35,7 +35,7 @@ use super::{
 use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE, Pa, VcpuId};
 use crate::arch::amd64::{ControlRegister, Injection, InjectionKind, Registers, vector};
 use crate::error::{Result, VmiError};
-use crate::event::VmiEventResponse;
+use crate::event::{VmiEvent, VmiEventResponse};
 
 pub use abi::{Abi, Layout, MAX_EVENT};
 pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
@@ -82,6 +82,14 @@ fn failed(error: &xen_sys::Error) -> VmiError {
         return VmiError::DomainGone { reason: format!("{error}") };
     }
     VmiError::Driver { op: error.op, errno: error.errno, detail: error.text() }
+}
+
+/// What a request of the ring asks for, if it is an event that is handed out. Its bytes may be anything.
+pub fn decode(request: &[u8; MAX_EVENT], layout: Layout) -> Option<VmiEvent> {
+    match codec::Request::new(request, layout).asked() {
+        codec::Asked::Event(event) => Some(event),
+        _ => None,
+    }
 }
 
 /// Wakes a wait: a flag, and a descriptor that a poll sees.

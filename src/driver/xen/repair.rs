@@ -94,7 +94,6 @@ impl VmiRepair for XenDriver {
             VmiEvents::monitor(self, monitor, true)?;
         }
         answered?;
-        self.has_deposed = false;
         Ok(released)
     }
 }

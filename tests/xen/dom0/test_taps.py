@@ -118,3 +118,12 @@ def test_a_write_that_cannot_be_thrown_away_is_an_error_and_the_guest_goes_on(st
             vm.run(timeout=60)
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console)
     assert ", 0 mismatches" in guest.console
+
+
+def test_a_watch_sees_every_write_to_what_it_watches(start: Start) -> None:
+    start_demo(start, "mode=calls calls=20 parts=1 check=0", vcpus=1)
+    counter = symbols()["truth"] + 0x100  # calls of open_file
+    with attach("xen:demo") as vm:
+        watch = vm.watch(counter, 8, Access.W)
+        seen = finish(vm)
+        assert watch.stats.hits == seen.calls["open_file"] == 20
