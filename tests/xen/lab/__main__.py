@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
     parser.add_argument("--pytest", default="", help="further arguments for pytest")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="where downloads and builds are kept")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that a machine may take")
+    parser.add_argument("--limit", type=float, default=1500, help="seconds that a machine may take")
     parser.add_argument("--coverage", type=Path, help="the instrumented library that the wheel holds, not stripped")
     parser.add_argument("--build-only", action="store_true", help="fetch and build everything, start nothing")
     return parser.parse_args()
