@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
-.PHONY: help demo test lint format bench fuzz wheel xen-lab clean
+.PHONY: help demo test lint format bench fuzz soak wheel xen-lab clean
 
 help: ## this list
 	@echo "vmitap: tap a running virtual machine without the machine noticing"
@@ -51,10 +51,14 @@ format: $(VENV)/.dev ## write the formatting that lint asks for
 bench: $(VENV)/.built $(VENV)/.dev ## the benchmarks; compare ratios within one run
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
+	@$(BIN)/python benches/python/bench_insertion.py
 	@$(BIN)/python benches/python/bench_capture.py
 
 fuzz: ## hostile input for what reads it, for SECONDS (60) each
 	@scripts/fuzz $(or $(SECONDS),60)
+
+soak: $(VENV)/.built ## random sessions for SECONDS (120), watched for what grows
+	@$(BIN)/python tests/soak/soak.py --seconds $(or $(SECONDS),120)
 
 wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries checked
 	@rm -rf dist

@@ -314,7 +314,7 @@ impl<D: VmiDriver + ?Sized> VmiCore<D> {
                 left.push(format!("{} new bytes at {pa} ({error})", old.len()));
             }
         }
-        if left.is_empty() { cause } else { VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") } }
+        cause.and_left(&left)
     }
 
     /// Reads `len` bytes from a physical or virtual address.

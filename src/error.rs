@@ -227,6 +227,16 @@ pub enum VmiError {
     },
 }
 
+impl VmiError {
+    /// This error, and that undoing failed too and left that behind. In a guest that is gone nothing is left behind.
+    pub(crate) fn and_left(self, what: &[String]) -> Self {
+        if what.is_empty() || matches!(self, Self::DomainGone { .. }) {
+            return self;
+        }
+        Self::UndoFailed { cause: Box::new(self), left_behind: what.join(", ") }
+    }
+}
+
 fn nearest_names(nearest: &[String]) -> String {
     if nearest.is_empty() { String::new() } else { format!("; the nearest are {}", nearest.join(", ")) }
 }

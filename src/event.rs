@@ -35,7 +35,7 @@ pub enum EventReason {
         /// Which accesses were denied.
         access: MemoryAccess,
         /// Bytes of the access from `pa` on; 0 where the driver does not know.
-        len: u8,
+        len: u16,
     },
     /// The one instruction asked for by [`EventAction::SingleStep`] is done (or ended in an exception, which has been delivered).
     SingleStep {

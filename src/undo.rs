@@ -20,16 +20,16 @@ impl Left {
 
     /// The error of an operation that failed for `cause` and was then undone.
     pub(crate) fn after(self, cause: VmiError) -> VmiError {
-        // Nothing is left behind in a guest that is gone.
-        if self.what.is_empty() || matches!(cause, VmiError::DomainGone { .. }) {
-            return cause;
+        match self.first {
+            Some(gone @ VmiError::DomainGone { .. }) => gone,
+            _ if matches!(cause, VmiError::DomainGone { .. }) => cause,
+            _ => cause.and_left(&self.what),
         }
-        VmiError::UndoFailed { cause: Box::new(cause), left_behind: self.what.join(", ") }
     }
 
     /// The result of taking things back.
-    pub(crate) fn done(mut self) -> Result<()> {
-        match self.first.take() {
+    pub(crate) fn done(self) -> Result<()> {
+        match self.first.clone() {
             None => Ok(()),
             Some(cause) => Err(self.after(cause)),
         }

@@ -1,4 +1,4 @@
-"""What a hit costs, next to the same hidden breakpoint in plain `unicorn` (peer.py), and what inserting many breakpoints costs.
+"""What a hit costs, next to the same hidden breakpoint in plain `unicorn` (peer.py).
 
 `make bench` runs it; by hand: `python benches/python/bench_dance.py [--hits N] [--json]`. Everything is measured in this one run, in
 turns, and the best of the turns counts: compare the ratios, not the times of two machines. Each way must count every hit, or there is
@@ -8,12 +8,9 @@ no result.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import sys
 import tempfile
-import tracemalloc
 from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING
@@ -29,11 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TURNS = 5
-PAGES = 25_000
-PER_PAGE = 4
-MEMORY = 256 << 20
-FIRST_PAGE = 0x1000000
-"""Physical, and virtual too: the boot tables map the low 4 GiB one to one."""
 
 WAYS = ("vmitap, no handler", "vmitap, Python handler", "unicorn, two instances", "unicorn, byte swapped")
 PEERS = {"unicorn, two instances": "stepper", "unicorn, byte swapped": "swap"}
@@ -83,58 +75,6 @@ def dance(guest: str, hits: int) -> dict[str, float]:
     return best
 
 
-class _Heap(ctypes.Structure):
-    """struct mallinfo2 of glibc 2.33 or newer."""
-
-    _fields_ = [
-        (name, ctypes.c_size_t)
-        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    ]
-
-
-def heap() -> int:
-    """Bytes that this process has from malloc: what the compiled module keeps. Guest memory and shadow pages are mapped, not in it."""
-    ask = ctypes.CDLL(None).mallinfo2
-    ask.restype = _Heap
-    state = ask()
-    return int(state.uordblks + state.hblkhd)
-
-
-def insertion(guest: str) -> dict[str, float]:
-    """Inserting 100,000 breakpoints into 25,000 pages, taking them out, and what each holds beside the shadow pages."""
-    addresses = [FIRST_PAGE + 4096 * page + 1000 * place for page in range(PAGES) for place in range(PER_PAGE)]
-    best: dict[str, float] = {}
-    for turn in range(4):
-        counting = turn == 3
-        with vmitap.attach(f"emu:{guest}", memory=MEMORY) as vm:
-            # Guest memory is there only once it has been touched; that must not be measured.
-            for page in range(PAGES):
-                vm.write_pa(FIRST_PAGE + 4096 * page, bytes(4096))
-            gc.collect()
-            before = heap()
-            if counting:
-                tracemalloc.start()
-            begin = process_time()
-            breakpoints = vm.insert_many(addresses)
-            elapsed = process_time() - begin
-            if (len(vm.breakpoints), vm.stats.shadow_frames) != (len(addresses), PAGES):
-                raise SystemExit(f"{len(vm.breakpoints)} breakpoints in {vm.stats.shadow_frames} shadow pages")
-            if any(each.state != "active" for each in breakpoints):
-                raise SystemExit("a breakpoint is not active")
-            if counting:
-                figures = {"bytes_python": tracemalloc.get_traced_memory()[0] / len(addresses)}
-                tracemalloc.stop()
-            else:
-                figures = {"seconds": elapsed, "bytes_rust": (heap() - before) / len(addresses)}
-            begin = process_time()
-            vm.detach()
-            figures["removal_seconds"] = process_time() - begin
-        # Else they would be freed while the next turn measures.
-        del vm, breakpoints
-        best.update({name: min(value, best.get(name, value)) for name, value in figures.items()})
-    return {"breakpoints": len(addresses), "pages": PAGES, **best}
-
-
 def main() -> None:
     """Measures, prints, and says which targets are met."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -144,10 +84,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         guest = str(build("calls.S", Path(folder, "calls.elf")))
         costs = dance(guest, options.hits)
-        inserted = insertion(guest)
     ratios = {way: {name: costs[name] / costs[way] for name in PEERS} for way in TARGETS}
     if options.json:
-        print(json.dumps({"microseconds": costs, "ratios": ratios, "insertion": inserted}))
+        print(json.dumps({"microseconds": costs, "ratios": ratios}))
         return
     print(f"\n{'a hidden breakpoint: hit, step, back':<40}{'us a hit':>10}{'hits/s':>12}", *(f"{f'x {name}':>28}" for name in PEERS))
     for way, cost in costs.items():
@@ -156,13 +95,6 @@ def main() -> None:
     for way, target in TARGETS.items():
         for name in PEERS:
             print(f"{way}: {ratios[way][name]:.1f} times {name}; {_met(ratios[way][name] >= target)} {target} wanted")
-    each = inserted["bytes_rust"] + inserted["bytes_python"]
-    print(
-        f"\n{inserted['breakpoints']:,.0f} breakpoints into {PAGES:,} pages: {inserted['seconds']:.3f} s to insert, "
-        f"{inserted['removal_seconds']:.3f} s to restore; beside the shadow pages each holds {inserted['bytes_rust']:.0f} bytes, "
-        f"and {inserted['bytes_python']:.0f} for its Python object\n"
-        f"{_met(inserted['seconds'] < 1)} under 1 s wanted; {_met(each < 250)} under 250 bytes wanted"
-    )
 
 
 def _met(good: bool) -> str:

@@ -5,7 +5,11 @@
 
 mod tables;
 
-use rustc_hash::FxHashMap;
+use std::hash::BuildHasher;
+
+use hashbrown::HashTable;
+use rustc_hash::FxBuildHasher;
+use smallvec::SmallVec;
 
 use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, walk};
@@ -15,7 +19,7 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::event::{EventReason, VmiEvent};
 use crate::rights::Rights;
 use crate::undo::Left;
-use tables::{Path, Tables};
+use tables::{Kept, Path, Tables};
 
 /// How often [`PageTableMonitor::process`] goes on with what it found to have changed meanwhile.
 const ROUNDS: usize = 4;
@@ -55,11 +59,18 @@ impl PageTableEvent {
 /// One page of virtual memory with addresses that are monitored.
 struct Page {
     va: Va,
-    context: AddressContext,
-    path: Path,
-    frame: Option<Pa>,
-    /// Offsets that are monitored and how often, ascending.
-    addresses: Vec<(u16, u32)>,
+    kept: Kept,
+    /// Where it is mapped, or [`NOWHERE`].
+    frame: Pa,
+    /// Offsets that are monitored, ascending; one that is monitored several times is there as often.
+    addresses: SmallVec<[u16; 8]>,
+}
+
+/// Stands for no page: none begins there.
+const NOWHERE: Pa = Pa(u64::MAX);
+
+fn hash(va: Va, context: AddressContext) -> u64 {
+    FxBuildHasher.hash_one((va.0, context))
 }
 
 /// What following the tables for a page came to.
@@ -82,7 +93,8 @@ struct Followed {
 /// Every call does all it is asked for, or fails with nothing changed.
 pub struct PageTableMonitor {
     views: Vec<View>,
-    index: FxHashMap<(Va, AddressContext), u32>,
+    /// Pages by address and context.
+    index: HashTable<u32>,
     pages: Vec<Option<Page>>,
     free: Vec<u32>,
     tables: Tables,
@@ -97,7 +109,7 @@ impl PageTableMonitor {
     pub fn new(views: &[View]) -> Self {
         Self {
             views: views.to_vec(),
-            index: FxHashMap::default(),
+            index: HashTable::new(),
             pages: Vec::new(),
             free: Vec::new(),
             tables: Tables::default(),
@@ -113,7 +125,7 @@ impl PageTableMonitor {
 
     /// How many addresses are monitored, each counted once.
     pub fn len(&self) -> usize {
-        self.pages.iter().flatten().map(|page| page.addresses.len()).sum()
+        self.pages.iter().flatten().map(|page| page.offsets().count()).sum()
     }
 
     /// Whether no address is monitored.
@@ -141,6 +153,14 @@ impl PageTableMonitor {
         self.tables.frames()
     }
 
+    fn find(&self, va: Va, context: AddressContext) -> Option<u32> {
+        let is_it = |id: &u32| {
+            let page = self.pages.get(*id as usize).and_then(Option::as_ref);
+            page.is_some_and(|page| page.va == va.page() && page.kept.context() == context)
+        };
+        self.index.find(hash(va.page(), context), is_it).copied()
+    }
+
     /// Monitors an address, or counts one more who wants it monitored. Returns where it is mapped; `None` if its page is not present.
     ///
     /// # Errors
@@ -154,29 +174,33 @@ impl PageTableMonitor {
         context: AddressContext,
     ) -> Result<Option<Pa>> {
         let fault = |fault| VmiError::Translation { va, root: context.root, fault };
-        let key = (va.page(), context);
         let offset = va.page_offset() as u16;
-        if let Some(page) = self.index.get(&key).and_then(|id| self.pages.get_mut(*id as usize)?.as_mut()) {
-            if page.frame.is_none() {
+        if let Some(page) = self.find(va, context).and_then(|id| self.pages.get_mut(id as usize)?.as_mut()) {
+            if page.frame().is_none() {
                 check_absent(vmi.translate(va, context))?;
             }
             page.add(offset);
-            return Ok(page.frame.map(|frame| Pa(frame.0 | va.page_offset())));
+            return Ok(page.frame().map(|frame| Pa(frame.0 | va.page_offset())));
         }
         let id = self.free.last().copied().unwrap_or(self.pages.len() as u32);
-        let Followed { path, fresh, frame } = self.follow(vmi, rights, id, key.0, context)?;
+        let Followed { path, fresh, frame } = self.follow(vmi, rights, id, va.page(), context)?;
         let frame = match frame {
             Ok(frame) => Some(frame),
             Err(TranslationFault::NotPresent { .. }) => None,
             Err(other) => return Err(self.back_out(vmi, rights, id, &fresh, fault(other))),
         };
-        let page = Page { va: key.0, context, path, frame, addresses: vec![(offset, 1)] };
+        let kept = self.tables.keep(context, &path);
+        let page = Page { va: va.page(), kept, frame: frame.unwrap_or(NOWHERE), addresses: SmallVec::from_iter([offset]) };
         self.free.pop();
         match self.pages.get_mut(id as usize) {
             Some(slot) => *slot = Some(page),
             None => self.pages.push(Some(page)),
         }
-        self.index.insert(key, id);
+        let pages = &self.pages;
+        self.index.insert_unique(hash(va.page(), context), id, |id| {
+            let page = pages.get(*id as usize).and_then(Option::as_ref);
+            page.map_or(0, |page| hash(page.va, page.kept.context()))
+        });
         Ok(frame.map(|frame| Pa(frame.0 | va.page_offset())))
     }
 
@@ -191,24 +215,18 @@ impl PageTableMonitor {
         va: Va,
         context: AddressContext,
     ) -> Result<bool> {
-        let key = (va.page(), context);
-        let Some(id) = self.index.get(&key).copied() else { return Ok(false) };
+        let Some(id) = self.find(va, context) else { return Ok(false) };
         let Some(page) = self.pages.get_mut(id as usize).and_then(Option::as_mut) else { return Ok(false) };
-        let Ok(at) = page.addresses.binary_search_by_key(&(va.page_offset() as u16), |(offset, _)| *offset) else {
-            return Ok(false);
-        };
-        let is_last = page.addresses.len() == 1;
-        if let Some((_, count)) = page.addresses.get_mut(at).filter(|(_, count)| *count > 1) {
-            *count -= 1;
-            return Ok(true);
-        }
-        if !is_last {
+        let Ok(at) = page.addresses.binary_search(&(va.page_offset() as u16)) else { return Ok(false) };
+        if page.addresses.len() > 1 {
             page.addresses.remove(at);
             return Ok(true);
         }
-        let path = page.path;
+        let path = page.kept.path();
         self.release(vmi, rights, id, &path)?;
-        self.index.remove(&key);
+        if let Ok(slot) = self.index.find_entry(hash(va.page(), context), |known| *known == id) {
+            slot.remove();
+        }
         if let Some(slot) = self.pages.get_mut(id as usize) {
             *slot = None;
         }
@@ -286,8 +304,8 @@ impl PageTableMonitor {
 
     /// Where an address that is monitored was mapped when it was last looked at.
     pub fn mapped(&self, va: Va, context: AddressContext) -> Option<Pa> {
-        let page = self.pages.get(*self.index.get(&(va.page(), context))? as usize)?.as_ref()?;
-        page.frame.map(|frame| Pa(frame.0 | va.page_offset()))
+        let page = self.pages.get(self.find(va, context)? as usize)?.as_ref()?;
+        page.frame().map(|frame| Pa(frame.0 | va.page_offset()))
     }
 
     /// The stores of that vCPU are done: finds out what they did, and puts it into `events`, for each address the page-out before
@@ -349,20 +367,20 @@ impl PageTableMonitor {
         events: &mut Vec<PageTableEvent>,
     ) -> Result<()> {
         let Some(page) = self.pages.get(id as usize).and_then(Option::as_ref) else { return Ok(()) };
-        let (va, context, before) = (page.va, page.context, page.path);
+        let (va, context, before) = (page.va, page.kept.context(), page.kept.path());
         let Followed { path, fresh, frame } = self.follow(vmi, rights, id, va, context)?;
         if let Err(cause) = self.release(vmi, rights, id, &before.without(&path)) {
             return Err(self.back_out(vmi, rights, id, &fresh, cause));
         }
         let Some(page) = self.pages.get_mut(id as usize).and_then(Option::as_mut) else { return Ok(()) };
-        page.path = path;
-        let (old, new) = (page.frame, frame.ok());
-        page.frame = new;
+        page.kept = self.tables.keep(context, &path);
+        let (old, new) = (page.frame(), frame.ok());
+        page.frame = new.unwrap_or(NOWHERE);
         if old == new {
             return Ok(());
         }
-        for (offset, _) in &page.addresses {
-            let at = |page: u64| page | u64::from(*offset);
+        for offset in page.offsets() {
+            let at = |page: u64| page | u64::from(offset);
             let va = Va(at(va.0));
             if let Some(frame) = old {
                 events.push(PageTableEvent::PageOut { va, context, pa: Pa(at(frame.0)) });
@@ -491,15 +509,17 @@ impl PageTableMonitor {
 }
 
 impl Page {
+    fn frame(&self) -> Option<Pa> {
+        (self.frame != NOWHERE).then_some(self.frame)
+    }
+
     fn add(&mut self, offset: u16) {
-        match self.addresses.binary_search_by_key(&offset, |(known, _)| *known) {
-            Ok(index) => {
-                if let Some((_, count)) = self.addresses.get_mut(index) {
-                    *count = count.saturating_add(1);
-                }
-            }
-            Err(index) => self.addresses.insert(index, (offset, 1)),
-        }
+        self.addresses.insert(self.addresses.partition_point(|known| *known < offset), offset);
+    }
+
+    /// The offsets that are monitored, each once.
+    fn offsets(&self) -> impl Iterator<Item = u16> {
+        self.addresses.chunk_by(PartialEq::eq).filter_map(|same| same.first().copied())
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use once_cell::race::OnceBox;
 use parking_lot::Mutex;
 use pyo3::PyTraverseError;
 use pyo3::gc::PyVisit;
@@ -88,10 +89,16 @@ pub struct Breakpoint {
     /// Set once it is in the guest.
     id: OnceLock<TapId>,
     va: Va,
+    extra: OnceBox<Extra>,
+}
+
+/// What not every breakpoint has: one that is only counted, at an address without a name, takes no room for it.
+#[derive(Default)]
+struct Extra {
     symbol: Option<Py<PyString>>,
     handler: Mutex<Option<Py<PyAny>>>,
-    /// Calls of its handler.
-    pub calls: AtomicU64,
+    /// Calls of its handler and of the predicates of its filter.
+    calls: AtomicU64,
 }
 
 /// What Python gave for one or many breakpoints.
@@ -111,15 +118,26 @@ pub struct Given {
 
 impl Breakpoint {
     pub fn new(py: Python<'_>, common: &Py<Common>, va: Va, handler: Option<&Py<PyAny>>) -> Self {
-        let symbols = &common.get().shared.symbols;
-        Self {
-            common: common.clone_ref(py),
-            id: OnceLock::new(),
-            va,
-            symbol: symbols.describe(va).map(|symbol| PyString::new(py, &symbol).unbind()),
-            handler: Mutex::new(handler.map(|handler| handler.clone_ref(py))),
-            calls: AtomicU64::new(0),
+        let symbol = common.get().shared.symbols.describe(va).map(|symbol| PyString::new(py, &symbol).unbind());
+        let extra = OnceBox::new();
+        if symbol.is_some() || handler.is_some() {
+            let handler = Mutex::new(handler.map(|handler| handler.clone_ref(py)));
+            extra.get_or_init(|| Box::new(Extra { symbol, handler, calls: AtomicU64::new(0) }));
         }
+        Self { common: common.clone_ref(py), id: OnceLock::new(), va, extra }
+    }
+
+    fn extra(&self) -> &Extra {
+        self.extra.get_or_init(Box::default)
+    }
+
+    fn own_symbol(&self) -> Option<&Py<PyString>> {
+        self.extra.get()?.symbol.as_ref()
+    }
+
+    /// Counts a call of its handler, or of a predicate of its filter.
+    pub fn count_call(&self) {
+        self.extra().calls.fetch_add(1, Ordering::Relaxed);
     }
 
     fn common(&self) -> &Common {
@@ -145,12 +163,12 @@ impl Breakpoint {
     }
 
     pub fn handler(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        self.handler.lock().as_ref().map(|handler| handler.clone_ref(py))
+        self.extra.get()?.handler.lock().as_ref().map(|handler| handler.clone_ref(py))
     }
 
     /// Its name in a recording.
     pub fn label(&self, py: Python<'_>) -> String {
-        let symbol = self.symbol.as_ref().map(|symbol| symbol.bind(py).to_string_lossy().into_owned());
+        let symbol = self.own_symbol().map(|symbol| symbol.bind(py).to_string_lossy().into_owned());
         symbol.unwrap_or_else(|| format!("{:#x}", self.va.0))
     }
 
@@ -173,13 +191,13 @@ impl Breakpoint {
 
     /// Whether somebody is to be told of its hits.
     pub fn is_wanted(&self) -> bool {
-        self.handler.lock().is_some() || self.shared().is_listened_to(self.id())
+        self.extra.get().is_some_and(|extra| extra.handler.lock().is_some()) || self.shared().is_listened_to(self.id())
     }
 
     /// The name of an address, which is nearly always its own.
     pub fn symbol_at(&self, py: Python<'_>, va: u64) -> Option<Py<PyString>> {
         if va == self.va.0 {
-            return self.symbol.as_ref().map(|symbol| symbol.clone_ref(py));
+            return self.own_symbol().map(|symbol| symbol.clone_ref(py));
         }
         self.shared().symbols.describe(Va(va)).map(|symbol| PyString::new(py, &symbol).unbind())
     }
@@ -286,7 +304,7 @@ impl Breakpoint {
             hits: stats.hits,
             filtered: stats.filtered,
             filter_faults: stats.filter_faults,
-            py_calls: self.calls.load(Ordering::Relaxed),
+            py_calls: self.extra.get().map_or(0, |extra| extra.calls.load(Ordering::Relaxed)),
             hold_total: stats.hold_total.as_secs_f64(),
             hold_p50: seconds(holds.quantile_ns(0.5)),
             hold_p99: seconds(holds.quantile_ns(0.99)),
@@ -302,7 +320,7 @@ impl Breakpoint {
             return Err(pyo3::exceptions::PyTypeError::new_err("a handler must be callable"));
         }
         self.check_there(py)?;
-        let before = self.handler.lock().replace(handler.clone_ref(py));
+        let before = self.extra().handler.lock().replace(handler.clone_ref(py));
         drop(before);
         self.shared().quick(py, |inner| inner.session.set_wanted(self.id(), true));
         Ok(handler)
@@ -336,14 +354,14 @@ impl Breakpoint {
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.common)?;
         // Held by nobody while the collector runs, except by a thread that is about to let go of it: then it is left for later.
-        if let Some(handler) = self.handler.try_lock() {
+        if let Some(handler) = self.extra.get().and_then(|extra| extra.handler.try_lock()) {
             visit.call(&*handler)?;
         }
         Ok(())
     }
 
     fn __clear__(&self) {
-        let handler = self.handler.lock().take();
+        let handler = self.extra.get().and_then(|extra| extra.handler.lock().take());
         drop(handler);
     }
 }

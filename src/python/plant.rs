@@ -111,6 +111,8 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
         }
         // Before the lock is let go of: the loop may run in another thread and is to find the object of each hit.
         let mut taps = shared.taps.lock();
+        let room = ids.last().map_or(0, |last| (last.0 as usize + 1).saturating_sub(taps.len()));
+        taps.reserve(room);
         for (id, object) in ids.into_iter().zip(kept) {
             object.get().set_id(id);
             let index = id.0 as usize;

@@ -8,7 +8,7 @@ use pyo3::types::PyDict;
 use super::convert::{AccessArg, OnWriteArg, changes, number, optional, small};
 use super::errors::invalid;
 use super::{gil, shared, vm};
-use crate::addr::{Pa, Va, VcpuId};
+use crate::addr::{PAGE_SIZE, Pa, Va, VcpuId};
 use crate::arch::amd64::Registers;
 use crate::capture::Abi;
 use crate::driver::open::{OpenOptions, Opened, Target};
@@ -71,7 +71,7 @@ impl Script {
         regs: &Bound<'_, PyDict>,
     ) -> PyResult<()> {
         let registers = self.registers(vcpu, Va(rip), regs)?;
-        let len = small("length", length, u8::MAX.into())?;
+        let len = small("length", length, PAGE_SIZE)?;
         self.push(registers, EventReason::MemoryAccess { pa: Pa(pa), va: Some(Va(va)), access: access.0, len });
         Ok(())
     }

@@ -11,8 +11,9 @@ use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
 use super::pending::{Course, Pending, Walk};
+use super::tap::{Rare, Tap};
 use super::write::{AfterWrite, is_store};
-use super::{Hit, Limits, Poll, Session, TapId, TapState, Verdict};
+use super::{Hit, Limits, Poll, Session, TapId, Verdict};
 
 /// The longest [`Session::poll`] goes on without coming back, so that its caller can look at signals.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -226,11 +227,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let is_asked = |id: &TapId| questions.iter().any(|question| question.tap == *id);
         let mut is_wanted = false;
         for id in &*owners {
-            if let Some(tap) = taps.get_mut(id.0 as usize) {
+            if let Some(tap) = taps.get_mut(*id) {
                 let asked = is_asked(id);
-                is_wanted |= tap.spec.wanted || asked;
-                tap.stats.hits += u64::from(!asked);
-                if tap.once && !asked {
+                is_wanted |= tap.is_wanted() || asked;
+                tap.hits += u64::from(!asked);
+                if tap.is_once() && !asked {
                     spent.push(*id);
                 }
             }
@@ -239,7 +240,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if !is_wanted {
             return Sorted::Answer(course);
         }
-        owners.retain(|id| is_asked(id) || taps.get(id.0 as usize).is_some_and(|tap| tap.spec.wanted));
+        owners.retain(|id| is_asked(id) || taps.get(*id).is_some_and(Tap::is_wanted));
         self.sampler.in_hand = None;
         // Given back by `finish`.
         let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
@@ -310,7 +311,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn sort_step(&mut self, event: &VmiEvent, home: View, gfn: Option<Gfn>) -> Sorted {
         let rip = event.registers.rip();
         let Some(slot) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Sorted::Answer(Course::Retry) };
-        let is_active = |tap: TapId| self.taps.get(tap.0 as usize).is_some_and(|tap| tap.state == TapState::Active);
+        let is_active = |tap: TapId| self.taps.get(tap).is_some_and(Tap::is_active);
         slot.walk = slot.walk.filter(|walk| walk.left > 0 && is_active(walk.tap));
         let Some(walk) = &mut slot.walk else { return Sorted::Answer(Course::Retry) };
         walk.left -= 1;
@@ -332,7 +333,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 None => (pending.asking.filter(|_| pending.told == pending.wanted.len())?, true),
             };
             // A handler before may have taken it out, which is meant to take effect at once.
-            let gone = self.taps.get(tap.0 as usize).is_none_or(|tap| tap.state != TapState::Active);
+            let gone = !self.taps.get(tap).is_some_and(Tap::is_active);
             let question = if gone || ask { None } else { pending.question() };
             pending.is_question = question.is_some();
             pending.told += usize::from(question.is_none());
@@ -469,10 +470,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.count_hold(&pending.wanted, held.as_nanos() as u64);
         for tap in &pending.wanted {
             self.stats.handled += 1;
-            if let Some(tap) = self.taps.get_mut(tap.0 as usize) {
-                tap.stats.handled += 1;
-                tap.stats.hold_total += held;
-                tap.stats.hold_max = tap.stats.hold_max.max(held);
+            if let Some(Rare { handed, .. }) = self.taps.rare_or_new(*tap) {
+                handed.count += 1;
+                handed.total += held;
+                handed.max = handed.max.max(held);
             }
         }
     }

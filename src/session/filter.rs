@@ -65,8 +65,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if program.is_some_and(|program| program.result() != crate::capture::Type::Bool) {
             return Err(VmiError::InvalidArgument { what: "where", reason: "it is a number and no condition".to_owned() });
         }
-        if let Some(tap) = self.tap_mut(id) {
-            tap.filter = program.map(|program| Box::new(Filter::new(program)));
+        if let Some(rare) = self.taps.rare_or_new(id) {
+            rare.filter = program.map(|program| Box::new(Filter::new(program)));
         }
         Ok(())
     }
@@ -82,7 +82,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let clock = || began.elapsed().as_nanos() as u64;
         let scene = Scene { vmi, registers, vcpu: at.0, va: at.1, clock: &clock };
         owners.retain(|id| {
-            let Some(filter) = taps.get_mut(id.0 as usize).and_then(|tap| tap.filter.as_mut()) else { return true };
+            let Some(filter) = taps.rare_mut(*id).and_then(|rare| rare.filter.as_mut()) else { return true };
             match filter.look(*id, Machine::default(), &scene) {
                 Admission::Passes => true,
                 Admission::Filtered => {
@@ -117,27 +117,27 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let clock = || began.elapsed().as_nanos() as u64;
         let event = &pending.event;
         let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
-        let tap = taps.get_mut(id.0 as usize);
-        let said =
-            tap.and_then(|tap| Some((tap.filter.as_mut()?.look(id, machine, &scene), &mut tap.stats, tap.spec.wanted, tap.once)));
-        match said {
-            Some((Admission::Asks(question), ..)) => {
+        let filter = taps.rare_mut(id).and_then(|rare| rare.filter.as_mut());
+        let said = filter.map(|filter| filter.look(id, machine, &scene));
+        match said.and_then(|said| Some((said, taps.get_mut(id)?))) {
+            Some((Admission::Asks(question), _)) => {
                 pending.questions.push(question);
                 return Ok(());
             }
-            Some((Admission::Passes, counters, wanted, once)) => {
-                counters.hits += 1;
+            Some((Admission::Passes, tap)) => {
+                tap.hits += 1;
                 stats.hits += 1;
-                if once {
+                if tap.is_once() {
                     spent.push(id);
                 }
+                let wanted = tap.is_wanted();
                 let (event, va) = (*event, pending.va);
                 self.capture(id, &event, va);
                 if wanted {
                     return Ok(());
                 }
             }
-            Some((Admission::Filtered, ..)) => stats.filtered += 1,
+            Some((Admission::Filtered, _)) => stats.filtered += 1,
             None => {}
         }
         if let Some(pending) = &mut self.pending {

@@ -149,14 +149,14 @@ impl Budget {
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// Limits how many events the tap may cause in a second; with one more it is disabled. `None`: no limit.
     pub fn set_budget(&mut self, id: TapId, per_second: Option<u64>) {
-        if let Some(tap) = self.tap_mut(id) {
-            tap.budget = per_second.map(|per_second| Box::new(Budget::new(per_second)));
+        if let Some(rare) = self.taps.rare_or_new(id) {
+            rare.budget = per_second.map(|per_second| Box::new(Budget::new(per_second)));
         }
     }
 
     /// The budget of a tap.
     pub fn budget(&self, id: TapId) -> Option<Budget> {
-        self.tap(id).and_then(|tap| tap.budget.as_deref().copied())
+        self.taps.rare(id).and_then(|rare| rare.budget.as_deref().copied())
     }
 
     /// Times of all hits. Of those that were neither handed out nor captured each sixteenth is timed, and stands for the others.
@@ -166,7 +166,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Times of the hits of a tap, as [`Session::holds`]; `None` if none was timed.
     pub fn tap_holds(&self, id: TapId) -> Option<&Histogram> {
-        self.tap(id).and_then(|tap| tap.holds.as_deref())
+        self.taps.rare(id).and_then(|rare| rare.holds.as_deref())
     }
 
     /// Charges the taps in `self.owners` for an event.
@@ -174,7 +174,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Self { owners, taps, began, over_budget, .. } = self;
         let mut now = None;
         for id in &*owners {
-            let Some(budget) = taps.get_mut(id.0 as usize).and_then(|tap| tap.budget.as_mut()) else { continue };
+            let Some(budget) = taps.rare_mut(*id).and_then(|rare| rare.budget.as_mut()) else { continue };
             let now = *now.get_or_insert_with(|| began.elapsed().as_nanos() as u64);
             if budget.spend(now) {
                 over_budget.push(*id);
@@ -185,7 +185,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Once the event is answered: switches off what has exceeded its budget.
     pub(super) fn enforce_budgets(&mut self) -> crate::Result<()> {
         while let Some(id) = self.over_budget.pop() {
-            if let Some((va, per_second)) = self.tap(id).and_then(|tap| Some((tap.spec.va, tap.budget.as_ref()?.per_second))) {
+            if let Some((va, per_second)) = self.taps.get(id).and_then(|tap| Some((tap.va, self.budget(id)?.per_second))) {
                 log::warn!("the breakpoint at {va} had more than {per_second} events in a second and is disabled");
             }
             self.stats.disabled_by_budget += 1;
@@ -202,8 +202,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn count_hold_times(&mut self, ids: &[TapId], held_ns: u64, times: u32) {
         for id in ids {
             self.holds.add_times(held_ns, times);
-            if let Some(tap) = self.tap_mut(*id) {
-                tap.holds.get_or_insert_default().add_times(held_ns, times);
+            if let Some(rare) = self.taps.rare_or_new(*id) {
+                rare.holds.get_or_insert_default().add_times(held_ns, times);
             }
         }
     }

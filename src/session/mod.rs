@@ -17,6 +17,7 @@ mod repair;
 mod returns;
 mod roots;
 mod sink;
+mod tap;
 mod taps;
 mod types;
 mod views;
@@ -51,7 +52,8 @@ pub use repair::{Repaired, repair};
 use returns::Returns;
 pub use returns::WAITING;
 use sink::Sink;
-use taps::{Key, Tap};
+use tap::Taps;
+use taps::Key;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 pub use watchdog::Watchdog;
@@ -70,9 +72,7 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     manager: BreakpointManager<TapId, ()>,
     /// Watches the page tables of breakpoints.
     tables: PageTableMonitor,
-    /// Global breakpoints that are looked up under each root that is loaded.
-    roaming: FxHashSet<TapId>,
-    /// The roots that were loaded since there are such, the oldest first.
+    /// The roots that were loaded since there are breakpoints that roam, the oldest first.
     roots: Vec<AddressContext>,
     /// Taps for one hit that have had it.
     spent: Vec<TapId>,
@@ -80,7 +80,7 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     tracks_roots: bool,
     /// Addresses whose breakpoints could not be brought to where they are mapped.
     owed: Vec<(Va, AddressContext)>,
-    taps: Vec<Tap>,
+    taps: Taps,
     /// Whose key is taken where.
     keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
@@ -159,11 +159,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             manager: BreakpointManager::default(),
             tables: PageTableMonitor::new(&[tap_view]),
             owed: Vec::new(),
-            roaming: FxHashSet::default(),
             roots: Vec::new(),
             tracks_roots: false,
             spent: Vec::new(),
-            taps: Vec::new(),
+            taps: Taps::default(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
             vcpus: vec![Vcpu::default(); count],
@@ -397,12 +396,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.manager = BreakpointManager::default();
         self.tables.forget();
         self.owed.clear();
-        self.roaming.clear();
+        self.taps.forget_roaming();
         self.overdue.clear();
         self.watches.clear();
         self.keys.clear();
-        for tap in &mut self.taps {
-            tap.state = TapState::Removed;
+        for tap in self.taps.iter_mut() {
+            tap.set_state(TapState::Removed);
         }
         if let Some(pending) = self.pending.take()
             && let Some(vcpu) = self.vcpus.get_mut(usize::from(pending.event.vcpu.0))

@@ -114,7 +114,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 failed = failed.and(Err(error));
             }
         }
-        failed.and(self.track_roots(!self.roaming.is_empty()).map(drop))
+        failed.and(self.track_roots(self.taps.roaming() > 0).map(drop))
     }
 
     /// Brings the breakpoints of one address to where it is mapped.

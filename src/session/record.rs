@@ -50,8 +50,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.flush_closed()?;
         let places = self.recording.places(columns.iter());
         let label = self.recording.label(label);
-        if let Some(tap) = self.tap_mut(id) {
-            tap.capture = Some(Box::new(Capture { entry, on_return, places, label }));
+        if let Some(rare) = self.taps.rare_or_new(id) {
+            rare.capture = Some(Box::new(Capture { entry, on_return, places, label }));
         }
         Ok(())
     }
@@ -101,7 +101,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Reads what is captured at a hit of that tap, if anything is.
     pub(super) fn capture(&mut self, id: TapId, event: &VmiEvent, va: Va) {
         let Self { vmi, taps, recording, row, began, .. } = self;
-        let Some(capture) = taps.get(id.0 as usize).and_then(|tap| tap.capture.as_ref()) else { return };
+        let Some(capture) = taps.rare(id).and_then(|rare| rare.capture.as_ref()) else { return };
         let now = began.elapsed().as_nanos() as u64;
         let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va, clock: &|| now };
         row.clear();
@@ -121,7 +121,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Ends a row whose function returned; `None`: it never did, as far as is known.
     pub(super) fn end_row(&mut self, id: TapId, facts: &Facts, mut row: Row, event: Option<&VmiEvent>) {
         let Self { vmi, taps, recording, began, captured_at, .. } = self;
-        let Some(capture) = taps.get(id.0 as usize).and_then(|tap| tap.capture.as_ref()) else { return };
+        let Some(capture) = taps.rare(id).and_then(|rare| rare.capture.as_ref()) else { return };
         let now = began.elapsed().as_nanos() as u64;
         if let (Some(plan), Some(event)) = (&capture.on_return, event) {
             let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: event.registers.rip(), clock: &|| now };

@@ -4,6 +4,7 @@ use super::journal::{Found, Remains, Wanted};
 use crate::addr::{Gfn, PAGE_SHIFT, View};
 use crate::driver::{Additions, Monitor, VmiDriver};
 use crate::error::{Result, VmiError};
+use crate::undo::Left;
 
 /// What [`repair`] has undone.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -67,12 +68,8 @@ pub fn repair<D: VmiDriver + ?Sized>(driver: &mut D, remains: &Remains) -> Resul
     let least = remains.pauses - u32::from(remains.wanted() == Some(Wanted::Resume) && remains.pauses > 0);
     let mut done = Repaired::default();
     driver.adopt(&left, most)?;
-    let mut failed: Vec<(String, VmiError)> = Vec::new();
-    let mut undo = |what: &dyn Fn() -> String, result: Result<()>| {
-        let went = result.is_ok();
-        failed.extend(result.err().map(|error| (what(), error)));
-        went
-    };
+    let mut failed = Left::default();
+    let mut undo = |what: &dyn Fn() -> String, result: Result<()>| !failed.note(result, what);
     for monitor in remains.monitors.iter().copied().chain([Monitor::Breakpoint]) {
         undo(&|| format!("{monitor:?} monitored"), driver.monitor(monitor, false));
     }
@@ -97,8 +94,5 @@ pub fn repair<D: VmiDriver + ?Sized>(driver: &mut D, remains: &Remains) -> Resul
         }
         done.pauses += u32::from(undo(&|| "a pause".to_owned(), driver.resume()));
     }
-    let mut failed = failed.into_iter();
-    let Some((what, cause)) = failed.next() else { return Ok(done) };
-    let left_behind = failed.fold(what, |list, (what, error)| format!("{list}, {what} ({error})"));
-    Err(VmiError::UndoFailed { cause: Box::new(cause), left_behind })
+    failed.done().map(|()| done)
 }

@@ -13,7 +13,7 @@ use crate::capture::{Facts, Row};
 use crate::driver::VmiDriver;
 use crate::event::VmiEvent;
 
-use super::{Session, TapId, TapKind, TapSpec, TapState};
+use super::{Session, TapId, TapKind, TapSpec};
 
 /// Calls that are waited for at once. When there is one more, the oldest is given up.
 pub const WAITING: usize = 4096;
@@ -190,9 +190,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.returns.lost += 1;
             self.end_row(tap, &facts, row, None);
         }
-        let captures =
-            |tap: &super::taps::Tap| tap.state == TapState::Active && tap.capture.as_ref().is_some_and(|c| c.on_return.is_some());
-        if !self.taps.iter().enumerate().any(|(index, tap)| index != id.0 as usize && captures(tap)) {
+        let captures = |id| self.taps.rare(id).and_then(|rare| rare.capture.as_ref()).is_some_and(|c| c.on_return.is_some());
+        if !self.taps.iter().any(|(other, tap)| other != id && tap.is_active() && captures(other)) {
             self.remove_idle_sites();
         }
     }

@@ -59,7 +59,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(others)
     }
 
-    fn roots_in_use(&self) -> Result<Vec<AddressContext>> {
+    pub(super) fn roots_in_use(&self) -> Result<Vec<AddressContext>> {
         let mut roots = self.roots.clone();
         for vcpu in (0..self.vcpus.len() as u16).map(VcpuId) {
             let context = AddressContext::from(&self.vmi.driver().registers(vcpu)?);
@@ -85,12 +85,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Finds out whether a breakpoint roams now.
     pub(super) fn review_roaming(&mut self, id: TapId) {
-        let spec = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec);
-        if spec.is_some_and(|spec| Self::roams(&spec, self.state(id) == TapState::Active)) {
-            self.roaming.insert(id);
-        } else {
-            self.roaming.remove(&id);
-        }
+        let spec = self.taps.get(id).filter(|tap| tap.is_active()).and_then(|_| self.taps.spec(id));
+        let roams = spec.is_some_and(|spec| Self::roams(&spec, self.state(id) == TapState::Active));
+        self.taps.set_roams(id, roams);
     }
 
     /// A vCPU is about to load a root: what roams is looked up under it.
@@ -103,22 +100,19 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             let oldest = self.roots.remove(0);
             self.leave_root(oldest)?;
         }
-        let mut roaming: Vec<TapId> = self.roaming.iter().copied().collect();
-        roaming.sort_unstable();
-        for tap in roaming {
+        for tap in self.taps.all_roaming() {
             self.join(tap, context)?;
             self.review_roaming(tap);
         }
         // Only now: a root that failed is looked at again when it is loaded again.
         self.roots.push(context);
-        self.track_roots(!self.roaming.is_empty()).map(drop)
+        self.track_roots(self.taps.roaming() > 0).map(drop)
     }
 
     /// Looks a global breakpoint up under one more root.
     pub(super) fn join(&mut self, id: TapId, context: AddressContext) -> Result<()> {
-        let Some(tap) = self.tap(id) else { return Ok(()) };
-        let spec = tap.spec;
-        let is_known = tap.contexts().any(|known| known.root == context.root);
+        let Some(spec) = self.taps.spec(id) else { return Ok(()) };
+        let is_known = self.taps.contexts(id).any(|known| known.root == context.root);
         if is_known || self.mapping(spec.va, context)? == Mapping::Never {
             return Ok(());
         }
@@ -127,8 +121,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let breakpoint = Breakpoint { context, ..Self::breakpoint_of(id, &spec) };
         let inserted = self.manager.insert_with_hint(&mut self.vmi, &mut self.controller, breakpoint, pa);
         inserted.map_err(|cause| self.unfollow_after(&at, cause))?;
-        if let Some(tap) = self.tap_mut(id) {
-            tap.more.push(context);
+        if let Some(rare) = self.taps.rare_or_new(id) {
+            rare.more.push(context);
         }
         Ok(())
     }
@@ -167,11 +161,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// No global breakpoint is looked up under this root any more, unless it has no other.
     fn leave_root(&mut self, context: AddressContext) -> Result<()> {
-        let concerns = |(id, tap): (usize, &super::taps::Tap)| {
-            let has_others = !tap.more.is_empty() && tap.contexts().any(|known| known == context);
-            has_others.then_some((TapId(id as u32), tap.spec.view, tap.spec.va))
+        let concerns = |(id, tap): (TapId, &super::tap::Tap)| {
+            let has_others = !self.taps.more(id).is_empty() && self.taps.contexts(id).any(|known| known == context);
+            has_others.then_some((id, tap.view, tap.va))
         };
-        let taps: Vec<(TapId, View, Va)> = self.taps.iter().enumerate().filter_map(concerns).collect();
+        let taps: Vec<(TapId, View, Va)> = self.taps.iter().filter_map(concerns).collect();
         for (id, view, va) in taps {
             self.manager.page_out(&mut self.vmi, &mut self.controller, va, context.root)?;
             self.unfollow((va, context))?;
@@ -183,11 +177,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     fn forget_root(&mut self, id: TapId, view: View, va: Va, root: Pa) {
         self.manager.forget_root(view, va, root, &id);
-        let Some(tap) = self.tap_mut(id) else { return };
-        if tap.spec.context.root == root {
-            tap.spec.context = tap.more.remove(0);
+        let is_first = self.taps.get(id).is_some_and(|tap| tap.context().root == root);
+        let Some(rare) = self.taps.rare_mut(id) else { return };
+        if is_first {
+            let next = rare.more.remove(0);
+            if let Some(tap) = self.taps.get_mut(id) {
+                tap.set_context(next);
+            }
         } else {
-            tap.more.retain(|known| known.root != root);
+            rare.more.retain(|known| known.root != root);
         }
     }
 }

@@ -7,89 +7,57 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 use crate::undo::Left;
 
-use super::filter::Filter;
-use super::hold::{Budget, Histogram};
-use super::record::Capture;
+use super::tap::{Handed, Tap};
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// What a key is taken for.
 pub type Key = (View, Va, Option<Pa>, u64);
 
-/// One tap.
-pub struct Tap {
-    pub spec: TapSpec,
-    /// Active also while it waits for its page.
-    pub state: TapState,
-    pub stats: TapStats,
-    /// Roots that a global breakpoint is looked up under beside that of `spec`.
-    pub more: Vec<AddressContext>,
-    /// Its first hit takes it out.
-    pub once: bool,
-    pub filter: Option<Box<Filter>>,
-    pub capture: Option<Box<Capture>>,
-    pub budget: Option<Box<Budget>>,
-    pub holds: Option<Box<Histogram>>,
-}
-
-impl Tap {
-    /// Every root it is looked up under.
-    pub fn contexts(&self) -> impl Iterator<Item = AddressContext> {
-        std::iter::once(self.spec.context).chain(self.more.iter().copied())
-    }
-}
-
 impl<D: VmiDriver + ?Sized> Session<D> {
-    pub(super) fn tap(&self, id: TapId) -> Option<&Tap> {
-        self.taps.get(id.0 as usize)
-    }
-
-    pub(super) fn tap_mut(&mut self, id: TapId) -> Option<&mut Tap> {
-        self.taps.get_mut(id.0 as usize)
-    }
-
     /// What a write over the byte of that tap does.
     pub(super) fn policy(&self, id: TapId) -> OnWrite {
-        self.tap(id).and_then(|tap| tap.spec.on_write).unwrap_or(self.on_write)
+        self.taps.rare(id).and_then(|rare| rare.on_write).unwrap_or(self.on_write)
     }
 
     /// The description of a tap; `None` if there never was one of that number.
-    pub fn spec(&self, id: TapId) -> Option<&TapSpec> {
-        self.tap(id).map(|tap| &tap.spec)
+    pub fn spec(&self, id: TapId) -> Option<TapSpec> {
+        self.taps.spec(id)
     }
 
     /// Where a tap is in its life.
     pub fn state(&self, id: TapId) -> TapState {
-        let Some(tap) = self.tap(id) else { return TapState::Removed };
-        let TapSpec { kind, view, va, context, .. } = tap.spec;
-        if tap.state != TapState::Active || kind != TapKind::Breakpoint {
-            return tap.state;
+        let Some(tap) = self.taps.get(id) else { return TapState::Removed };
+        if !tap.is_active() || self.taps.kind(id) != TapKind::Breakpoint {
+            return tap.state();
         }
-        let planted = self.manager.get(view, va, context.root, &id).is_some_and(|found| found.pa.is_some());
+        let planted = self.manager.get(tap.view, tap.va, tap.context().root, &id).is_some_and(|found| found.pa.is_some());
         if planted { TapState::Active } else { TapState::Pending }
     }
 
     /// The counters of a tap.
     pub fn tap_stats(&self, id: TapId) -> TapStats {
-        let Some(tap) = self.tap(id) else { return TapStats::default() };
-        let (filtered, filter_faults) = tap.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
-        TapStats { filtered, filter_faults, ..tap.stats }
+        let hits = self.taps.get(id).map_or(0, |tap| tap.hits);
+        let Some(rare) = self.taps.rare(id) else { return TapStats { hits, ..TapStats::default() } };
+        let (filtered, filter_faults) = rare.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
+        let Handed { count, total, max } = rare.handed;
+        TapStats { hits, filtered, filter_faults, handled: count, hold_total: total, hold_max: max }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.
     pub fn set_wanted(&mut self, id: TapId, wanted: bool) {
-        if let Some(tap) = self.tap_mut(id) {
-            tap.spec.wanted = wanted;
+        if let Some(tap) = self.taps.get_mut(id) {
+            tap.set_wanted(wanted);
         }
     }
 
     pub(super) fn taps_in(&self, view: View) -> Vec<TapId> {
-        let in_view = |(_, tap): &(usize, &Tap)| tap.state != TapState::Removed && tap.spec.view == view;
-        self.taps.iter().enumerate().filter(in_view).map(|(index, _)| TapId(index as u32)).collect()
+        let in_view = |(_, tap): &(TapId, &Tap)| tap.state() != TapState::Removed && tap.view == view;
+        self.taps.iter().filter(in_view).map(|(id, _)| id).collect()
     }
 
     /// Whether a tap is neither disabled nor removed.
     pub(super) fn is_planted(&self, id: TapId) -> bool {
-        self.tap(id).is_some_and(|tap| tap.state == TapState::Active)
+        self.taps.get(id).is_some_and(Tap::is_active)
     }
 
     fn check(&self, spec: &TapSpec) -> Result<()> {
@@ -111,6 +79,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return refuse("length", "the range reaches past the end of the address space");
             }
         }
+        Ok(())
+    }
+
+    /// Refuses an address that can be none, and a watch whose first page is not there.
+    fn check_mapped(&self, spec: &TapSpec) -> Result<()> {
         match self.vmi.translate(spec.va, spec.context) {
             Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) if spec.kind == TapKind::Breakpoint => {
                 Ok(())
@@ -153,6 +126,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let mut planted = Vec::new();
         let checked = specs.iter().enumerate().try_for_each(|(index, spec)| {
             self.check(spec)?;
+            self.check_mapped(spec)?;
             if let Some(key) = Self::key_of(spec) {
                 if !self.keys.insert(key) {
                     return Err(VmiError::BreakpointConflict { va: spec.va });
@@ -174,21 +148,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             self.insert_breakpoints(&planted)
         });
-        let mut others = match done {
-            Ok(others) => others.into_iter(),
+        let mut planted = match done {
+            Ok(planted) => planted.into_iter(),
             Err(cause) => return Err(self.give_up(cause, &new_keys, first..first + watched)),
         };
-        self.taps.extend(specs.iter().map(|spec| Tap {
-            spec: *spec,
-            state: if spec.enabled { TapState::Active } else { TapState::Disabled },
-            stats: TapStats::default(),
-            more: if spec.enabled && spec.kind == TapKind::Breakpoint { others.next().unwrap_or_default() } else { Vec::new() },
-            once: false,
-            filter: None,
-            capture: None,
-            budget: None,
-            holds: None,
-        }));
+        self.taps.reserve(specs.len());
+        for (index, spec) in (first..).zip(specs) {
+            let is_planted = spec.enabled && spec.kind == TapKind::Breakpoint;
+            let (more, roams) = if is_planted { planted.next().unwrap_or_default() } else { Default::default() };
+            self.taps.push(spec, more);
+            self.taps.set_roams(TapId(index as u32), roams);
+        }
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
 
@@ -205,24 +175,21 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Plants breakpoints, with the tables they are found through watched: all or none. Returns for each the roots that it is looked
-    /// up under beside its own.
-    fn insert_breakpoints(&mut self, wanted: &[(TapId, TapSpec)]) -> Result<Vec<Vec<AddressContext>>> {
-        let (mut others, mut breakpoints, mut roaming) = (Vec::new(), Vec::new(), Vec::new());
+    /// up under beside its own, and whether it roams.
+    fn insert_breakpoints(&mut self, wanted: &[(TapId, TapSpec)]) -> Result<Vec<(Vec<AddressContext>, bool)>> {
+        let (mut planted, mut breakpoints, mut any_roams) = (Vec::new(), Vec::new(), false);
         let mut in_use = None;
         for (id, spec) in wanted {
-            let more = if self.starts_to_roam(spec)? {
-                roaming.push(*id);
-                self.other_roots(spec, &mut in_use)?
-            } else {
-                Vec::new()
-            };
+            let roams = self.starts_to_roam(spec)?;
+            any_roams |= roams;
+            let more = if roams { self.other_roots(spec, &mut in_use)? } else { Vec::new() };
             let own = Self::breakpoint_of(*id, spec);
             breakpoints.push(own);
             breakpoints.extend(more.iter().map(|context| Breakpoint { context: *context, ..own }));
-            others.push(more);
+            planted.push((more, roams));
         }
         let at: Vec<_> = breakpoints.iter().map(|breakpoint| (breakpoint.va, breakpoint.context)).collect();
-        let started = !roaming.is_empty() && self.track_roots(true)?;
+        let started = any_roams && self.track_roots(true)?;
         let done = self.follow(&at).and_then(|mapped| {
             let hinted = breakpoints.into_iter().zip(mapped).collect();
             let inserted = self.manager.insert_many_with_hints(&mut self.vmi, &mut self.controller, hinted);
@@ -235,20 +202,20 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             return Err(left.after(cause));
         }
-        self.roaming.extend(roaming);
         // All that roam are looked up under these now.
         self.roots = in_use.unwrap_or_else(|| std::mem::take(&mut self.roots));
-        Ok(others)
+        Ok(planted)
     }
 
     /// Takes breakpoints out of the guest, and the watch of their tables: all or none.
     fn remove_breakpoints(&mut self, ids: &[TapId]) -> Result<()> {
         let (mut at, mut identities) = (Vec::new(), Vec::new());
-        for (id, tap) in ids.iter().filter_map(|id| Some((*id, self.tap(*id)?))) {
-            at.extend(tap.contexts().map(|context| (tap.spec.va, context)));
-            identities.push((tap.spec.view, tap.spec.va, tap.spec.context.root, id));
+        for (id, tap) in ids.iter().filter_map(|id| Some((*id, self.taps.get(*id)?))) {
+            at.extend(self.taps.contexts(id).map(|context| (tap.va, context)));
+            identities.push((tap.view, tap.va, tap.context().root, id));
         }
-        let is_last = self.tracks_roots && self.roaming.iter().all(|id| ids.contains(id));
+        let roaming = ids.iter().filter(|id| self.taps.roams(**id)).count();
+        let is_last = self.tracks_roots && roaming == self.taps.roaming();
         let stopped = is_last && self.track_roots(false)?;
         let mut unfollowed = 0;
         let done = at.iter().try_for_each(|at| self.unfollow(*at).map(|()| unfollowed += 1));
@@ -263,18 +230,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Err(left.after(cause));
         }
         for id in ids {
-            self.roaming.remove(id);
-            if let Some(tap) = self.tap_mut(*id) {
-                tap.more = Vec::new();
-            }
+            self.taps.set_roams(*id, false);
+            self.taps.set_more(*id, Vec::new());
         }
         Ok(())
     }
 
     /// Takes the tap out of the guest, whatever becomes of it then.
     pub(super) fn lift(&mut self, id: TapId) -> Result<()> {
-        let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Active).map(|tap| tap.spec) else { return Ok(()) };
-        match spec.kind {
+        if !self.is_planted(id) {
+            return Ok(());
+        }
+        match self.taps.kind(id) {
             TapKind::Breakpoint => self.remove_breakpoints(&[id]),
             TapKind::Watch { .. } => self.unwatch(id),
         }
@@ -294,9 +261,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// A tap is out of the guest for good.
     pub(super) fn bury(&mut self, id: TapId) {
         // Once only: somebody else may have its key since.
-        let Some(tap) = self.tap_mut(id).filter(|tap| tap.state != TapState::Removed) else { return };
-        tap.state = TapState::Removed;
-        if let Some(key) = Self::key_of(&tap.spec) {
+        let Some(tap) = self.taps.get_mut(id).filter(|tap| tap.state() != TapState::Removed) else { return };
+        tap.set_state(TapState::Removed);
+        if let Some(key) = self.taps.spec(id).as_ref().and_then(Self::key_of) {
             self.keys.remove(&key);
         }
     }
@@ -306,7 +273,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// # Errors
     /// As [`Session::remove`]; [`VmiError::UndoFailed`] if a watch that was taken out cannot be put in again.
     pub fn remove_many(&mut self, ids: &[TapId]) -> Result<()> {
-        let active = |id: &TapId| self.tap(*id).filter(|tap| tap.state == TapState::Active).map(|tap| (*id, tap.spec));
+        let active = |id: &TapId| self.taps.spec(*id).filter(|_| self.is_planted(*id)).map(|spec| (*id, spec));
         let mut taps: Vec<(TapId, TapSpec)> = ids.iter().filter_map(active).collect();
         taps.sort_unstable_by_key(|(id, _)| *id);
         taps.dedup_by_key(|(id, _)| *id);
@@ -332,8 +299,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Makes the first hit of a tap its last: it is removed before its vCPU goes on.
     pub fn set_once(&mut self, id: TapId) {
-        if let Some(tap) = self.tap_mut(id) {
-            tap.once = true;
+        if let Some(tap) = self.taps.get_mut(id) {
+            tap.set_once();
         }
     }
 
@@ -355,8 +322,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub fn disable(&mut self, id: TapId) -> Result<()> {
         self.lift(id)?;
         self.forget_returns(id);
-        if let Some(tap) = self.tap_mut(id).filter(|tap| tap.state == TapState::Active) {
-            tap.state = TapState::Disabled;
+        if let Some(tap) = self.taps.get_mut(id).filter(|tap| tap.is_active()) {
+            tap.set_state(TapState::Disabled);
         }
         Ok(())
     }
@@ -367,24 +334,26 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::add`]; the tap stays disabled then.
     pub fn enable(&mut self, id: TapId) -> Result<()> {
         self.check_open()?;
-        let Some(spec) = self.tap(id).filter(|tap| tap.state == TapState::Disabled).map(|tap| tap.spec) else { return Ok(()) };
+        let Some(spec) = self.taps.get(id).filter(|tap| tap.state() == TapState::Disabled).and_then(|_| self.taps.spec(id))
+        else {
+            return Ok(());
+        };
         self.check(&spec)?;
         self.plant(id)?;
-        if let Some(tap) = self.tap_mut(id) {
-            tap.state = TapState::Active;
+        if let Some(tap) = self.taps.get_mut(id) {
+            tap.set_state(TapState::Active);
         }
         Ok(())
     }
 
     /// Puts a tap into the guest that is not in it.
     pub(super) fn plant(&mut self, id: TapId) -> Result<()> {
-        let Some(spec) = self.tap(id).map(|tap| tap.spec) else { return Ok(()) };
+        let Some(spec) = self.taps.spec(id) else { return Ok(()) };
         match spec.kind {
             TapKind::Breakpoint => {
-                let more = self.insert_breakpoints(&[(id, spec)])?.pop().unwrap_or_default();
-                if let Some(tap) = self.tap_mut(id) {
-                    tap.more = more;
-                }
+                let (more, roams) = self.insert_breakpoints(&[(id, spec)])?.pop().unwrap_or_default();
+                self.taps.set_more(id, more);
+                self.taps.set_roams(id, roams);
                 Ok(())
             }
             TapKind::Watch { len, access } => self.watch(id, &spec, len, access),

@@ -1,6 +1,7 @@
 //! Watches: ranges of bytes whose accesses are reported, by taking access rights away from their pages in a view.
 
-use crate::addr::{MemoryAccess, PAGE_SIZE, Pa, Va, View};
+use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, View};
+use crate::arch::amd64::AddressContext;
 use crate::driver::VmiDriver;
 use crate::error::Result;
 
@@ -16,19 +17,31 @@ pub struct WatchPage {
     pub last: u16,
 }
 
+type Parts = Vec<((View, Gfn), WatchPage)>;
+
 impl<D: VmiDriver + ?Sized> Session<D> {
-    /// Watches every page of the range, or on an error none.
-    pub(super) fn watch(&mut self, tap: TapId, spec: &TapSpec, len: u64, access: MemoryAccess) -> Result<()> {
+    /// The parts of a watch by page, under the page tables of `context`.
+    fn parts(&self, (tap, spec): (TapId, &TapSpec), len: u64, access: MemoryAccess, context: AddressContext) -> Result<Parts> {
         let mut parts = Vec::new();
         let (mut at, mut left) = (spec.va, len);
         while left > 0 {
             let now = left.min(at.page_rest());
-            let gfn = self.vmi.translate(at, spec.context)?.gfn();
+            let gfn = self.vmi.translate(at, context)?.gfn();
             let first = at.page_offset() as u16;
             parts.push(((spec.view, gfn), WatchPage { tap, access, first, last: first + (now - 1) as u16 }));
             left -= now;
             at = Va(at.0.wrapping_add(now));
         }
+        Ok(parts)
+    }
+
+    /// Watches every page of the range, or on an error none. One that is nobody's in particular and is enabled again may have outlived the root
+    /// it was put in under: it is looked up under those in use then.
+    pub(super) fn watch(&mut self, tap: TapId, spec: &TapSpec, len: u64, access: MemoryAccess) -> Result<()> {
+        let parts = self.parts((tap, spec), len, access, spec.context).or_else(|error| {
+            let others = if spec.global { self.roots_in_use()? } else { Vec::new() };
+            others.iter().find_map(|other| self.parts((tap, spec), len, access, *other).ok()).ok_or(error)
+        })?;
         let pages: Vec<_> = parts.iter().map(|(page, _)| *page).collect();
         self.controller.rights().deny_many(&mut self.vmi, &pages, access)?;
         for (page, part) in parts {

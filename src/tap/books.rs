@@ -18,81 +18,73 @@ pub(super) struct Mapping {
     pub(super) pa: Option<Pa>,
 }
 
+/// Stands for no address: no byte can be there, because the last frame ends one byte before.
+const NOWHERE: Pa = Pa(u64::MAX);
+
+/// A breakpoint with its first root. Half a cache line, for one is looked at with each hit, and there can be a million of them.
+#[repr(align(32))]
 pub(super) struct Entry<K, T> {
     pub(super) va: Va,
-    pub(super) first: Mapping,
-    /// The other roots of a global one.
-    #[expect(clippy::box_collection, reason = "almost always absent: one word instead of three")]
-    pub(super) more: Option<Box<Vec<Mapping>>>,
+    pub(super) root: Pa,
+    /// Where it is planted for that root, or [`NOWHERE`].
+    pa: Pa,
     pub(super) key: K,
     pub(super) tag: T,
     pub(super) view: View,
+    levels: u8,
     pub(super) global: bool,
 }
 
 impl<K, T> Entry<K, T> {
-    pub(super) fn mappings(&self) -> impl Iterator<Item = &Mapping> {
-        std::iter::once(&self.first).chain(self.more.iter().flat_map(|more| more.iter()))
+    pub(super) fn first(&self) -> Mapping {
+        Mapping { context: AddressContext { root: self.root, levels: self.levels }, pa: (self.pa != NOWHERE).then_some(self.pa) }
     }
 
-    pub(super) fn mapping_mut(&mut self, root: Pa) -> Option<&mut Mapping> {
-        let more = self.more.iter_mut().flat_map(|more| more.iter_mut());
-        std::iter::once(&mut self.first).chain(more).find(|mapping| mapping.context.root == root)
-    }
-
-    /// Drops a root under which it waits, unless that is its only one. Returns whether it did.
-    pub(super) fn forget_root(&mut self, root: Pa) -> bool {
-        let Some(more) = &mut self.more else { return false };
-        let goes = |mapping: &Mapping| mapping.context.root == root && mapping.pa.is_none();
-        if goes(&self.first) {
-            self.first = more.remove(0);
-        } else if let Some(index) = more.iter().position(goes) {
-            more.remove(index);
-        } else {
-            return false;
-        }
-        if more.is_empty() {
-            self.more = None;
-        }
-        true
-    }
-
-    pub(super) fn has_root(&self, root: Pa) -> bool {
-        self.mappings().any(|mapping| mapping.context.root == root)
-    }
-
-    pub(super) fn is_at(&self, pa: Pa) -> bool {
-        self.mappings().any(|mapping| mapping.pa == Some(pa))
+    fn set_first(&mut self, Mapping { context: AddressContext { root, levels }, pa }: Mapping) {
+        (self.root, self.levels, self.pa) = (root, levels, pa.unwrap_or(NOWHERE));
     }
 
     pub(super) fn found(&self, pa: Option<Pa>) -> Found<'_, K, T> {
         let Self { va, key, tag, view, global, .. } = self;
-        Found { view: *view, va: *va, pa, context: self.first.context, key, tag, global: *global }
+        Found { view: *view, va: *va, pa, context: self.first().context, key, tag, global: *global }
     }
 
     /// The root its place in the index is for: every root has its own breakpoints, and all of them share the global ones.
     pub(super) fn index_root(&self) -> Option<Pa> {
-        (!self.global).then_some(self.first.context.root)
+        (!self.global).then_some(self.root)
+    }
+
+    /// Whether it is hit at `va` under `root`.
+    #[inline]
+    pub(super) fn fits(&self, va: Va, root: Pa) -> bool {
+        self.va == va && (self.global || self.root == root)
     }
 }
 
-/// One byte of a view that is a breakpoint, and whose. Most have one owner.
-pub(super) struct Site {
-    pub(super) pa: Pa,
-    first: u32,
-    #[expect(clippy::box_collection, reason = "almost always absent: one word instead of three")]
-    more: Option<Box<Vec<u32>>>,
+/// One breakpoint on a page: its offset there, and its entry. In 16-bit pieces, so that four of them take no more room than they need.
+#[derive(Clone, Copy)]
+pub(super) struct Point {
+    pub(super) offset: u16,
+    id: [u16; 2],
+}
+
+impl Point {
+    const fn new(offset: u16, id: u32) -> Self {
+        Self { offset, id: [id as u16, (id >> 16) as u16] }
+    }
+
+    #[inline]
+    pub(super) const fn id(self) -> u32 {
+        let [low, high] = self.id;
+        low as u32 | (high as u32) << 16
+    }
+}
+
+/// The breakpoints planted on one page of a view, ascending by offset and then in the order they were planted.
+struct Page {
+    gfn: Gfn,
     view: View,
-}
-
-impl Site {
-    pub(super) fn more(&self) -> &[u32] {
-        self.more.as_deref().map_or(&[], Vec::as_slice)
-    }
-
-    pub(super) fn owners(&self) -> impl Iterator<Item = u32> {
-        std::iter::once(self.first).chain(self.more().iter().copied())
-    }
+    points: SmallVec<[Point; 4]>,
 }
 
 /// What an insert has to do.
@@ -103,8 +95,8 @@ pub(super) enum Place {
     Joins(u32),
 }
 
-pub(super) fn site_hash(view: View, pa: Pa) -> u64 {
-    FxBuildHasher.hash_one((pa.0, view.0))
+fn page_hash(view: View, gfn: Gfn) -> u64 {
+    FxBuildHasher.hash_one((gfn.0, view.0))
 }
 
 pub(super) fn id_hash(view: View, va: Va, root: Option<Pa>) -> u64 {
@@ -116,9 +108,9 @@ pub(super) struct Books<K, T> {
     pub(super) entries: Vec<Option<Entry<K, T>>>,
     free: Vec<u32>,
     pub(super) ids: HashTable<u32>,
-    sites: HashTable<Site>,
-    /// The offset of every owner's breakpoint on a page, ascending: one that two owners want is there twice.
-    pub(super) pages: FxHashMap<(View, Gfn), SmallVec<[u16; 8]>>,
+    /// The other roots of global ones; hardly any has some.
+    more: FxHashMap<u32, Vec<Mapping>>,
+    pages: HashTable<Page>,
     /// The views there are breakpoints in, and how many.
     pub(super) views: Vec<(View, usize)>,
 }
@@ -129,27 +121,87 @@ impl<K, T> Default for Books<K, T> {
             entries: Vec::new(),
             free: Vec::new(),
             ids: HashTable::new(),
-            sites: HashTable::new(),
-            pages: FxHashMap::default(),
+            more: FxHashMap::default(),
+            pages: HashTable::new(),
             views: Vec::new(),
         }
     }
 }
 
 impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
+    /// Makes room for so many breakpoints more at once: growing by and by leaves up to twice the room that is needed.
+    pub(super) fn reserve(&mut self, count: usize) {
+        self.entries.reserve(count.saturating_sub(self.free.len()));
+    }
+
+    /// The roots of a breakpoint beside its first.
+    fn more(&self, id: u32) -> &[Mapping] {
+        if self.more.is_empty() { &[] } else { self.more.get(&id).map_or(&[], Vec::as_slice) }
+    }
+
+    /// Every root of a breakpoint.
+    pub(super) fn mappings(&self, id: u32) -> impl Iterator<Item = Mapping> {
+        self.entry(id).map(Entry::first).into_iter().chain(self.more(id).iter().copied())
+    }
+
+    pub(super) fn has_root(&self, id: u32, root: Pa) -> bool {
+        self.mappings(id).any(|mapping| mapping.context.root == root)
+    }
+
+    pub(super) fn is_at(&self, id: u32, pa: Pa) -> bool {
+        self.mappings(id).any(|mapping| mapping.pa == Some(pa))
+    }
+
+    /// A global one is there under one more root.
+    pub(super) fn join(&mut self, id: u32, mapping: Mapping) {
+        self.more.entry(id).or_default().push(mapping);
+    }
+
+    /// Changes where a breakpoint is under a root, if `which` says so; how it was before.
+    fn replace(&mut self, id: u32, root: Pa, which: impl Fn(Option<Pa>) -> bool, to: Option<Pa>) -> Option<Mapping> {
+        let entry = self.entries.get_mut(id as usize)?.as_mut()?;
+        if entry.root == root {
+            let before = entry.first();
+            return which(before.pa).then(|| {
+                entry.set_first(Mapping { pa: to, ..before });
+                before
+            });
+        }
+        let mapping = self.more.get_mut(&id)?.iter_mut().find(|mapping| mapping.context.root == root)?;
+        which(mapping.pa).then(|| std::mem::replace(mapping, Mapping { pa: to, ..*mapping }))
+    }
+
+    /// Drops a root under which it waits, unless that is its only one. Returns whether it did.
+    pub(super) fn forget_root(&mut self, id: u32, root: Pa) -> bool {
+        let goes = |mapping: &Mapping| mapping.context.root == root && mapping.pa.is_none();
+        let Some(entry) = self.entries.get_mut(id as usize).and_then(Option::as_mut) else { return false };
+        let Some(more) = self.more.get_mut(&id) else { return false };
+        if goes(&entry.first()) {
+            entry.set_first(more.remove(0));
+        } else if let Some(index) = more.iter().position(goes) {
+            more.remove(index);
+        } else {
+            return false;
+        }
+        if more.is_empty() {
+            self.more.remove(&id);
+        }
+        true
+    }
+
     /// Takes the newest mapping of a breakpoint out of the books, and the breakpoint itself if it was new.
     pub(super) fn unrecord(&mut self, id: u32, is_new: bool) {
         if is_new {
             self.forget(id);
             return;
         }
-        let Some(entry) = self.entry_mut(id) else { return };
-        let Some(mapping) = entry.more.as_mut().and_then(|more| more.pop()) else { return };
-        if entry.more.as_ref().is_some_and(|more| more.is_empty()) {
-            entry.more = None;
+        let Some(more) = self.more.get_mut(&id) else { return };
+        let Some(mapping) = more.pop() else { return };
+        if more.is_empty() {
+            self.more.remove(&id);
         }
-        let view = entry.view;
-        if let Some(pa) = mapping.pa.filter(|pa| !entry.is_at(*pa)) {
+        let Some(view) = self.entry(id).map(|entry| entry.view) else { return };
+        if let Some(pa) = mapping.pa.filter(|pa| !self.is_at(id, *pa)) {
             self.detach(view, pa, id);
         }
     }
@@ -159,8 +211,8 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let of_view = move |view: View, of: Option<Pa>| {
             let found = self.ids.iter_hash(id_hash(view, va, of)).copied();
             found.filter(move |id| {
-                let fits = |e: &Entry<K, T>| e.view == view && e.va == va && e.global == of.is_none() && e.has_root(root);
-                self.entry(*id).is_some_and(fits)
+                let fits = |e: &Entry<K, T>| e.view == view && e.va == va && e.global == of.is_none();
+                self.entry(*id).is_some_and(fits) && self.has_root(*id, root)
             })
         };
         self.views.iter().flat_map(move |(view, _)| of_view(*view, Some(root)).chain(of_view(*view, None)))
@@ -170,8 +222,13 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     pub(super) fn only_owner_at(&self, va: Va, root: Pa) -> Option<(u32, View, Option<Pa>)> {
         let mut owners = self.owners_at(va, root);
         let (id, None) = (owners.next()?, owners.next()) else { return None };
-        let entry = self.entry(id).filter(|entry| entry.more.is_none())?;
-        Some((id, entry.view, entry.first.pa))
+        let entry = self.entry(id).filter(|_| self.more(id).is_empty())?;
+        Some((id, entry.view, entry.first().pa))
+    }
+
+    /// The only place of a breakpoint that has one root; none if it waits or has more.
+    pub(super) fn only_place(&self, id: u32) -> Option<Pa> {
+        self.entry(id).filter(|_| self.more(id).is_empty())?.first().pa
     }
 
     pub(super) fn set_mappings(
@@ -184,19 +241,14 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let ids: Vec<u32> = self.owners_at(va, root).collect();
         let mut moved = Vec::new();
         for id in ids {
-            let Some(entry) = self.entry_mut(id) else { continue };
-            let view = entry.view;
-            if let Some(mapping) = entry.mapping_mut(root).filter(|mapping| which(mapping.pa)) {
-                moved.push((id, view, std::mem::replace(&mut mapping.pa, to)));
-            }
+            let Some(view) = self.entry(id).map(|entry| entry.view) else { continue };
+            moved.extend(self.replace(id, root, &which, to).map(|before| (id, view, before.pa)));
         }
         moved
     }
 
     pub(super) fn set_mapping(&mut self, id: u32, root: Pa, pa: Option<Pa>) {
-        if let Some(mapping) = self.entry_mut(id).and_then(|entry| entry.mapping_mut(root)) {
-            mapping.pa = pa;
-        }
+        self.replace(id, root, |_| true, pa);
     }
 
     #[inline]
@@ -204,13 +256,20 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         self.entries.get(id as usize)?.as_ref()
     }
 
-    pub(super) fn entry_mut(&mut self, id: u32) -> Option<&mut Entry<K, T>> {
-        self.entries.get_mut(id as usize)?.as_mut()
+    /// Where breakpoints are planted on a page of a view: the offset of every owner's, ascending.
+    #[inline]
+    pub(super) fn on_page(&self, view: View, gfn: Gfn) -> &[Point] {
+        let page = self.pages.find(page_hash(view, gfn), |page| page.gfn == gfn && page.view == view);
+        page.map_or(&[], |page| page.points.as_slice())
     }
 
+    /// What is planted at `pa`.
     #[inline]
-    pub(super) fn site(&self, view: View, pa: Pa) -> Option<&Site> {
-        self.sites.find(site_hash(view, pa), |site| site.pa == pa && site.view == view)
+    pub(super) fn planted_at(&self, view: View, pa: Pa) -> &[Point] {
+        let (points, offset) = (self.on_page(view, pa.gfn()), pa.page_offset() as u16);
+        let first = points.partition_point(|point| point.offset < offset);
+        let rest = points.get(first..).unwrap_or_default();
+        rest.get(..rest.iter().take_while(|point| point.offset == offset).count()).unwrap_or_default()
     }
 
     /// The one of that root, or the global one if `of` is none.
@@ -220,7 +279,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     }
 
     pub(super) fn find_global(&self, view: View, va: Va, root: Pa, key: &K) -> Option<u32> {
-        self.find_exact(view, va, None, key).filter(|id| self.entry(*id).is_some_and(|entry| entry.has_root(root)))
+        self.find_exact(view, va, None, key).filter(|id| self.has_root(*id, root))
     }
 
     pub(super) fn find(&self, view: View, va: Va, root: Pa, key: &K) -> Option<u32> {
@@ -231,7 +290,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let Breakpoint { view, va, key, global, context, .. } = breakpoint;
         let own = self.find_exact(*view, *va, Some(context.root), key);
         let of_all = self.find_exact(*view, *va, None, key);
-        let shared = of_all.filter(|id| self.entry(*id).is_some_and(|entry| entry.has_root(context.root)));
+        let shared = of_all.filter(|id| self.has_root(*id, context.root));
         let (same, other) = if *global { (shared, own) } else { (own, shared) };
         if same.is_some() {
             return Ok(Place::Duplicate);
@@ -242,10 +301,19 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         Ok(of_all.filter(|_| *global).map_or(Place::New, Place::Joins))
     }
 
+    /// An error for an address that can be none of a planted breakpoint.
+    pub(super) fn check_place(pa: Option<Pa>) -> Result<()> {
+        if pa != Some(NOWHERE) {
+            return Ok(());
+        }
+        Err(VmiError::InvalidArgument { what: "pa", reason: format!("{NOWHERE} is the address of no instruction") })
+    }
+
     /// Writes a new breakpoint into the books, planted nowhere yet.
-    pub(super) fn add(&mut self, breakpoint: Breakpoint<K, T>, first: Mapping) -> u32 {
-        let Breakpoint { view, va, key, tag, global, .. } = breakpoint;
-        let entry = Entry { va, first, more: None, key, tag, view, global };
+    pub(super) fn add(&mut self, breakpoint: Breakpoint<K, T>, pa: Option<Pa>) -> u32 {
+        let Breakpoint { view, va, context, key, tag, global } = breakpoint;
+        let AddressContext { root, levels } = context;
+        let entry = Entry { va, root, pa: pa.unwrap_or(NOWHERE), key, tag, view, levels, global };
         let hash = id_hash(view, va, entry.index_root());
         let id = self.free.pop().unwrap_or(self.entries.len() as u32);
         match self.entries.get_mut(id as usize) {
@@ -266,18 +334,17 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     /// Takes a breakpoint out of the books, with wherever it is planted.
     pub(super) fn forget(&mut self, id: u32) {
-        let Some(entry) = self.entry(id) else { return };
-        if entry.more.is_none() {
-            if let (view, Some(pa)) = (entry.view, entry.first.pa) {
-                self.detach(view, pa, id);
-            }
+        let Some(view) = self.entry(id).map(|entry| entry.view) else { return };
+        if let Some(pa) = self.only_place(id) {
+            self.detach(view, pa, id);
         } else {
             for (view, pa) in self.places(id) {
                 self.detach(view, pa, id);
             }
         }
+        self.more.remove(&id);
         let Some(entry) = self.entry(id) else { return };
-        let (view, hash) = (entry.view, id_hash(entry.view, entry.va, entry.index_root()));
+        let hash = id_hash(entry.view, entry.va, entry.index_root());
         if let Ok(slot) = self.ids.find_entry(hash, |known| *known == id) {
             slot.remove();
         }
@@ -298,10 +365,10 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     /// Where a breakpoint is planted, each place once.
     pub(super) fn places(&self, id: u32) -> Vec<(View, Pa)> {
         let mut places = Vec::new();
-        if let Some(entry) = self.entry(id) {
-            for pa in entry.mappings().filter_map(|mapping| mapping.pa) {
-                if !places.contains(&(entry.view, pa)) {
-                    places.push((entry.view, pa));
+        if let Some(view) = self.entry(id).map(|entry| entry.view) {
+            for pa in self.mappings(id).filter_map(|mapping| mapping.pa) {
+                if !places.contains(&(view, pa)) {
+                    places.push((view, pa));
                 }
             }
         }
@@ -309,38 +376,27 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     }
 
     pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32) {
-        let hash = site_hash(view, pa);
-        if let Some(site) = self.sites.find_mut(hash, |site| site.pa == pa && site.view == view) {
-            site.more.get_or_insert_default().push(id);
-        } else {
-            let site = Site { pa, first: id, more: None, view };
-            self.sites.insert_unique(hash, site, |site| site_hash(site.view, site.pa));
-        }
-        let offsets = self.pages.entry((view, pa.gfn())).or_default();
-        let offset = pa.page_offset() as u16;
-        offsets.insert(offsets.partition_point(|known| *known < offset), offset);
+        let (gfn, offset) = (pa.gfn(), pa.page_offset() as u16);
+        let is_it = |page: &Page| page.gfn == gfn && page.view == view;
+        let slot = self.pages.entry(page_hash(view, gfn), is_it, |page| page_hash(page.view, page.gfn));
+        let page = slot.or_insert_with(|| Page { gfn, view, points: SmallVec::new() }).into_mut();
+        let at = page.points.partition_point(|point| point.offset <= offset);
+        page.points.insert(at, Point::new(offset, id));
     }
 
     pub(super) fn detach(&mut self, view: View, pa: Pa, id: u32) {
-        let Ok(mut slot) = self.sites.find_entry(site_hash(view, pa), |site| site.pa == pa && site.view == view) else { return };
-        let site = slot.get_mut();
-        if site.more.is_none() {
-            slot.remove();
-        } else {
-            // The owners that stay keep their order.
-            let owners: Vec<u32> = site.owners().filter(|owner| *owner != id).collect();
-            if let Some((first, more)) = owners.split_first() {
-                site.first = *first;
-                site.more = (!more.is_empty()).then(|| Box::new(more.to_vec()));
-            }
+        let (gfn, offset) = (pa.gfn(), pa.page_offset() as u16);
+        let found = self.pages.find_entry(page_hash(view, gfn), |page| page.gfn == gfn && page.view == view);
+        let Ok(mut slot) = found else { return };
+        let points = &mut slot.get_mut().points;
+        let first = points.partition_point(|point| point.offset < offset);
+        let owners = points.iter().enumerate().skip(first).take_while(|(_, point)| point.offset == offset);
+        let at = owners.map(|(index, point)| (index, point.id())).find(|(_, owner)| *owner == id);
+        if let Some((index, _)) = at {
+            points.remove(index);
         }
-        if let Some(offsets) = self.pages.get_mut(&(view, pa.gfn())) {
-            if let Ok(index) = offsets.binary_search(&(pa.page_offset() as u16)) {
-                offsets.remove(index);
-            }
-            if offsets.is_empty() {
-                self.pages.remove(&(view, pa.gfn()));
-            }
+        if points.is_empty() {
+            slot.remove();
         }
     }
 }

@@ -5,6 +5,9 @@ use crate::core::VmiCore;
 use crate::driver::VmiDriver;
 use crate::error::Result;
 
+/// Room that is kept although there is no spare frame: with many breakpoints put in at once there was room for many.
+const ROOM: usize = 64;
+
 /// Frames that are taken from the driver and show nothing.
 ///
 /// As many are kept as are in use, so that taking a breakpoint out and putting one in costs no call; the rest go back. With the last
@@ -35,7 +38,11 @@ impl FramePool {
 
     /// A frame; `None` if none was reserved.
     pub(super) fn take(&mut self) -> Option<Gfn> {
-        self.spare.pop()
+        let frame = self.spare.pop();
+        if self.spare.is_empty() {
+            self.spare.shrink_to(ROOM);
+        }
+        frame
     }
 
     /// A frame is no longer in use.

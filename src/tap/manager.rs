@@ -4,8 +4,6 @@
 
 use std::hash::Hash;
 
-use smallvec::SmallVec;
-
 use super::books::{Books, Entry, Mapping, Place, id_hash};
 use super::guarded::guarded;
 use super::{Left, TapController, TapEvents};
@@ -192,6 +190,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
+        self.books.reserve(wanted.len());
         let mut new = Vec::with_capacity(wanted.len());
         let mut recorded = Vec::with_capacity(wanted.len());
         let mut steps = Vec::with_capacity(wanted.len());
@@ -237,17 +236,15 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
                 Err(error) => return Err(error),
             },
         };
+        Books::<K, T>::check_place(pa)?;
         let (view, is_new) = (breakpoint.view, matches!(place, Place::New));
-        let mapping = Mapping { context: breakpoint.context, pa };
         let (id, is_there) = match place {
             Place::Joins(id) => {
-                let is_there = pa.is_some_and(|pa| self.books.entry(id).is_some_and(|entry| entry.is_at(pa)));
-                if let Some(entry) = self.books.entry_mut(id) {
-                    entry.more.get_or_insert_default().push(mapping);
-                }
+                let is_there = pa.is_some_and(|pa| self.books.is_at(id, pa));
+                self.books.join(id, Mapping { context: breakpoint.context, pa });
                 (id, is_there)
             }
-            _ => (self.books.add(breakpoint, mapping), false),
+            _ => (self.books.add(breakpoint, pa), false),
         };
         let at = pa.filter(|_| !is_there).map(|pa| (view, pa));
         if let Some((view, pa)) = at {
@@ -275,12 +272,11 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         C: TapController<D> + ?Sized,
     {
         let Some(id) = self.books.find(view, va, root, key) else { return Ok(false) };
-        match self.books.entry(id).map(|entry| (entry.more.is_none(), entry.first.pa)) {
-            Some((true, Some(pa))) => {
-                guarded(controller, |controller| self.unplant_one(vmi, controller, view, pa))?;
-                self.books.forget(id);
-            }
-            _ => self.take_out(vmi, controller, &[id])?,
+        if let Some(pa) = self.books.only_place(id) {
+            guarded(controller, |controller| self.unplant_one(vmi, controller, view, pa))?;
+            self.books.forget(id);
+        } else {
+            self.take_out(vmi, controller, &[id])?;
         }
         Ok(true)
     }
@@ -409,7 +405,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         // The books still have to say what is on the pages, so only now are the sites given up.
         let mut steps = Vec::new();
         for (id, view, old) in &moved {
-            if let Some(pa) = old.filter(|pa| self.books.entry(*id).is_some_and(|entry| !entry.is_at(*pa))) {
+            if let Some(pa) = old.filter(|pa| !self.books.is_at(*id, *pa)) {
                 steps.push((*view, pa, *id));
             }
         }
@@ -441,6 +437,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
             if at.is_some() {
                 return Ok(0);
             }
+            Books::<K, T>::check_place(Some(pa))?;
             self.books.set_mapping(id, root, Some(pa));
             self.books.attach(view, pa, id);
             return guarded(controller, |controller| {
@@ -450,8 +447,8 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
                 })
             });
         }
-        let is_there: Vec<u32> =
-            self.books.owners_at(va, root).filter(|id| self.books.entry(*id).is_some_and(|e| e.is_at(pa))).collect();
+        Books::<K, T>::check_place(Some(pa))?;
+        let is_there: Vec<u32> = self.books.owners_at(va, root).filter(|id| self.books.is_at(*id, pa)).collect();
         let moved = self.books.set_mappings(va, root, |pa| pa.is_none(), Some(pa));
         let fresh: Vec<_> = moved.iter().filter(|(id, ..)| !is_there.contains(id)).map(|(id, view, _)| (*id, *view)).collect();
         for (id, view) in &fresh {
@@ -476,46 +473,38 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// whether there was such a root.
     pub fn forget_root(&mut self, view: View, va: Va, root: Pa, key: &K) -> bool {
         let id = self.books.find_global(view, va, root, key);
-        id.and_then(|id| self.books.entry_mut(id)).is_some_and(|entry| entry.forget_root(root))
+        id.is_some_and(|id| self.books.forget_root(id, root))
     }
 
     /// The breakpoints at `va` that were inserted with `root`, in every view; a global one is shown as it is under that root.
     pub fn owners(&self, va: Va, root: Pa) -> impl Iterator<Item = Found<'_, K, T>> {
-        self.books.owners_at(va, root).filter_map(|id| self.books.entry(id)).map(move |entry| {
-            let mapping = entry.mappings().find(|mapping| mapping.context.root == root);
-            entry.found(mapping.and_then(|mapping| mapping.pa))
+        self.books.owners_at(va, root).filter_map(move |id| {
+            let mapping = self.books.mappings(id).find(|mapping| mapping.context.root == root);
+            Some(self.books.entry(id)?.found(mapping.and_then(|mapping| mapping.pa)))
         })
     }
 
     /// The breakpoint with that identity; a global one with any of its roots, and with the first place it is planted at.
     pub fn get(&self, view: View, va: Va, root: Pa, key: &K) -> Option<Found<'_, K, T>> {
-        let entry = self.books.entry(self.books.find(view, va, root, key)?)?;
-        Some(entry.found(entry.mappings().find_map(|mapping| mapping.pa)))
+        let id = self.books.find(view, va, root, key)?;
+        Some(self.books.entry(id)?.found(self.books.mappings(id).find_map(|mapping| mapping.pa)))
     }
 
     /// The breakpoint of `key` that `event` hit: one of the event's root before a global one.
     pub fn get_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent, key: &K) -> Option<Found<'_, K, T>> {
         let (view, pa) = address(controller, event)?;
         let (va, root) = (event.registers.rip(), event.registers.root());
-        let fits =
-            |entry: &&Entry<K, T>| entry.va == va && entry.key == *key && (entry.global || entry.first.context.root == root);
-        let hit = self
-            .books
-            .site(view, pa)?
-            .owners()
-            .filter_map(|id| self.books.entry(id))
-            .filter(fits)
-            .min_by_key(|entry| entry.global)?;
+        let owners = self.books.planted_at(view, pa).iter().filter_map(|point| self.books.entry(point.id()));
+        let hit = owners.filter(|entry| entry.key == *key && entry.fits(va, root)).min_by_key(|entry| entry.global)?;
         Some(hit.found(Some(pa)))
     }
 
     /// Every breakpoint that `event` hit, whoever's, in the order they were planted.
     pub fn all_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent) -> Vec<Found<'_, K, T>> {
-        let at = address(controller, event).and_then(|(view, pa)| Some((self.books.site(view, pa)?, pa)));
-        let Some((site, pa)) = at else { return Vec::new() };
+        let Some((view, pa)) = address(controller, event) else { return Vec::new() };
         let (va, root) = (event.registers.rip(), event.registers.root());
-        let fits = |entry: &&Entry<K, T>| entry.va == va && (entry.global || entry.first.context.root == root);
-        site.owners().filter_map(|id| self.books.entry(id)).filter(fits).map(|entry| entry.found(Some(pa))).collect()
+        let owners = self.books.planted_at(view, pa).iter().filter_map(|point| self.books.entry(point.id()));
+        owners.filter(|entry| entry.fits(va, root)).map(|entry| entry.found(Some(pa))).collect()
     }
 
     /// Whether `key` has a breakpoint that `event` hit.
@@ -535,16 +524,13 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// Allocates nothing. Returns how many breakpoints are at `pa`, hit or not: 0 says that the event is nobody's.
     #[inline]
     pub fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, mut f: impl FnMut(&K, &T)) -> usize {
-        let Some(site) = self.books.site(view, pa) else { return 0 };
-        for id in site.owners() {
-            if let Some(entry) = self.books.entry(id)
-                && entry.va == va
-                && (entry.global || entry.first.context.root == root)
-            {
+        let points = self.books.planted_at(view, pa);
+        for point in points {
+            if let Some(entry) = self.books.entry(point.id()).filter(|entry| entry.fits(va, root)) {
                 f(&entry.key, &entry.tag);
             }
         }
-        1 + site.more().len()
+        points.len()
     }
 
     /// How many breakpoints there are, planted or waiting. A global one counts once, however many roots it has.
@@ -559,29 +545,22 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// Every breakpoint, in no particular order; a global one once, with the first place it is planted at.
     pub fn iter(&self) -> impl Iterator<Item = Found<'_, K, T>> {
-        self.books.entries.iter().flatten().map(|entry| entry.found(entry.mappings().find_map(|mapping| mapping.pa)))
+        let there = (0..).zip(&self.books.entries).filter_map(|(id, entry)| Some((id, entry.as_ref()?)));
+        there.map(|(id, entry)| entry.found(self.books.mappings(id).find_map(|mapping| mapping.pa)))
     }
 
     /// The breakpoints planted on a page of a view, and where.
     pub fn breakpoints_on_page(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (Breakpoint<K, T>, Pa)> {
-        let offsets = self.books.pages.get(&(view, gfn)).map_or(&[] as &[u16], |offsets| offsets.as_slice());
-        let sites = offsets.chunk_by(PartialEq::eq).filter_map(move |same| {
-            let pa = gfn.pa(u64::from(*same.first()?));
-            self.books.site(view, pa)
-        });
-        sites.flat_map(move |site| {
-            let owners = site.owners().filter_map(|id| self.books.entry(id));
-            owners.map(|entry| {
-                let Entry { va, key, tag, view, global, first, .. } = entry;
-                let (key, tag) = (key.clone(), tag.clone());
-                (Breakpoint { view: *view, va: *va, context: first.context, key, tag, global: *global }, site.pa)
-            })
+        self.books.on_page(view, gfn).iter().filter_map(move |point| {
+            let Found { view, va, context, key, tag, global, .. } = self.books.entry(point.id())?.found(None);
+            let breakpoint = Breakpoint { view, va, context, key: key.clone(), tag: tag.clone(), global };
+            Some((breakpoint, gfn.pa(point.offset.into())))
         })
     }
 
     /// How many breakpoints are planted on a page of a view; one of two owners counts twice.
     pub fn count_on_page(&self, view: View, gfn: Gfn) -> usize {
-        self.books.pages.get(&(view, gfn)).map_or(0, SmallVec::len)
+        self.books.on_page(view, gfn).len()
     }
 
     /// Removes the breakpoints from the guest, then from the books.

@@ -1,6 +1,7 @@
 //! Shadow pages: copies of guest frames with breakpoints in them. The only file that writes a breakpoint byte.
 
 use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
 
 use super::frames::FramePool;
 use super::{Left, Rights};
@@ -12,26 +13,20 @@ use crate::error::{Result, VmiError};
 /// INT3 (Intel SDM vol. 2, "INT n/INTO/INT3/INT1").
 pub(super) const INT3: u8 = 0xcc;
 
-/// One byte that is a breakpoint.
-#[derive(Clone, Copy)]
-struct Point {
-    offset: u16,
-    /// How many want it; never 0.
-    count: u32,
-}
+/// Offsets of breakpoints on a page, ascending; one that several want is there as often. Most pages have a few, and there are many pages.
+type Points = SmallVec<[u16; 8]>;
 
 /// One page of one view that shows a frame of ours.
 struct Shadow {
     frame: Gfn,
-    /// By offset. Exactly as long as it has to be: most pages hold a few, and there are many pages.
-    points: Box<[Point]>,
+    points: Points,
 }
 
 impl Shadow {
     /// Puts the breakpoints into `bytes`, which begin `from` bytes into the page.
-    fn plant(points: &[Point], from: u64, bytes: &mut [u8]) {
+    fn plant(points: &[u16], from: u64, bytes: &mut [u8]) {
         for point in points {
-            let at = u64::from(point.offset).checked_sub(from).and_then(|at| bytes.get_mut(at as usize));
+            let at = u64::from(*point).checked_sub(from).and_then(|at| bytes.get_mut(at as usize));
             if let Some(byte) = at {
                 *byte = INT3;
             }
@@ -39,32 +34,21 @@ impl Shadow {
     }
 }
 
-/// The points with one more reference at each of `offsets`.
-fn with(points: &[Point], offsets: &[u16]) -> Box<[Point]> {
-    let mut points = points.to_vec();
-    for &offset in offsets {
-        match points.binary_search_by_key(&offset, |point| point.offset) {
-            Ok(index) => {
-                if let Some(point) = points.get_mut(index) {
-                    point.count = point.count.saturating_add(1);
-                }
-            }
-            Err(index) => points.insert(index, Point { offset, count: 1 }),
-        }
-    }
-    points.into_boxed_slice()
+/// The points with one more reference at each of `offsets`, which are sorted.
+fn with(points: &[u16], offsets: &[u16]) -> Points {
+    let mut all = Points::with_capacity(points.len() + offsets.len());
+    all.extend_from_slice(points);
+    all.extend_from_slice(offsets);
+    all.sort_unstable();
+    all
 }
 
-/// The points with one reference less at each of `offsets`; the offset that has none on an error.
-fn without(points: &[Point], offsets: &[u16]) -> std::result::Result<Box<[Point]>, u16> {
-    let mut points = points.to_vec();
-    for &offset in offsets {
-        let index = points.binary_search_by_key(&offset, |point| point.offset).map_err(|_| offset)?;
-        let point = points.get_mut(index).ok_or(offset)?;
-        point.count = point.count.checked_sub(1).ok_or(offset)?;
-    }
-    points.retain(|point| point.count > 0);
-    Ok(points.into_boxed_slice())
+/// The points with one reference less at each of `offsets`, which are sorted; the offset that has none on an error.
+fn without(points: &[u16], offsets: &[u16]) -> std::result::Result<Points, u16> {
+    let mut gone = offsets.iter().peekable();
+    let left = points.iter().filter(|point| gone.next_if_eq(point).is_none()).copied().collect();
+    // Offsets that came before theirs were passed are still there.
+    gone.next().map_or(Ok(left), |offset| Err(*offset))
 }
 
 /// Cuts sorted points into pages, each with its offsets.
@@ -87,7 +71,7 @@ struct Undo {
     /// The frame it has or had.
     frame: Gfn,
     /// The breakpoints it had; `None` if it showed itself.
-    points: Option<Box<[Point]>>,
+    points: Option<Points>,
     /// Bytes of the frame that were written over.
     old: Option<(Pa, Vec<u8>)>,
 }
@@ -124,7 +108,8 @@ impl ShadowPages {
     }
 
     pub(super) fn offsets(&self, view: View, gfn: Gfn) -> impl Iterator<Item = u16> {
-        self.pages.get(&(view, gfn)).into_iter().flat_map(|shadow| shadow.points.iter().map(|point| point.offset))
+        let pages = self.pages.get(&(view, gfn)).into_iter();
+        pages.flat_map(|shadow| shadow.points.chunk_by(PartialEq::eq).filter_map(|same| same.first().copied()))
     }
 
     pub(super) fn frames(&self) -> usize {
@@ -140,7 +125,7 @@ impl ShadowPages {
     }
 
     /// Forgets a page; what was on it.
-    fn forget(&mut self, view: View, gfn: Gfn) -> Option<Box<[Point]>> {
+    fn forget(&mut self, view: View, gfn: Gfn) -> Option<Points> {
         let shadow = self.pages.remove(&(view, gfn))?;
         if let Some(index) = self.views.iter().position(|(known, _)| *known == view)
             && let Some((_, count)) = self.views.get_mut(index)
@@ -217,7 +202,7 @@ impl ShadowPages {
             return Ok(());
         };
         let points = with(&shadow.points, offsets);
-        let is_new = |offset: &&u16| shadow.points.binary_search_by_key(*offset, |point| point.offset).is_err();
+        let is_new = |offset: &&u16| shadow.points.binary_search(offset).is_err();
         let new = offsets.iter().filter(is_new);
         // One write from the first new byte to the last: what lies between is written as it is.
         let old = match (new.clone().min(), new.max()) {
@@ -246,7 +231,7 @@ impl ShadowPages {
     ) -> Result<()> {
         let mut pages = Vec::new();
         for ((view, gfn), offsets) in pages_of(points) {
-            let held = self.pages.get(&(view, gfn)).map_or(&[] as &[Point], |shadow| &shadow.points);
+            let held = self.pages.get(&(view, gfn)).map_or(&[] as &[u16], |shadow| &shadow.points);
             let after = without(held, &offsets);
             pages.push(((view, gfn), after.map_err(|offset| VmiError::BreakpointNotFound { pa: gfn.pa(offset.into()), view })?));
         }
@@ -272,7 +257,7 @@ impl ShadowPages {
         &mut self,
         vmi: &mut VmiCore<D>,
         (view, gfn): (View, Gfn),
-        after: Box<[Point]>,
+        after: Points,
         undo: &mut Vec<Undo>,
     ) -> Result<()> {
         let Some(shadow) = self.pages.get_mut(&(view, gfn)) else { return Ok(()) };
@@ -284,8 +269,7 @@ impl ShadowPages {
             undo.push(Undo { at: (view, gfn), frame, points, old: None });
             return Ok(());
         }
-        let is_gone = |point: &&Point| after.binary_search_by_key(&point.offset, |point| point.offset).is_err();
-        let mut gone = shadow.points.iter().filter(is_gone).map(|point| point.offset);
+        let mut gone = shadow.points.iter().copied().filter(|point| after.binary_search(point).is_err());
         let old = match gone.next() {
             Some(first) => {
                 // What the guest has there now, which may be newer than the breakpoint.

@@ -236,6 +236,16 @@ main:
 	put t_pt+40, 0
 	flush TARGET
 	gone TARGET
+	/* One that begins on the page before and is made of many: XMM0 lies 160 bytes into it. */
+	mov eax, FRAME_B+3
+	movq xmm0, rax
+	pslldq xmm0, 8
+	fxsave64 [rip + t_pt - 128]
+	present TARGET, made_1, b
+	holds t_pt+40, FRAME_B+3
+	put t_pt+40, 0
+	flush TARGET
+	gone TARGET
 	phase 5
 
 	/* String instructions: the whole table. */

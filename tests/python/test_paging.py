@@ -98,6 +98,26 @@ def test_the_example_of_the_page_about_paging_runs() -> None:
     subprocess.run([sys.executable, "-c", "import vmitap\n" + example[1]], check=True, timeout=60)
 
 
+def test_a_watch_that_outlives_the_root_it_was_put_in_under_is_enabled_again(tmp_path: Path) -> None:
+    path = tmp_path / "roots.elf"
+    subprocess.run([sys.executable, str(GUESTS / "build.py"), "roots.S", str(path)], check=True, timeout=60)
+    with vmitap.attach(f"emu:{path}", memory=8 << 20, cmdline="n=20") as vm:
+        calls: list[vmitap.Breakpoint] = []
+
+        @vm.breakpoint("f")
+        def _(hit: vmitap.Hit) -> None:
+            if not calls:
+                calls.append(hit.vm.watch("f_calls", 8, vmitap.Access.W))
+                calls[0].disable()
+            elif vm_calls := hit.vm.read_u64("f_calls"):
+                # The root of the first call is given up, and its pages hold something else.
+                calls[0].enable() if vm_calls == 30 else None
+
+        assert vm.run(timeout=60).reason == "idle"
+        assert words(vm, "done", "wrong", "f_calls") == [1, 0, 60]
+        assert calls[0].stats.hits == 30
+
+
 def test_a_watch_needs_its_pages(vm: vmitap.Vm) -> None:
     with pytest.raises(vmitap.TranslationError):
         vm.watch(UNMAPPED, 8, vmitap.Access.W)

@@ -104,7 +104,7 @@ def test_what_a_script_cannot_mean_is_refused_and_the_rest_of_it_is_taken(mock_v
         (Breakpoint("open_file", vcpu=1), vmitap.VcpuNotFoundError),
         (Breakpoint("open_file", regs={"eax": 1}), vmitap.InvalidArgumentError),
         (Breakpoint("open_file", regs={"rax": 1 << 64}), vmitap.InvalidArgumentError),
-        (Read("open_file", length=256), vmitap.InvalidArgumentError),
+        (Read("open_file", length=4097), vmitap.InvalidArgumentError),
     ]
     for wrong, error in wrongs:
         before = mock_vm.waiting

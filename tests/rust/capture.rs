@@ -183,7 +183,7 @@ fn every_kind_of_column_is_read_and_what_is_not_mapped_is_missing() {
 #[test]
 fn filtered_hits_leave_no_row_and_two_taps_share_a_recording() {
     let mut guest = tapped();
-    let spec = *guest.session.spec(guest.tap).unwrap();
+    let spec = guest.session.spec(guest.tap).unwrap();
     let second = guest.session.add(&spec).unwrap();
     let nodes = [Node::Argument(0), Node::Const { value: 2, signed: false }, Node::Compare(vmitap::capture::Test::Ge)];
     guest.session.set_filter(second, Some(&Arc::new(Program::compile(&nodes, Abi::SystemV).unwrap()))).unwrap();

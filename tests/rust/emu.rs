@@ -208,6 +208,64 @@ fn a_denied_write_across_a_page_border_has_no_effect_on_either_page() {
     }
 }
 
+/// Instructions that the engine stores in parts: what they are, where in two pages they store, and how many bytes.
+const IN_PARTS: [(&str, usize, usize); 9] = [
+    ("fxsave64 [page + 64]", 64, 416),
+    ("fxsave64 [page2 - 64]", 4096 - 64, 416),
+    ("fnsave [page + 16]", 16, 108),
+    ("fnsave [page2 - 100]", 4096 - 100, 108),
+    ("fnstenv [page2 - 12]", 4096 - 12, 28),
+    ("movups [page2 - 16], xmm0", 4096 - 16, 16),
+    ("movntdq [page + 32], xmm0", 32, 16),
+    ("movdqu [page2 - 8], xmm0", 4096 - 8, 16),
+    ("lock cmpxchg16b [page2 - 16]", 4096 - 16, 16),
+];
+
+/// Runs the instruction, its first page denied if there is an answer to give; both pages afterwards, and what the FPU held.
+fn stored_in_parts((insn, at, len): (&str, usize, usize), action: Option<EventAction>) -> (Vec<u8>, u64) {
+    let mut lab = guest(&format!(
+        "mov rax, cr4\nor eax, 0x600\nmov cr4, rax\nxorps xmm0, xmm0\nfninit\nfld1\nmov rax, [page2 - 16]\nmov rdx, rax\n.global here\nhere: {insn}\ncount a\n\
+         fnstsw ax\nmov [rip + b], ax\n"
+    ));
+    let (page, here) = (lab.pa("page"), lab.va("here"));
+    let before = lab.bytes(page, 8192);
+    lab.view = lab.vm.create_view(MemoryAccess::RWX).unwrap();
+    if action.is_some() {
+        lab.vm.set_memory_access(lab.view, page.gfn(), MemoryAccess::RX).unwrap();
+    }
+    lab.vm.switch_to_view(lab.view).unwrap();
+    let mut seen = Vec::new();
+    lab.run_with(|lab, event| {
+        let EventReason::MemoryAccess { pa, access: MemoryAccess::W, len, .. } = event.reason else { panic!("{event:?}") };
+        seen.push((pa.page_offset() as usize, usize::from(len)));
+        assert_eq!(event.registers.rip(), here, "{insn}: the event tells of the instruction itself");
+        assert!(lab.bytes(page, 8192) == before, "{insn}: nothing has been written when the event comes");
+        VmiEventResponse { action: action.unwrap(), view: Some(lab.view), registers: None }
+    });
+    lab.assert_done();
+    assert_eq!(lab.word("a"), 1, "{insn} is passed once");
+    assert_eq!(seen, if action.is_some() { vec![(at, len)] } else { vec![] }, "{insn}");
+    (lab.bytes(page, 8192), lab.word("b"))
+}
+
+#[test]
+fn a_store_made_in_parts_is_told_once_and_then_carried_out_whole() {
+    for case in IN_PARTS {
+        let stepped = stored_in_parts(case, Some(EventAction::FastSingleStep { view: View::DEFAULT }));
+        let plain = stored_in_parts(case, None);
+        assert!(stepped == plain, "{case:?}: what it stores and leaves is what it does without a view");
+        assert!(plain.0[case.1..case.1 + case.2].iter().any(|byte| *byte != 0x90), "{case:?} stores");
+    }
+}
+
+#[test]
+fn a_denied_store_made_in_parts_has_no_effect_on_either_page() {
+    for case in IN_PARTS {
+        let (pages, _) = stored_in_parts(case, Some(EventAction::Deny));
+        assert!(pages.iter().all(|byte| *byte == 0x90), "{case:?}");
+    }
+}
+
 #[test]
 fn an_access_event_tells_address_and_length_also_across_a_page_border() {
     for (insn, expected) in [

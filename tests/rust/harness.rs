@@ -61,12 +61,29 @@ impl Seen {
 struct Books {
     /// Calls until one fails; 0: none will.
     left: usize,
+    /// What it fails with.
+    failure: Failure,
     remaps: BTreeMap<(View, Gfn), Gfn>,
     views: BTreeSet<View>,
     monitors: BTreeSet<String>,
     held: BTreeSet<VcpuId>,
     pauses: i64,
     injections: usize,
+}
+
+/// How a call fails that is to fail.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Failure {
+    /// With this errno, once.
+    Errno(i32),
+    /// Because the guest is gone; and so does each call after it.
+    Gone,
+}
+
+impl Default for Failure {
+    fn default() -> Self {
+        Self::Errno(5)
+    }
 }
 
 type Look<D> = Box<dyn FnMut(&D) + Send>;
@@ -165,6 +182,12 @@ impl<D: VmiDriver> Faulty<D> {
         self.0.books.lock().left = n;
     }
 
+    /// As [`Self::fail_nth`], in that way.
+    pub fn fail_nth_with(&self, n: usize, failure: Failure) {
+        let mut books = self.0.books.lock();
+        (books.left, books.failure) = (n, failure);
+    }
+
     /// Whether a call is still to fail.
     pub fn is_armed(&self) -> bool {
         self.0.books.lock().left > 0
@@ -201,7 +224,13 @@ impl<D: VmiDriver> Faulty<D> {
         if books.left > 0 {
             books.left -= 1;
             if books.left == 0 {
-                return Err(VmiError::Driver { op, errno: 5, detail: "a fault the test asked for".to_owned() });
+                return Err(match books.failure {
+                    Failure::Errno(errno) => VmiError::Driver { op, errno, detail: "a fault the test asked for".to_owned() },
+                    Failure::Gone => {
+                        books.left = 1;
+                        VmiError::DomainGone { reason: "the test asked for it".to_owned() }
+                    }
+                });
             }
         }
         drop(books);

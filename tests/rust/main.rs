@@ -18,6 +18,8 @@ mod emu_atomic;
 mod emu_direct;
 #[cfg(feature = "emu")]
 mod emu_guests;
+#[cfg(feature = "emu")]
+mod failures;
 mod filter;
 #[cfg(feature = "emu")]
 mod guest;

@@ -244,7 +244,7 @@ impl World {
             return Ok(false);
         }
         let place = Va(at.0.wrapping_sub(pa(0, 0).0).wrapping_add(va(0, 0).0));
-        let reason = EventReason::MemoryAccess { pa: at, va: Some(place), access: MemoryAccess::W, len: bytes.len() as u8 };
+        let reason = EventReason::MemoryAccess { pa: at, va: Some(place), access: MemoryAccess::W, len: bytes.len() as u16 };
         let event = self.event(vcpu, root, Va(0x1000), home, reason);
         let (hits, answer) = self.raise(&event)?;
         prop_assert!(hits.is_empty());

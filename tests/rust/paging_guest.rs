@@ -201,7 +201,7 @@ fn each_change_of_a_mapping_is_told_once_and_nothing_else_is() {
         [4, 4],   // to another frame and back
         [4, 4],   // halves of an entry; beyond memory is not mapped
         [10, 10], // bytes, bits, exchanges
-        [4, 6],   // wide and unaligned stores
+        [6, 8],   // wide and unaligned stores, and one made of many
         [5, 3],   // string stores, which map `first` too
         [2, 2],   // stores from the page before, to the entry of `first`
         [0, 0],   // accessed and dirty bits, write permission

@@ -82,7 +82,7 @@ impl Lab {
     }
 
     /// A denied store to an entry is told.
-    fn denied(&mut self, entry: Pa, len: u8) -> vmitap::Result<()> {
+    fn denied(&mut self, entry: Pa, len: u16) -> vmitap::Result<()> {
         let view = self.session.tap_view();
         let va = Some(Va(0x9000_0000 + entry.page_offset()));
         self.raise(view, EventReason::MemoryAccess { pa: entry, va, access: MemoryAccess::W, len })

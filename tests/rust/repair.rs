@@ -58,7 +58,7 @@ fn a_held_vcpu_is_released_into_the_default_view() {
     assert!(driver.state().vcpus[0].pending.is_none());
 }
 
-fn breakpoint(session: &Session, context: AddressContext, va: Va) -> TapSpec {
+pub fn breakpoint<D: VmiDriver + ?Sized>(session: &Session<D>, context: AddressContext, va: Va) -> TapSpec {
     TapSpec {
         kind: TapKind::Breakpoint,
         va,
@@ -102,21 +102,24 @@ fn script(driver: Box<dyn VmiDriver>, taps: &[Va], watched: Va) -> Result<(), Vm
     session.detach()
 }
 
+/// How many calls the guest makes: more than a session is there for.
+const CALLS: u32 = 30_000;
+
 /// What the guest's own counters and checks say at its end.
-fn truth(lab: &Lab) -> Vec<u64> {
+pub fn truth(lab: &Lab) -> Vec<u64> {
     ["f_count", "f_sum", "g_count", "h_count", "wrong_results"].map(|name| lab.word(name)).to_vec()
 }
 
-fn untapped() -> Vec<u64> {
-    let mut lab = boot();
+pub fn untapped(calls: u32) -> Vec<u64> {
+    let mut lab = boot(calls);
     lab.run();
     truth(&lab)
 }
 
 /// A guest in the middle of its calls: what it reads of itself before and after them would be thousands of events each time.
-fn boot() -> Lab {
+pub fn boot(calls: u32) -> Lab {
     static ELF: LazyLock<Vec<u8>> = LazyLock::new(|| crate::guest::assemble("calls.S"));
-    let mut lab = Lab::boot(&ELF, &crate::guest::options(1, "n=30000 every=0")).unwrap();
+    let mut lab = Lab::boot(&ELF, &crate::guest::options(1, &format!("n={calls} every=0"))).unwrap();
     while lab.word("f_count") == 0 {
         assert_eq!(lab.vm.wait(Duration::ZERO).unwrap(), Wait::Timeout);
     }
@@ -126,7 +129,7 @@ fn boot() -> Lab {
 /// Runs the script on a fresh guest, lets the tool die, repairs, and lets the guest come to its end. How many calls there were.
 fn killed(death: Option<Death>, name: &str, plain: &[u64]) -> (Vec<&'static str>, bool) {
     let folder = Folder::new(name);
-    let lab = boot();
+    let lab = boot(CALLS);
     let (taps, watched) = (["f", "g", "h"].map(|name| lab.va(name)), lab.va("tapped_start"));
     let Lab { vm, .. } = lab;
     let before = vm.additions().unwrap();
@@ -162,7 +165,7 @@ fn killed(death: Option<Death>, name: &str, plain: &[u64]) -> (Vec<&'static str>
 
 #[test]
 fn leaving_in_the_middle_of_steps_leaves_no_vcpu_behind_that_waits_for_an_answer() {
-    let lab = boot();
+    let lab = boot(CALLS);
     let va = lab.va("f");
     let Lab { vm, .. } = lab;
     let tool = Faulty::new(vm);
@@ -182,13 +185,13 @@ fn leaving_in_the_middle_of_steps_leaves_no_vcpu_behind_that_waits_for_an_answer
 
 #[test]
 fn a_session_that_ends_leaves_no_journal() {
-    let (calls, is_dead) = killed(None, "whole", &untapped());
+    let (calls, is_dead) = killed(None, "whole", &untapped(CALLS));
     assert!(calls.contains(&"create_view") && calls.contains(&"pause") && !is_dead);
 }
 
 #[test]
 fn whenever_the_tool_is_killed_the_guest_is_repaired_and_comes_to_its_end() {
-    let plain = untapped();
+    let plain = untapped(CALLS);
     let (calls, _) = killed(None, "counted", &plain);
     assert!((60..300).contains(&calls.len()), "{calls:?}");
     for n in 1..=calls.len() {

@@ -64,7 +64,7 @@ pub fn int3(view: View, context: AddressContext, va: Va, pa: Pa) -> VmiEvent {
     }
 }
 
-pub fn access(view: View, context: AddressContext, pa: Pa, va: Va, access: MemoryAccess, len: u8) -> VmiEvent {
+pub fn access(view: View, context: AddressContext, pa: Pa, va: Va, access: MemoryAccess, len: u16) -> VmiEvent {
     VmiEvent {
         vcpu: VcpuId(0),
         view: Some(view),

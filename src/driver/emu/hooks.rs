@@ -55,7 +55,7 @@ pub struct Denied {
     pub va: u64,
     pub access: Access,
     /// Bytes of the access; 0 for a fetch, and for a store of the main engine's.
-    pub len: u8,
+    pub len: u16,
     pub why: Why,
 }
 
@@ -88,6 +88,20 @@ struct Fetched {
     frame: u32,
 }
 
+/// The longest store that an engine makes at once, in bytes.
+const STORE_LEN: usize = 16;
+
+/// Half of a store of a vector.
+const HALF: u16 = 8;
+
+/// A store, and what was there before.
+#[derive(Clone, Copy, Debug)]
+struct Stored {
+    pa: u64,
+    len: usize,
+    before: [u8; STORE_LEN],
+}
+
 /// The hooks of one engine.
 pub struct CpuHooks {
     pub which: Which,
@@ -101,8 +115,8 @@ pub struct CpuHooks {
     pub wants_interrupts: Cell<bool>,
     /// A store to code was seen since this was reset.
     pub stored_to_code: Cell<bool>,
-    /// Address and length of the store begun last; the stepper's only.
-    pub last_store: Cell<(u64, u32)>,
+    /// The stores of the instruction being stepped, the last of them perhaps only begun; the stepper's only.
+    stores: RefCell<Vec<Stored>>,
     denied: RefCell<Vec<Denied>>,
     /// SWAPGS was run since this was taken.
     pub swapped_gs: Cell<bool>,
@@ -137,7 +151,7 @@ impl CpuHooks {
             budget: Cell::new(0),
             wants_interrupts: Cell::new(false),
             stored_to_code: Cell::new(false),
-            last_store: Cell::default(),
+            stores: RefCell::default(),
             denied: RefCell::default(),
             swapped_gs: Cell::new(false),
             fetched: vec![Cell::default(); FETCHED_SLOTS],
@@ -196,9 +210,42 @@ impl CpuHooks {
     }
 
     /// How many bytes of the store under way lie on a second page; the stepper's only.
-    fn bytes_behind_border(&self) -> u8 {
-        let (start, len) = self.last_store.get();
-        ((start & (PAGE_SIZE - 1)) + u64::from(len)).saturating_sub(PAGE_SIZE).min(u8::MAX.into()) as u8
+    fn bytes_behind_border(&self) -> u16 {
+        let stores = self.stores.borrow();
+        stores.last().map_or(0, |store| ((store.pa & (PAGE_SIZE - 1)) + store.len as u64).saturating_sub(PAGE_SIZE) as u16)
+    }
+
+    /// Another instruction is stepped.
+    pub fn begin(&self) {
+        self.stored_to_code.set(false);
+        self.stores.borrow_mut().clear();
+    }
+
+    /// Whether the instruction that was stepped was denied a load or a store: then it is to have had no effect. FXSAVE and the like go on
+    /// storing after it, which is taken back here, and told as part of the access. `wide`: the other half of its store is not tried after it.
+    pub fn take_back(&self, wide: bool) -> bool {
+        let Exit::Denied(denied) = self.exit.get() else { return false };
+        if denied.access == Access::Fetch {
+            return false;
+        }
+        let mut end = 0;
+        for store in self.stores.borrow_mut().drain(..).rev() {
+            let Some(before) = store.before.get(..store.len) else { continue };
+            // One that crosses a border of pages is denied before it begins, or allowed on both.
+            let crosses = (store.pa & (PAGE_SIZE - 1)) + store.len as u64 > PAGE_SIZE;
+            if !crosses && self.memory.ram().write(store.pa, before).is_some() {
+                self.memory.note_store(store.pa, before.len());
+                end = end.max((store.pa & (PAGE_SIZE - 1)) + store.len as u64);
+            }
+        }
+        let offset = denied.va & (PAGE_SIZE - 1);
+        let len = match end {
+            0 if wide && denied.access == Access::Write => denied.len + HALF,
+            1.. if offset != 0 => (PAGE_SIZE - offset + end) as u16,
+            _ => denied.len,
+        };
+        self.exit.set(Exit::Denied(Denied { len, ..denied }));
+        true
     }
 
     fn scan(&self, engine: EngineRef<'_>, frame: u32, va: u64) {
@@ -376,13 +423,28 @@ impl Hooks for CpuHooks {
         let slot = ((pa & !SENTINEL) >> PAGE_SHIFT) as usize;
         if let Some(denied) = self.denied.borrow().get(slot) {
             let access = if write { Access::Write } else { Access::Read };
-            let (va, len) = (denied.va | pa & (PAGE_SIZE - 1), len.min(u8::MAX.into()) as u8);
-            self.exit.set(Exit::Denied(Denied { va, access, len, why: denied.why }));
+            let (mut first, mut end) = (denied.va | pa & (PAGE_SIZE - 1), (denied.va | pa & (PAGE_SIZE - 1)) + u64::from(len));
+            // FXSAVE and the like go on storing, and a second access to the page belongs to the one that was denied.
+            if let Exit::Denied(so_far) = self.exit.get() {
+                if (so_far.va >> PAGE_SHIFT, so_far.access) != (denied.va >> PAGE_SHIFT, access) {
+                    return;
+                }
+                (first, end) = (first.min(so_far.va), end.max(so_far.va + u64::from(so_far.len)));
+            }
+            self.exit.set(Exit::Denied(Denied { va: first, access, len: (end - first) as u16, why: denied.why }));
         }
     }
 
     fn store(&self, pa: u64, len: u32) {
-        self.last_store.set((pa, len));
+        if self.which == Which::Stepper {
+            let mut before = [0; STORE_LEN];
+            let len = len as usize;
+            // Where there is no memory nothing is stored, and nothing has to be taken back.
+            if let Some(before) = before.get_mut(..len) {
+                let _ = self.memory.ram().read(pa, before);
+            }
+            self.stores.borrow_mut().push(Stored { pa, len, before });
+        }
         if self.memory.note_store(pa, len as usize) {
             self.stored_to_code.set(true);
         }

@@ -10,6 +10,8 @@ pub enum Insn {
     Plain,
     /// The same, and it changes nothing but general-purpose registers, RIP, RFLAGS and memory.
     Integer,
+    /// The engine does it, and its store of 16 bytes is two to the engine.
+    WideStore,
     /// A repeated string instruction: the engine does one iteration at a time.
     RepString,
     /// After it, interrupts wait for one more instruction (`sti`, `mov ss`).
@@ -50,7 +52,7 @@ const fn is_prefix(byte: u8) -> bool {
 
 /// Tells what the instruction at the start of `bytes` is, in 64-bit mode.
 pub fn decode(bytes: &[u8]) -> Insn {
-    let mut rep = false;
+    let (mut rep, mut operand_size) = (false, false);
     let mut rex = 0_u8;
     let mut at = 0;
     let byte = |at: usize| bytes.get(at).copied();
@@ -60,6 +62,7 @@ pub fn decode(bytes: &[u8]) -> Insn {
             break byte;
         }
         rep |= matches!(byte, 0xf2 | 0xf3);
+        operand_size |= byte == 0x66;
         // REX counts only right before the opcode.
         rex = if byte & 0xf0 == 0x40 { byte } else { 0 };
         at += 1;
@@ -77,7 +80,13 @@ pub fn decode(bytes: &[u8]) -> Insn {
             Some(_) => Insn::Plain,
         },
         0x6c..=0x6f | 0xa4..=0xa7 | 0xaa..=0xaf if rep => Insn::RepString,
-        0x0f => two_byte(byte, at, rex),
+        0x0f => match byte(at + 1) {
+            // movups, movupd, movaps, movapd, movntps, movntpd; with F2 or F3 they are movss and movsd. movdqa and movdqu; movntdq.
+            Some(0x11 | 0x29 | 0x2b) if !rep => Insn::WideStore,
+            Some(0x7f) if rep || operand_size => Insn::WideStore,
+            Some(0xe7) if operand_size => Insn::WideStore,
+            _ => two_byte(byte, at, rex),
+        },
         // Arithmetic (with its two-byte-free opcodes), push, pop, movsxd, jcc, test, xchg, mov, lea, string instructions, shifts, ret,
         // leave, call, jmp, and the groups with inc, dec, call, jmp and push. Not: far transfers, segment loads, IN, OUT, x87, VEX.
         0x00..=0x05
@@ -230,6 +239,30 @@ mod tests {
             &[0x9d],
         ] {
             assert_ne!(decode(bytes), Insn::Integer, "{bytes:02x?}");
+        }
+    }
+
+    #[test]
+    fn a_store_of_a_vector_is_told_from_one_of_its_parts() {
+        for bytes in [
+            &[0x0f, 0x11, 0x07][..],
+            &[0x66, 0x0f, 0x29, 0x07],
+            &[0x44, 0x0f, 0x2b, 0x07],
+            &[0x66, 0x0f, 0x7f, 0x07],
+            &[0xf3, 0x0f, 0x7f, 0x07],
+            &[0x66, 0x0f, 0xe7, 0x07],
+        ] {
+            assert_eq!(decode(bytes), Insn::WideStore, "{bytes:02x?}");
+        }
+        // movss, movsd, movq from MMX, movntq, movlps.
+        for bytes in [
+            &[0xf3, 0x0f, 0x11, 0x07][..],
+            &[0xf2, 0x0f, 0x11, 0x07],
+            &[0x0f, 0x7f, 0x07],
+            &[0x0f, 0xe7, 0x07],
+            &[0x0f, 0x13, 0x07],
+        ] {
+            assert_eq!(decode(bytes), Insn::Plain, "{bytes:02x?}");
         }
     }
 

@@ -163,7 +163,7 @@ impl Machine {
             // With interrupts inhibited the engine translates this one instruction and nothing ahead of it.
             vcpu.set_hflags(hflags | HF_INHIBIT_IRQ);
             let before = [vcpu.gpr(RCX), vcpu.gpr(RSP), vcpu.gpr(RDI)];
-            let ended = self.run_stepper(index, rip, attempts, integer);
+            let ended = self.run_stepper(index, rip, attempts, insn);
             let (mut exit, mut ended) = (self.stepper.hooks().exit.get(), ended);
             let stored_to_code = self.stepper.hooks().stored_to_code.get();
             let vcpu = self.integer_mut(index)?;
@@ -212,21 +212,25 @@ impl Machine {
         }
     }
 
-    /// One run of the stepper. `integer`: the instruction has to do with integer state alone, so no more is copied.
-    fn run_stepper(&mut self, index: usize, rip: u64, count: usize, integer: bool) -> i32 {
+    /// One run of the stepper. Of an instruction that has to do with integer state alone, no more is copied.
+    fn run_stepper(&mut self, index: usize, rip: u64, count: usize, insn: Insn) -> i32 {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return code::OK };
-        self.stepper.hooks().stored_to_code.set(false);
-        self.stepper.hooks().last_store.set((0, 0));
+        self.stepper.hooks().begin();
+        let (integer, wide) = (insn == Insn::Integer, insn == Insn::WideStore);
         if integer {
             let part = vcpu.layout.copied.integer;
             self.stepper.restore_part(&mut vcpu.context, part);
             let ended = self.stepper.run(rip, count);
-            self.stepper.save_part(&mut vcpu.context, part);
+            if !self.stepper.hooks().take_back(wide) {
+                self.stepper.save_part(&mut vcpu.context, part);
+            }
             return ended;
         }
         self.stepper.restore(&vcpu.context);
         let ended = self.stepper.run(rip, count);
-        self.stepper.save(&mut vcpu.context);
+        if !self.stepper.hooks().take_back(wide) {
+            self.stepper.save(&mut vcpu.context);
+        }
         ended
     }
 

@@ -76,7 +76,7 @@ pub struct Vcpu {
     /// The instruction at RIP was announced and is to be carried out now.
     pub announced: bool,
     /// The page of the access that was denied last, its virtual address and its length in bytes.
-    pub denied_page: Option<(Gfn, u64, u8)>,
+    pub denied_page: Option<(Gfn, u64, u16)>,
     /// That access was a store.
     pub denied_store: bool,
     /// The leaf of the CPUID being carried out.

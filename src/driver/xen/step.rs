@@ -355,7 +355,7 @@ impl XenDriver {
                     pa,
                     va: Some(Va(va)),
                     access: MemoryAccess::W,
-                    len: u8::try_from(rest).unwrap_or(0),
+                    len: u16::try_from(rest).unwrap_or(0),
                 };
                 return Some(VmiEvent { vcpu: held.event.vcpu, view: Some(back), registers: *registers, reason });
             }

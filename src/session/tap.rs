@@ -1,0 +1,273 @@
+//! The taps of a session: what every one has, and apart from it what few have. There can be a million of them.
+
+use std::time::Duration;
+
+use crate::addr::{MemoryAccess, Pa, Va, View};
+use crate::arch::amd64::AddressContext;
+use crate::tap::OnWrite;
+
+use super::filter::Filter;
+use super::hold::{Budget, Histogram};
+use super::record::Capture;
+use super::{TapId, TapKind, TapSpec, TapState};
+
+/// Stands for no [`Rare`].
+const NONE: u32 = u32::MAX;
+
+/// Bits of [`Tap::flags`].
+mod flag {
+    pub const GLOBAL: u8 = 1;
+    pub const WANTED: u8 = 1 << 1;
+    pub const DISABLED: u8 = 1 << 2;
+    pub const REMOVED: u8 = 1 << 3;
+    /// Its first hit takes it out.
+    pub const ONCE: u8 = 1 << 4;
+    /// It is looked up under each root that is loaded.
+    pub const ROAMS: u8 = 1 << 5;
+}
+
+/// One tap: half a cache line.
+pub struct Tap {
+    pub va: Va,
+    root: Pa,
+    /// How often it was hit.
+    pub hits: u64,
+    /// Where [`Taps`] has the rest, or [`NONE`].
+    rare: u32,
+    pub view: View,
+    levels: u8,
+    flags: u8,
+}
+
+/// What few taps have.
+#[derive(Default)]
+pub struct Rare {
+    /// A watch: its length in bytes, and the accesses it is for.
+    watch: Option<(u64, MemoryAccess)>,
+    pub on_write: Option<OnWrite>,
+    key: Option<u64>,
+    /// Roots that a global breakpoint is looked up under beside its own.
+    pub more: Vec<AddressContext>,
+    pub handed: Handed,
+    pub filter: Option<Box<Filter>>,
+    pub capture: Option<Box<Capture>>,
+    pub budget: Option<Box<Budget>>,
+    pub holds: Option<Box<Histogram>>,
+}
+
+/// Of the hits that were handed out.
+#[derive(Clone, Copy, Default)]
+pub struct Handed {
+    pub count: u64,
+    pub total: Duration,
+    pub max: Duration,
+}
+
+impl Tap {
+    const fn is(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    const fn set(&mut self, flag: u8, on: bool) {
+        self.flags = if on { self.flags | flag } else { self.flags & !flag };
+    }
+
+    /// The page tables its address is looked up in, the first ones of a global breakpoint.
+    pub const fn context(&self) -> AddressContext {
+        AddressContext { root: self.root, levels: self.levels }
+    }
+
+    pub const fn set_context(&mut self, AddressContext { root, levels }: AddressContext) {
+        (self.root, self.levels) = (root, levels);
+    }
+
+    /// Whether somebody is to be handed its hits.
+    pub const fn is_wanted(&self) -> bool {
+        self.is(flag::WANTED)
+    }
+
+    pub const fn set_wanted(&mut self, wanted: bool) {
+        self.set(flag::WANTED, wanted);
+    }
+
+    /// Whether its first hit takes it out.
+    pub const fn is_once(&self) -> bool {
+        self.is(flag::ONCE)
+    }
+
+    pub const fn set_once(&mut self) {
+        self.set(flag::ONCE, true);
+    }
+
+    /// Active also while it waits for its page.
+    pub const fn state(&self) -> TapState {
+        if self.is(flag::REMOVED) {
+            TapState::Removed
+        } else if self.is(flag::DISABLED) {
+            TapState::Disabled
+        } else {
+            TapState::Active
+        }
+    }
+
+    /// Neither disabled nor removed.
+    pub const fn is_active(&self) -> bool {
+        !self.is(flag::REMOVED | flag::DISABLED)
+    }
+
+    pub fn set_state(&mut self, state: TapState) {
+        self.set(flag::DISABLED, state == TapState::Disabled);
+        self.set(flag::REMOVED, state == TapState::Removed);
+    }
+}
+
+/// All taps of a session, by number; those that are gone too.
+#[derive(Default)]
+pub struct Taps {
+    list: Vec<Tap>,
+    rare: Vec<Rare>,
+    roaming: usize,
+}
+
+impl Taps {
+    pub const fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Makes room for so many more at once: growing by and by leaves up to twice the room that is needed.
+    pub fn reserve(&mut self, count: usize) {
+        self.list.reserve(count);
+    }
+
+    /// Adds one that is `enabled` or else disabled. `more`: see [`Rare::more`].
+    pub fn push(&mut self, spec: &TapSpec, more: Vec<AddressContext>) {
+        let TapSpec { kind, va, context, global, view, on_write, key, wanted, enabled } = *spec;
+        let mut tap = Tap { va, root: context.root, hits: 0, rare: NONE, view, levels: context.levels, flags: 0 };
+        tap.set(flag::GLOBAL, global);
+        tap.set(flag::WANTED, wanted);
+        tap.set(flag::DISABLED, !enabled);
+        self.list.push(tap);
+        let watch = if let TapKind::Watch { len, access } = kind { Some((len, access)) } else { None };
+        if watch.is_some() || on_write.is_some() || key.is_some() || !more.is_empty() {
+            let id = TapId(self.list.len() as u32 - 1);
+            if let Some(rare) = self.rare_or_new(id) {
+                (rare.watch, rare.on_write, rare.key, rare.more) = (watch, on_write, key, more);
+            }
+        }
+    }
+
+    #[inline]
+    pub fn get(&self, id: TapId) -> Option<&Tap> {
+        self.list.get(id.0 as usize)
+    }
+
+    #[inline]
+    pub fn get_mut(&mut self, id: TapId) -> Option<&mut Tap> {
+        self.list.get_mut(id.0 as usize)
+    }
+
+    /// Every tap.
+    pub fn iter(&self) -> impl Iterator<Item = (TapId, &Tap)> {
+        (0..).map(TapId).zip(&self.list)
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Tap> {
+        self.list.iter_mut()
+    }
+
+    #[inline]
+    pub fn rare(&self, id: TapId) -> Option<&Rare> {
+        self.rare.get(self.get(id)?.rare as usize)
+    }
+
+    #[inline]
+    pub fn rare_mut(&mut self, id: TapId) -> Option<&mut Rare> {
+        self.rare.get_mut(self.list.get(id.0 as usize)?.rare as usize)
+    }
+
+    /// As [`Self::rare_mut`], made if there is none; `None` if there is no such tap.
+    pub fn rare_or_new(&mut self, id: TapId) -> Option<&mut Rare> {
+        let tap = self.list.get_mut(id.0 as usize)?;
+        if tap.rare == NONE {
+            tap.rare = self.rare.len() as u32;
+            self.rare.push(Rare::default());
+        }
+        self.rare.get_mut(tap.rare as usize)
+    }
+
+    /// A tap as it was described; its context, and whether it is wanted and enabled, as they are now.
+    pub fn spec(&self, id: TapId) -> Option<TapSpec> {
+        let (tap, rare) = (self.get(id)?, self.rare(id));
+        Some(TapSpec {
+            kind: self.kind(id),
+            va: tap.va,
+            context: tap.context(),
+            global: tap.is(flag::GLOBAL),
+            view: tap.view,
+            on_write: rare.and_then(|rare| rare.on_write),
+            key: rare.and_then(|rare| rare.key),
+            wanted: tap.is_wanted(),
+            enabled: tap.is_active(),
+        })
+    }
+
+    /// What it looks for.
+    pub fn kind(&self, id: TapId) -> TapKind {
+        let watch = self.rare(id).and_then(|rare| rare.watch);
+        watch.map_or(TapKind::Breakpoint, |(len, access)| TapKind::Watch { len, access })
+    }
+
+    /// Roots that it is looked up under beside its own.
+    pub fn more(&self, id: TapId) -> &[AddressContext] {
+        self.rare(id).map_or(&[], |rare| &rare.more)
+    }
+
+    pub fn set_more(&mut self, id: TapId, more: Vec<AddressContext>) {
+        if !more.is_empty() {
+            if let Some(rare) = self.rare_or_new(id) {
+                rare.more = more;
+            }
+        } else if let Some(rare) = self.rare_mut(id) {
+            rare.more = more;
+        }
+    }
+
+    /// Every root it is looked up under.
+    pub fn contexts(&self, id: TapId) -> impl Iterator<Item = AddressContext> {
+        self.get(id).map(Tap::context).into_iter().chain(self.more(id).iter().copied())
+    }
+
+    // --- global breakpoints that are looked up under each root that is loaded ---
+
+    pub fn set_roams(&mut self, id: TapId, on: bool) {
+        let Some(tap) = self.list.get_mut(id.0 as usize).filter(|tap| tap.is(flag::ROAMS) != on) else { return };
+        tap.set(flag::ROAMS, on);
+        if on {
+            self.roaming += 1;
+        } else {
+            self.roaming -= 1;
+        }
+    }
+
+    pub fn roams(&self, id: TapId) -> bool {
+        self.get(id).is_some_and(|tap| tap.is(flag::ROAMS))
+    }
+
+    /// How many roam.
+    pub const fn roaming(&self) -> usize {
+        self.roaming
+    }
+
+    /// Those that roam, in order.
+    pub fn all_roaming(&self) -> Vec<TapId> {
+        if self.roaming == 0 {
+            return Vec::new();
+        }
+        self.iter().filter(|(_, tap)| tap.is(flag::ROAMS)).map(|(id, _)| id).collect()
+    }
+
+    pub fn forget_roaming(&mut self) {
+        self.list.iter_mut().for_each(|tap| tap.set(flag::ROAMS, false));
+        self.roaming = 0;
+    }
+}
