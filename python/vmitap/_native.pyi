@@ -1891,7 +1891,16 @@ class VmiEvent:
     @property
     def reason(
         self,
-    ) -> Literal["breakpoint", "memory-access", "single-step", "write-control-register", "write-msr", "cpuid"]:
+    ) -> Literal[
+        "breakpoint",
+        "memory-access",
+        "single-step",
+        "write-control-register",
+        "write-msr",
+        "cpuid",
+        "descriptor-access",
+        "guest-request",
+    ]:
         """What happened.
 
         "breakpoint": an INT3 was executed; "memory-access": the view denied an access, which has not taken effect;
@@ -1922,7 +1931,7 @@ class VmiEvent:
         """Bytes of the instruction, for "breakpoint" and "cpuid"."""
     @property
     def register(self) -> str | int | None:
-        """The control register ("cr3") or the number of the MSR about to be written."""
+        """The control register ("cr3") or the number of the MSR about to be written; the register ("gdtr") about to be loaded or stored."""
     @property
     def old(self) -> int | None:
         """Its value now."""

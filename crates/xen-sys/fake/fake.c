@@ -27,7 +27,7 @@
 #define X 4
 #define ERR(number) (errno = (number), -1)
 
-enum { MEM_ACCESS = 1, WRITE_CTRLREG = 4, BREAKPOINT = 6, SINGLESTEP = 7, CPUID = 10, UNIMPLEMENTED = 14, VMEXIT = 15 };
+enum { MEM_ACCESS = 1, WRITE_CTRLREG = 4, BREAKPOINT = 6, SINGLESTEP = 7, CPUID = 10, DESCRIPTOR = 13, UNIMPLEMENTED = 14, VMEXIT = 15 };
 enum { PAUSED = 1, EMULATE = 4, NOWRITE = 8, TOGGLE = 16, DENY = 64, ALTP2M = 128, SET_REGS = 256, INSN_DATA = 512, FAST = 2048 };
 
 /* vm_event.h */
@@ -80,7 +80,8 @@ static struct {
     uint32_t req_prod, rsp_cons;
     struct event answers[256];
     int answer_count, bound;
-    int bp, step, cpuid, unimplemented, cr, param_set, altp2m_on, unsupported_insn;
+    uint64_t ignored;
+    int bp, step, cpuid, unimplemented, cr, descriptors, requests, param_set, altp2m_on, unsupported_insn;
     long wiped, ring_full, exposures;
     int automatic, always;
 } d;
@@ -161,7 +162,8 @@ long fake_state(const char *what, long i)
     if (!strcmp(what, "maps")) return d.maps;
     if (!strcmp(what, "listening")) return d.ring != 0;
     if (!strcmp(what, "altp2m")) return d.altp2m_on;
-    if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr;
+    if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr + d.descriptors + d.requests;
+    if (!strcmp(what, "ignored")) return d.ignored;
     if (!strcmp(what, "wiped")) return d.wiped;
     if (!strcmp(what, "exposures")) return d.exposures;
     if (!strcmp(what, "bound")) return d.bound;
@@ -314,6 +316,7 @@ static void resume(void)
         if (a.flags & EMULATE) {
             struct entry *e = effective(c->view, a.u.access.gfn);
             if (a.reason == MEM_ACCESS && e && (a.u.access.flags & 7 & ~e->access)) c->emulate = a.flags;
+            if (a.reason == DESCRIPTOR) c->emulate = a.flags;
             if (a.reason == BREAKPOINT && a.flags & INSN_DATA) { c->emulate = a.flags; memcpy(c->insn, a.data.insn, 16); }
         }
         if (a.flags & TOGGLE) c->single_step = knob("single_step") ? !c->single_step : 0;
@@ -458,7 +461,7 @@ void *xc_monitor_enable(void *x, uint32_t dom, uint32_t *port)
     d.req_prod = d.rsp_cons = 0; *port = 42; d.maps++;
     return d.ring;
 }
-int xc_monitor_disable(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); *fake_knob("busy") = 0; d.ring = 0; d.bp = d.step = d.cpuid = d.unimplemented = d.cr = 0; return 0; }
+int xc_monitor_disable(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); *fake_knob("busy") = 0; d.ring = 0; d.bp = d.step = d.cpuid = d.unimplemented = d.cr = d.descriptors = d.requests = 0; return 0; }
 int xc_monitor_get_capabilities(void *x, uint32_t dom, uint32_t *out) { (void)x; (void)dom; ENTER(); *out = 0x1b7b | (knob("single_step") ? 4 : 0) | (knob("emul_monitor") ? 1 << 10 : 0); return 0; }
 #define SWITCH(field) do { if (field == on) return ERR(EEXIST); field = on; return 0; } while (0)
 int xc_monitor_singlestep(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.step); }
@@ -467,7 +470,9 @@ int xc_monitor_cpuid(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER
 #ifndef WITHOUT_xc_monitor_emul_unimplemented
 int xc_monitor_emul_unimplemented(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.unimplemented); }
 #endif
-int xc_monitor_write_ctrlreg(void *x, uint32_t dom, uint16_t i, bool on, bool sync, uint64_t mask, bool change) { (void)x; (void)dom; (void)i; (void)sync; (void)mask; (void)change; ENTER(); SWITCH(d.cr); }
+int xc_monitor_descriptor_access(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.descriptors); }
+int xc_monitor_guest_request(void *x, uint32_t dom, bool on, bool sync, bool user) { (void)x; (void)dom; (void)sync; (void)user; ENTER(); SWITCH(d.requests); }
+int xc_monitor_write_ctrlreg(void *x, uint32_t dom, uint16_t i, bool on, bool sync, uint64_t mask, bool change) { (void)x; (void)dom; (void)i; (void)sync; (void)change; ENTER(); d.ignored = mask; SWITCH(d.cr); }
 int xc_monitor_mov_to_msr(void *x, uint32_t dom, uint32_t msr, bool on, bool change) { (void)x; (void)dom; (void)msr; (void)on; (void)change; ENTER(); return 0; }
 int xc_domctl(void *x, void *c) { (void)x; (void)c; ENTER(); return 0; }
 #if MINOR >= 17

@@ -143,6 +143,8 @@ pub struct XenDriver {
     switched_on: bool,
     /// Register writes wait for their answer.
     decides_writes: bool,
+    /// Bits of CR0, CR3 and CR4 whose changes alone are not told.
+    ignored_bits: [u64; 3],
     vcpus: Vec<Vcpu>,
     /// vCPUs with an event that was not handed out yet.
     ready: VecDeque<VcpuId>,
@@ -212,6 +214,7 @@ impl XenDriver {
             untold: false,
             switched_on: false,
             decides_writes: false,
+            ignored_bits: [0; 3],
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             ready: VecDeque::new(),
             views: BTreeMap::new(),
@@ -272,6 +275,17 @@ impl XenDriver {
             errno::ENOSYS => VmiError::NotSupported { driver: "xen", capability: "counting VM exits" },
             _ => failed(&error),
         })
+    }
+
+    /// Writes to a control register that change nothing but `bits` are not told from the next [`VmiEvents::monitor`] of it on. 0, as it begins:
+    /// every change is (`hvm_monitor_cr` in arch/x86/hvm/monitor.c).
+    pub const fn ignore_bits(&mut self, register: ControlRegister, bits: u64) {
+        let [cr0, cr3, cr4] = &mut self.ignored_bits;
+        match register {
+            ControlRegister::Cr0 => *cr0 = bits,
+            ControlRegister::Cr3 => *cr3 = bits,
+            ControlRegister::Cr4 => *cr4 = bits,
+        }
     }
 
     fn vcpu(&self, vcpu: VcpuId) -> Result<&Vcpu> {
@@ -553,7 +567,8 @@ impl XenDriver {
                     ControlRegister::Cr3 => ctrlreg::CR3,
                     ControlRegister::Cr4 => ctrlreg::CR4,
                 };
-                control.monitor_write_ctrlreg(domain, index, on, true, 0, false)
+                let ignored = self.ignored_bits.get(usize::from(index)).copied().unwrap_or(0);
+                control.monitor_write_ctrlreg(domain, index, on, true, ignored, false)
             }
             Monitor::Msr(msr) => {
                 need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;
@@ -562,6 +577,14 @@ impl XenDriver {
             Monitor::Cpuid => {
                 need(monitor_event::CPUID, "monitoring CPUID")?;
                 control.monitor_cpuid(domain, on)
+            }
+            Monitor::DescriptorAccess => {
+                need(monitor_event::DESC_ACCESS, "monitoring descriptor tables")?;
+                control.monitor_descriptor_access(domain, on)
+            }
+            Monitor::GuestRequest => {
+                need(monitor_event::GUEST_REQUEST, "monitoring requests of the guest")?;
+                control.monitor_guest_request(domain, on, true, false)
             }
         };
         monitored(result).map_err(|error| failed(&error))?;

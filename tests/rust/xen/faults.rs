@@ -112,6 +112,8 @@ const STEPS: &[(&str, Step)] = &[
     }),
     ("monitor CR3", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr3), true)),
     ("monitor an MSR", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::Msr(0xc000_0082), true)),
+    ("monitor descriptor tables", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::DescriptorAccess, true)),
+    ("monitor requests", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::GuestRequest, true)),
     ("monitor CPUID", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::Cpuid, true)),
     ("stop monitoring CR3", |tool| {
         tool.session().vmi_mut().driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr3), false)
