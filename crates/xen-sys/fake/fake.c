@@ -82,6 +82,7 @@ static struct {
     int answer_count, bound;
     uint64_t ignored;
     int bp, step, cpuid, unimplemented, cr, descriptors, requests, param_set, altp2m_on, unsupported_insn;
+    bool was_there[GFNS];                                      /* max_mapped_pfn never shrinks */
     long wiped, ring_full, exposures;
     int automatic, always;
 } d;
@@ -348,7 +349,7 @@ int xc_domain_getinfolist(void *x, uint32_t first, unsigned max, struct info *ou
 }
 int xc_domain_pause(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); d.pauses++; return 0; }
 int xc_domain_unpause(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); if (!d.pauses) return ERR(EINVAL); d.pauses--; return 0; }
-int xc_domain_maximum_gpfn(void *x, uint32_t dom, unsigned long *out) { (void)x; (void)dom; ENTER(); for (int g = 0; g < GFNS; g++) if (d.host[g] >= 0) *out = g; return 0; }
+int xc_domain_maximum_gpfn(void *x, uint32_t dom, unsigned long *out) { (void)x; (void)dom; ENTER(); *out = GUEST_PAGES - 1; for (int g = 0; g < GFNS; g++) if (d.host[g] >= 0 || d.was_there[g]) *out = g; return 0; }
 int xc_domain_setmaxmem(void *x, uint32_t dom, uint64_t kib) { (void)x; (void)dom; ENTER(); d.max_pages = kib / 4; return 0; }
 int xc_domain_populate_physmap_exact(void *x, uint32_t dom, unsigned long n, unsigned order, unsigned f, unsigned long *g)
 {
@@ -362,7 +363,8 @@ int xc_domain_decrease_reservation_exact(void *x, uint32_t dom, unsigned long n,
 {
     (void)x; (void)dom; (void)order; ENTER();
     for (unsigned long i = 0; i < n; i++) {
-        d.host[g[i]] = -1;
+        if (d.host[g[i]] < 0) return ERR(EINVAL);
+        d.host[g[i]] = -1; d.was_there[g[i]] = true;
         /* p2m_altp2m_propagate_change: a frame in the range of what a view shows resets the view. */
         for (int k = 1; k < MAX_VIEWS; k++) if (d.view_used[k]) { d.views[k][g[i]].valid = 0; if ((long)g[i] >= d.low[k] && (long)g[i] <= d.high[k]) { memset(d.views[k], 0, sizeof d.views[k]); d.wiped++; } }
     }

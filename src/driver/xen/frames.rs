@@ -71,11 +71,11 @@ impl Frames {
         self.free.contains(&gfn.0)
     }
 
-    /// Takes a pool over that another program has made, in which some frames are taken.
+    /// Takes a pool over that another program has made: the frames that are there, and those that count as taken, which may be gone already.
     pub fn adopt(&mut self, taken: &[Gfn], pool: &[Gfn]) {
         self.used.extend(taken.iter().map(|frame| frame.0));
         let before = self.adopted.len();
-        self.adopted.extend(pool.iter().chain(taken).map(|frame| frame.0).filter(|frame| *frame < self.first));
+        self.adopted.extend(pool.iter().map(|frame| frame.0).filter(|frame| *frame < self.first));
         // That program has raised the domain's limit by as much as it added.
         self.is_limit_raised = true;
         self.limit_kib = self.limit_kib.saturating_sub((self.adopted.len() - before) as u64 * PAGE_KIB);

@@ -626,7 +626,12 @@ impl VmiControl for XenDriver {
         if self.pauses == 0 {
             // What is paused does not come to an end, and somebody may want to change a page meanwhile.
             self.settle_emulations();
-            self.xen.control().pause(self.domain).map_err(|error| failed(&error))?;
+            if self.owes_unpause.get() {
+                // It is paused still.
+                self.owes_unpause.set(false);
+            } else {
+                self.xen.control().pause(self.domain).map_err(|error| failed(&error))?;
+            }
         }
         self.pauses += 1;
         Ok(())
@@ -636,10 +641,14 @@ impl VmiControl for XenDriver {
         self.check_alive()?;
         let none = || VmiError::Driver { op: "resuming the guest", errno: errno::EINVAL, detail: "it is not paused".to_owned() };
         let left = self.pauses.checked_sub(1).ok_or_else(none)?;
-        if left == 0 {
-            self.xen.control().unpause(self.domain).map_err(|error| failed(&error))?;
-        }
         self.pauses = left;
+        if left == 0 {
+            // Who has a pause taken back seldom can do it again: what cannot be done now is done, or told, by the next wait.
+            self.owes_unpause.set(true);
+            if let Err(error) = self.let_run() {
+                log::debug!("{error}");
+            }
+        }
         Ok(())
     }
 

@@ -65,7 +65,11 @@ impl VmiRepair for XenDriver {
         }
         if let Some(first) = left.frames.iter().min().copied() {
             // A pool has frames that were never used, too; all of it lies above the guest's memory.
-            let pool: Vec<Gfn> = self.top_frames()?.into_iter().filter(|frame| *frame >= first.0).map(Gfn).collect();
+            let mut pool: Vec<Gfn> = self.top_frames()?.into_iter().filter(|frame| *frame >= first.0).map(Gfn).collect();
+            // The highest frame a guest has had counts even when it is gone (`max_mapped_pfn`).
+            let frames: Vec<u64> = left.frames.iter().map(|frame| frame.0).collect();
+            let present = self.pages.foreign().present(self.domain, &frames).unwrap_or_default();
+            pool.extend(frames.into_iter().zip(present).filter_map(|(frame, is_there)| is_there.then_some(Gfn(frame))));
             self.frames.adopt(&left.frames, &pool);
             // What was counted as guest memory because it was there.
             self.info.memory_size = self.info.memory_size.min(first.0 << PAGE_SHIFT);
