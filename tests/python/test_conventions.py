@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import vmitap
-from vmitap import Arg, Reg, StaleContextError, TranslationError
+from vmitap import Arg, Cstr, Reg, StaleContextError, TranslationError
 from vmitap.testing import Breakpoint
 
 if TYPE_CHECKING:
@@ -135,3 +135,26 @@ def test_trace_takes_the_convention(guest: str) -> None:
     done = subprocess.run([sys.executable, "-m", "vmitap", *words], capture_output=True, text=True, timeout=60, check=True)
     hits = [json.loads(line) for line in done.stdout.splitlines()]
     assert [hit["args"] for hit in hits if "args" in hit] == [list(call[:6]) for call in CALLS]
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_call_that_never_returns_has_a_row_without_results_and_is_counted(vcpus: int) -> None:
+    # A task that ends leaves exit_task for good; what calls open_file comes back, on whichever vCPU.
+    with vmitap.attach("demo", vcpus=vcpus, cmdline="rounds=3") as vm:
+        leaves = vm.breakpoint("exit_task", capture={"n": Arg(0)}, on_return={"back": Reg.rax})
+        comes = vm.breakpoint("open_file", capture={"path": Cstr(Arg(0))}, on_return={"back": Reg.rax})
+        assert vm.run(timeout=60).reason == "idle"
+        ended = leaves.stats.hits
+        assert ended > 0
+        open_rows = [row for row in vm.recording.to_arrow().to_pylist() if row["symbol"] == "open_file"]
+        assert len(open_rows) == comes.stats.hits
+        assert all(row["back"] is not None for row in open_rows)
+        assert vm.stats.returns_lost == 0
+        leaves.remove()
+        assert vm.stats.returns_lost == ended
+        rows = [row for row in vm.recording.to_arrow().to_pylist() if row["symbol"] == "exit_task"]
+        assert len(rows) == ended
+        assert all(row["back"] is None and row["duration_ns"] is None for row in rows)
+        # And it leaves nothing behind.
+        comes.remove()
+        assert vm.stats.shadow_frames == 0
