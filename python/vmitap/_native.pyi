@@ -2516,5 +2516,8 @@ class _Script:
     def scratch(self) -> tuple[int, int]:
         """Where unused memory begins, and how many bytes there are."""
 
+def _drop_privileges() -> None:
+    """Gives up what the calling thread may do beyond its user's files, for good."""
+
 def _still(target: str, *, memory: int | None, vcpus: int, on_write: OnWrite | None) -> tuple[Vm, _Script]:
     """Opens a session with a guest that stands still. For `vmitap.testing`."""

@@ -150,11 +150,9 @@ impl FlightRecorder {
             let reason = format!("{slots}: a journal has room for 1 to {MAX_SLOTS} events");
             return Err(VmiError::InvalidArgument { what: "events", reason });
         }
-        if replace && let Err(error) = std::fs::remove_file(path) {
-            // Removed and not truncated: who maps the old file would be killed.
-            if error.kind() != std::io::ErrorKind::NotFound {
-                return Err(failed(path, &error));
-            }
+        // Removed and not truncated: who maps the old file would be killed. A device or a folder stays, and is refused below.
+        if replace && std::fs::symlink_metadata(path).is_ok_and(|there| there.is_file()) {
+            std::fs::remove_file(path).map_err(|error| failed(path, &error))?;
         }
         let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
         let file = made.map_err(|error| match error.kind() {

@@ -1,7 +1,8 @@
 //! Writing batches to a file: Parquet, or JSON lines.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
@@ -54,7 +55,8 @@ impl Format {
 
     /// An output to a new file; `symbols` name the addresses in it, where the format has a place for that.
     pub fn create(self, path: &str, schema: &SchemaRef, symbols: &Arc<SymbolTable>) -> io::Result<Box<dyn Output>> {
-        let file = File::create(path)?;
+        // It holds what the guest holds: a new one is its owner's alone.
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         match self {
             Self::Parquet => Ok(Box::new(Parquet::new(file, schema, symbols)?)),
             Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(file), 0))),

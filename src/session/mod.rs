@@ -60,6 +60,8 @@ use taps::Key;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 pub use watchdog::Watchdog;
+#[cfg(feature = "xen")]
+pub use watchdog::drop_privileges;
 use write::AfterWrite;
 pub use write_policy::WriteRule;
 

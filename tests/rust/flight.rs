@@ -245,10 +245,17 @@ fn a_journal_that_cannot_be_made_leaves_nothing() {
         let refused = FlightRecorder::create(&folder.file(), slots, false, "", 0).map(drop);
         assert!(matches!(refused, Err(VmiError::InvalidArgument { what: "events", .. })), "{refused:?}");
     }
-    for path in ["/nowhere/last.events", "/proc/last.events", "/dev/full"] {
-        let refused = FlightRecorder::create(path, 4, false, "", 0).map(drop);
-        assert!(matches!(refused, Err(VmiError::EventJournal { errno: Some(_), .. })), "{refused:?}");
+    let link = folder.0.join("link");
+    std::os::unix::fs::symlink("/dev/full", &link).unwrap();
+    let link = link.to_str().unwrap();
+    for path in ["/nowhere/last.events", "/proc/last.events", "/dev/full", link, folder.0.to_str().unwrap()] {
+        for replace in [false, true] {
+            let refused = FlightRecorder::create(path, 4, replace, "", 0).map(drop);
+            assert!(matches!(refused, Err(VmiError::EventJournal { errno: Some(_), .. })), "{path}, {replace}: {refused:?}");
+        }
     }
+    assert!(!fs::metadata("/dev/full").unwrap().is_file(), "a device is not replaced");
+    fs::remove_file(link).unwrap();
     assert_eq!(fs::read_dir(&folder.0).unwrap().count(), 0);
 }
 

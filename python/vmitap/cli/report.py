@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from html import escape
 from itertools import islice
@@ -117,7 +118,9 @@ def report(recording: Path, output: Path | None, symbols: str | None, as_json: b
             summary = _Summary(vm.symbolize)
             _read(recording, summary)
     page = output or recording.with_name(recording.name + ".html")
-    page.write_text(_page(recording.name, summary), encoding="utf-8")
+    # It holds what the guest holds: a new page is its owner's alone.
+    with os.fdopen(os.open(page, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(_page(recording.name, summary))
     out = Output(as_json=as_json)
     out.object({"page": str(page), "rows": summary.rows, "symbols": dict(summary.symbols)})
     out.text(f"{page}: {summary.rows} rows of {len(summary.symbols)} symbols")
