@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 import vmitap
-from vmitap import Arg, Cstr, Reg, StaleContextError, TranslationError
+from vmitap import Arg, Reg, StaleContextError, TranslationError
 from vmitap.testing import Breakpoint
 
 if TYPE_CHECKING:
@@ -139,22 +139,26 @@ def test_trace_takes_the_convention(guest: str) -> None:
 
 @pytest.mark.parametrize("vcpus", [1, 2])
 def test_a_call_that_never_returns_has_a_row_without_results_and_is_counted(vcpus: int) -> None:
-    # A task that ends leaves exit_task for good; what calls open_file comes back, on whichever vCPU.
+    # Each vCPU ends in halt_forever. What calls open_file comes back, and so does a task that schedule has put aside for others, on
+    # whichever vCPU; but for those that are aside when the guest ends.
     with vmitap.attach("demo", vcpus=vcpus, cmdline="rounds=3") as vm:
-        leaves = vm.breakpoint("exit_task", capture={"n": Arg(0)}, on_return={"back": Reg.rax})
-        comes = vm.breakpoint("open_file", capture={"path": Cstr(Arg(0))}, on_return={"back": Reg.rax})
+        opens = vm.breakpoint("open_file", capture={"n": Arg(0)}, on_return={"back": Reg.rax})
+        switches = vm.breakpoint("schedule", on_return={"back": Reg.rax})
+        ends = vm.breakpoint("halt_forever", on_return={"back": Reg.rax})
         assert vm.run(timeout=60).reason == "idle"
-        ended = leaves.stats.hits
-        assert ended > 0
-        open_rows = [row for row in vm.recording.to_arrow().to_pylist() if row["symbol"] == "open_file"]
-        assert len(open_rows) == comes.stats.hits
-        assert all(row["back"] is not None for row in open_rows)
-        assert vm.stats.returns_lost == 0
-        leaves.remove()
-        assert vm.stats.returns_lost == ended
-        rows = [row for row in vm.recording.to_arrow().to_pylist() if row["symbol"] == "exit_task"]
-        assert len(rows) == ended
-        assert all(row["back"] is None and row["duration_ns"] is None for row in rows)
-        # And it leaves nothing behind.
-        comes.remove()
+        assert (ends.stats.hits, vm.stats.returns_lost) == (vcpus, 0)
+
+        def backs(symbol: str) -> list[object]:
+            return [row["back"] for row in vm.recording.to_arrow().to_pylist() if row["symbol"] == symbol]
+
+        assert len(backs("open_file")) == opens.stats.hits > 10
+        assert 20 < len(backs("schedule")) < switches.stats.hits
+        assert None not in backs("open_file") + backs("schedule")
+        assert backs("halt_forever") == []
+        ends.remove()
+        assert (backs("halt_forever"), vm.stats.returns_lost) == ([None] * vcpus, vcpus)
+        switches.remove()
+        assert len(backs("schedule")) == switches.stats.hits
+        opens.remove()
+        # And the breakpoints at return addresses are gone.
         assert vm.stats.shadow_frames == 0
