@@ -339,7 +339,7 @@ def test_an_asyncio_loop_waits_for_the_event_channel_and_needs_no_thread(library
         library,
         """
 import asyncio, threading, vmitap.aio
-from vmitap import SessionBusyError, Verdict
+from vmitap import SessionBusyError
 async def main():
     async with vmitap.aio.attach("xen:guest") as guest:
         vm = guest.vm
@@ -386,12 +386,14 @@ async def main():
             await waiting
         except asyncio.CancelledError:
             print("cancelled", state("held"))
-        # stop() from anywhere wakes it.
+        # stop() from anywhere wakes it, through the descriptor.
         fake.fake_automatic(0)
+        looks, vmitap.aio._LOOK = vmitap.aio._LOOK, 60
         waiting = asyncio.create_task(guest.run())
         await asyncio.sleep(0.05)
         vm.stop()
         print((await asyncio.wait_for(waiting, 20)).reason)
+        vmitap.aio._LOOK = looks
         # What a handler raises comes out, with the event answered.
         def fails(hit):
             raise ValueError("no")
