@@ -50,11 +50,6 @@ registers! {
 }
 
 impl Registers {
-    /// The first six integer arguments of a System V call.
-    pub const fn arguments(&self) -> (u64, u64, u64, u64, u64, u64) {
-        (self.rdi, self.rsi, self.rdx, self.rcx, self.r8, self.r9)
-    }
-
     /// The page-table root: CR3 without PCID and flag bits.
     pub const fn page_root(&self) -> u64 {
         self.cr3 & 0x000f_ffff_ffff_f000
