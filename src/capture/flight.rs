@@ -249,8 +249,8 @@ impl FlightRecorder {
             EventReason::WriteControlRegister { new, .. } => (FlightKind::WriteControlRegister, new, MemoryAccess::NONE),
             EventReason::WriteMsr { msr, .. } => (FlightKind::WriteMsr, msr.into(), MemoryAccess::NONE),
             EventReason::Cpuid { leaf, .. } => (FlightKind::Cpuid, leaf.into(), MemoryAccess::NONE),
-            EventReason::DescriptorAccess { .. } => (FlightKind::DescriptorAccess, 0, MemoryAccess::NONE),
-            EventReason::GuestRequest => (FlightKind::GuestRequest, 0, MemoryAccess::NONE),
+            EventReason::DescriptorAccess { .. } => (FlightKind::DescriptorAccess, rip, MemoryAccess::NONE),
+            EventReason::GuestRequest => (FlightKind::GuestRequest, rip, MemoryAccess::NONE),
         };
         let at = SLOTS_AT + (self.total % self.slots) as usize * SLOT;
         self.total += 1;
