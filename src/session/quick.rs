@@ -1,7 +1,8 @@
-//! Hits that nobody looks at: counted where the driver stands, before there is an event.
+//! Hits that nobody looks at but a filter that needs registers alone: counted where the driver stands, before there is an event.
 
 use std::time::Duration;
 
+use crate::capture::Scene;
 use crate::driver::{Trap, VmiDriver, Wait};
 use crate::error::Result;
 
@@ -14,12 +15,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Waits for the next event. Hits of taps that are only counted are none, but for each that is timed and for the one at which `stop_at`
     /// is reached.
     pub(super) fn wait(&mut self, timeout: Duration, stop_at: Option<u64>) -> Result<Wait> {
-        let Self { vmi, manager, tables, taps, vcpus, owners, sampler, stats, returns, spent, usual, .. } = self;
+        let Self { vmi, manager, tables, taps, vcpus, owners, sampler, stats, returns, spent, usual, began, .. } = self;
         *usual = usual.saturating_sub(1);
         if *usual > 0 || returns.are_awaited() || !spent.is_empty() {
             return vmi.driver_mut().wait(timeout);
         }
-        vmi.driver_mut().wait_counting(timeout, &mut |trap: &Trap| {
+        let clock = || began.elapsed().as_nanos() as u64;
+        vmi.driver_mut().wait_counting(timeout, &mut |trap: &Trap<'_>| {
             let Some(vcpu) = vcpus.get_mut(usize::from(trap.vcpu.0)) else { return false };
             // Something is to be done first, or the hit is the one to be timed.
             if vcpu.after_write.is_some() || vcpu.walk.is_some() || tables.is_dirty(Some(trap.vcpu)) || sampler.is_due() {
@@ -31,18 +33,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 *usual = USUAL;
                 return false;
             }
-            let hits = stats.hits + owners.len() as u64;
-            if stop_at.is_some_and(|stop_at| hits >= stop_at) {
+            if stop_at.is_some_and(|stop_at| stats.hits + owners.len() as u64 >= stop_at) {
                 return false;
             }
             sampler.pass();
             for id in &*owners {
+                if let Some(filter) = taps.filter_mut(*id) {
+                    let registers = (trap.registers)();
+                    let scene = Scene::<D> { vmi: None, registers: &registers, vcpu: trap.vcpu, va: trap.rip, clock: &clock };
+                    if !filter.passes(*id, &scene) {
+                        stats.filtered += 1;
+                        continue;
+                    }
+                }
                 if let Some(tap) = taps.get_mut(*id) {
                     tap.hits += 1;
                 }
+                stats.hits += 1;
             }
             stats.events += 1;
-            stats.hits = hits;
             vcpu.home = Some(trap.view);
             true
         })
