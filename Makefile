@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
-.PHONY: help demo test lint format bench fuzz soak wheel xen-lab clean
+.PHONY: help demo test lint format bench bench-parts fuzz soak miri valgrind wheel xen-lab clean
 
 help: ## this list
 	@echo "vmitap: tap a running virtual machine without the machine noticing"
@@ -48,17 +48,30 @@ format: $(VENV)/.dev ## write the formatting that lint asks for
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.built $(VENV)/.dev ## the benchmarks; compare ratios within one run
+# PEERS=python with what is compared: python -m venv peers && peers/bin/pip install frida qiling python-ptrace
+bench: $(VENV)/.built ## one table: a hit here, in plain unicorn scripts, in gdb, and in peers (PEERS=peers/bin/python)
+	@$(BIN)/python benches/python/bench_table.py $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+bench-parts: $(VENV)/.built $(VENV)/.dev ## the benchmarks of the parts; compare ratios within one run
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
 	@$(BIN)/python benches/python/bench_insertion.py
 	@$(BIN)/python benches/python/bench_capture.py
+	@$(BIN)/python benches/python/bench_dispatch.py
 
 fuzz: ## hostile input for what reads it, for SECONDS (60) each
 	@scripts/fuzz $(or $(SECONDS),60)
 
 soak: $(VENV)/.built ## random sessions for SECONDS (120), watched for what grows
-	@$(BIN)/python tests/soak/soak.py --seconds $(or $(SECONDS),120)
+	@MALLOC_ARENA_MAX=1 $(BIN)/python tests/soak/soak.py --seconds $(or $(SECONDS),120)
+
+miri: ## the event ring between two threads, under Miri (rustup toolchain install nightly --component miri)
+	@MIRIFLAGS='-Zmiri-disable-isolation -Zmiri-many-seeds=0..4' cargo +nightly miri test --target-dir target/miri \
+		--no-default-features --features xen,mock --test rust -- between_two_threads
+
+valgrind: ## the Xen driver's calls of C, against the stand-in, under memcheck
+	@CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='valgrind -q --error-exitcode=9' \
+		cargo test --quiet --features emu,mock --test rust -- xen:: --test-threads=1
 
 wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries checked
 	@rm -rf dist

@@ -197,6 +197,16 @@ pub enum VmiError {
         /// Its journal.
         path: String,
     },
+    /// A journal of events cannot be made or read, or a file is none.
+    #[error("the journal of events {path} is not usable: {reason}")]
+    EventJournal {
+        /// The file.
+        path: String,
+        /// The system's error number, where there is one.
+        errno: Option<i32>,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A value given by the caller makes no sense.
     #[error("{what}: {reason}")]
     InvalidArgument {

@@ -1,6 +1,6 @@
 """What a hit costs, next to the same hidden breakpoint in plain `unicorn` (peer.py).
 
-`make bench` runs it; by hand: `python benches/python/bench_dance.py [--hits N] [--json]`. Everything is measured in this one run, in
+`make bench-parts` runs it; by hand: `python benches/python/bench_dance.py [--hits N] [--json]`. Everything is measured in this one run, in
 turns, and the best of the turns counts: compare the ratios, not the times of two machines. Each way must count every hit, or there is
 no result.
 """

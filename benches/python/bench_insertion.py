@@ -1,6 +1,6 @@
 """What inserting many breakpoints costs, taking them out again, and what each holds beside the shadow pages.
 
-`make bench` runs it; by hand: `python benches/python/bench_insertion.py [--turns N] [--json]`. The times are the best of the turns.
+`make bench-parts` runs it; by hand: `python benches/python/bench_insertion.py [--turns N] [--json]`. The times are the best of the turns.
 """
 
 from __future__ import annotations

@@ -22,8 +22,11 @@ from vmitap._native import (
     Breakpoints,
     BreakpointStats,
     Caps,
+    EventJournal,
     Events,
     Hit,
+    JournalContents,
+    JournalEvent,
     ManagedBreakpoint,
     Memory,
     MemoryController,
@@ -48,6 +51,7 @@ from vmitap._native import (
     XenDomain,
     XenHost,
     __version__,
+    read_journal,
     repair,
     xen_host,
 )
@@ -61,6 +65,7 @@ from vmitap.errors import (
     DefaultViewError,
     DomainGoneError,
     DriverError,
+    EventJournalError,
     HandlerError,
     ImageError,
     InvalidArgumentError,
@@ -80,7 +85,7 @@ from vmitap.errors import (
     VmitapError,
 )
 from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
-from vmitap.policy import Access, Budget, OnWrite
+from vmitap.policy import Access, Budget, OnWrite, Policy, WritePolicy
 from vmitap.protocols import RegisterValues, TapController
 
 if TYPE_CHECKING:
@@ -108,13 +113,17 @@ __all__ = [
     "DefaultViewError",
     "DomainGoneError",
     "DriverError",
+    "EventJournal",
+    "EventJournalError",
     "Events",
     "Filter",
     "HandlerError",
     "Hit",
     "ImageError",
     "InvalidArgumentError",
+    "JournalContents",
     "JournalError",
+    "JournalEvent",
     "ManagedBreakpoint",
     "Mem",
     "Memory",
@@ -126,6 +135,7 @@ __all__ = [
     "OutOfRangeError",
     "PageTableEvent",
     "PageTableMonitor",
+    "Policy",
     "Recording",
     "RecordingError",
     "RecordingFile",
@@ -159,11 +169,13 @@ __all__ = [
     "VmiEvent",
     "VmiEventResponse",
     "VmitapError",
+    "WritePolicy",
     "XenDomain",
     "XenHost",
     "__version__",
     "attach",
     "find_libunicorn",
+    "read_journal",
     "repair",
     "xen_host",
 ]
@@ -196,7 +208,7 @@ def attach(
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
-        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        abi: how the guest's functions get their arguments, for `Arg` and `Hit.args`: "sysv" or "ms".
         repair: whether what a killed session has left in the guest is undone first; else that is an error. See `repair`.
         watchdog: whether a child process undoes it at once when this one is killed. A guest on the embedded driver ends with
             this process, and needs none.

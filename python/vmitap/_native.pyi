@@ -22,7 +22,7 @@ from typing_extensions import Buffer, CapsuleType
 
 from vmitap.capture import Capturable
 from vmitap.filters import Filter
-from vmitap.policy import Access, Budget, OnWrite
+from vmitap.policy import Access, Budget, OnWrite, WritePolicy
 from vmitap.protocols import RegisterValues, TapController
 
 __all__ = [
@@ -32,8 +32,11 @@ __all__ = [
     "BreakpointStats",
     "Breakpoints",
     "Caps",
+    "EventJournal",
     "Events",
     "Hit",
+    "JournalContents",
+    "JournalEvent",
     "ManagedBreakpoint",
     "Memory",
     "MemoryController",
@@ -59,6 +62,7 @@ __all__ = [
     "XenHost",
     "__version__",
     "open",
+    "read_journal",
     "repair",
     "xen_host",
 ]
@@ -95,7 +99,7 @@ def open(
         cmdline: the command line the guest is given.
         libunicorn: path of libunicorn; None: the environment's VMITAP_LIBUNICORN.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
-        abi: how the guest's functions get their arguments, for `Arg`: "sysv" or "ms".
+        abi: how the guest's functions get their arguments, for `Arg` and `Hit.args`: "sysv" or "ms".
         repair: whether what a killed session has left in the guest is undone first, as `repair` does.
         watchdog: a command that is started with the session and reads its standard input, which ends when this process does; it
             is to repair the guest then. Not started for a guest that ends with this process. None: no watchdog.
@@ -331,6 +335,13 @@ class Vm:
         (2, True)
         """
     @property
+    def journal(self) -> EventJournal:
+        """The last events of the session, in a file that outlives this process. None is written until `EventJournal.open`.
+
+        >>> vm.journal.path is None
+        True
+        """
+    @property
     def memory(self) -> Memory:
         """Guest-physical memory as a whole, and scattered reads.
 
@@ -390,7 +401,7 @@ class Vm:
         capture: Mapping[str, Capturable] | None = None,
         on_return: Mapping[str, Capturable] | None = None,
         abi: Literal["sysv", "ms"] | None = None,
-        on_write: OnWrite | None = None,
+        on_write: OnWrite | WritePolicy | Filter | None = None,
         ask: _WriteHandler | None = None,
         key: Hashable | None = None,
         tag: object = None,
@@ -422,8 +433,9 @@ class Vm:
             on_return: what is read when the function that was entered returns; it completes the row, with `duration_ns`. Calls are
                 told apart by their stack pointer. Of more than 4096 that have not returned the oldest is given up, counted
                 (`Stats.returns_lost`), and recorded with missing values, as are those that are open when the breakpoint goes.
-            abi: how the function gets its arguments, for `Arg`; None: as the session was opened with.
-            on_write: what a write to its byte does; None: as the session was opened with.
+            abi: how the function gets its arguments, for `Arg`, `Hit.args` and `Hit.arg`; None: as the session was opened with.
+            on_write: what a write to its byte does; None: as the session was opened with. A filter: writes for which it holds happen, others
+                are thrown away; `OnWrite.REMOVE & filter` and `OnWrite.ASK | filter` say more (see `OnWrite`).
             ask: called with a hit of a write (`hit.access` is W) to its byte, returns the `OnWrite` to apply; goes with `OnWrite.ASK` only.
             key: owner of the breakpoint; None: one of its own. The same address, root and key twice is an error.
             tag: anything; comes back in each `Hit` and finds the breakpoint again.
@@ -456,7 +468,7 @@ class Vm:
         capture: Mapping[str, Capturable] | None = None,
         on_return: Mapping[str, Capturable] | None = None,
         abi: Literal["sysv", "ms"] | None = None,
-        on_write: OnWrite | None = None,
+        on_write: OnWrite | WritePolicy | Filter | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
@@ -1020,7 +1032,7 @@ class BreakpointStats:
         """Hits that its filter kept back; they are not among `hits`."""
     @property
     def filter_faults(self) -> int:
-        """Hits at which its filter looked at memory that could not be read."""
+        """Hits at which its filter, and writes at which its `on_write`, looked at memory that could not be read."""
     @property
     def py_calls(self) -> int:
         """How often its handler, or a predicate of its filter, was called."""
@@ -1195,6 +1207,202 @@ class RecordingFile:
         """
 
 @final
+class EventJournal:
+    """The last events of a session in a file, which is still there when this process is killed: what it was at, and what came before.
+
+    Every event the driver raises is in it, those that filters keep back too, with what became of it. It is a ring of a size that is set
+    once, mapped into this process: an event costs some 40 ns and no system call. Not to be taken for the journal that
+    `vmitap.repair` reads, which tells what is to be undone in a guest and is always kept for a Xen domain.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "last.events")
+    >>> bp = vm.breakpoint("open_file")
+    >>> with vm.journal.open(path, events=1000) as journal:
+    ...     _ = vm.run(timeout=5, max_hits=3)
+    >>> [event.symbol for event in vmitap.read_journal(path).events if event.outcome == "counted"]
+    ['open_file', 'open_file', 'open_file']
+    """
+
+    def open(self, path: str | PathLike[str], *, events: int | None = None, replace: bool = False) -> EventJournal:
+        """From now on the last events are in a file, which outlives this process. Returns the journal, a context manager that ends it.
+
+        The file is made at its full size (64 bytes an event and 260 KiB), readable and writable for its owner only. Nobody may cut it
+        off while it is written: that would kill this process, as for every mapped file. It is not forced to the disk, so a
+        crash of the whole machine can take it.
+
+        Args:
+            path: the file.
+            events: how many of the last events are kept, 1 to 4194304; None: 65536.
+            replace: whether a file that is there is replaced; else that is an error, as it may be what is left of a crash.
+
+        Raises:
+            EventJournalError: the file is there or cannot be made.
+            InvalidArgumentError: no such number of events, or another journal is open.
+
+        >>> import tempfile, os
+        >>> journal = vm.journal.open(os.path.join(tempfile.mkdtemp(), "last.events"), events=100)
+        >>> _ = vm.breakpoint("open_file"), vm.run(timeout=5, max_hits=3)
+        >>> len(journal) == min(journal.total, 100)
+        True
+        """
+    def close(self) -> None:
+        """Ends the file; it says then that nothing crashed. Twice is fine, and leaving the session does it too.
+
+        >>> vm.journal.close()
+        """
+    @property
+    def path(self) -> str | None:
+        """The file; None if none is open."""
+    @property
+    def total(self) -> int:
+        """Events so far, also those that others have taken the place of; 0 if no file is open."""
+    def __len__(self) -> int:
+        """Events in the file.
+
+        >>> len(vm.journal)
+        0
+        """
+    def __enter__(self) -> EventJournal:
+        """Returns the journal itself.
+
+        >>> import tempfile, os
+        >>> with vm.journal.open(os.path.join(tempfile.mkdtemp(), "last.events")) as journal: journal.total
+        0
+        """
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        """Ends the file, as `close` does; an exception on its way goes on.
+
+        >>> vm.journal.__exit__(None, None, None)
+        """
+
+def read_journal(path: str | PathLike[str]) -> JournalContents:
+    """Reads a journal of events: of a session that lives, has ended, or was killed.
+
+    Args:
+        path: the file that was given to `EventJournal.open`.
+
+    Raises:
+        EventJournalError: it cannot be read, is none, is cut off, or has another version; `reason` says which.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "last.events")
+    >>> vm.journal.open(path).close()
+    >>> vmitap.read_journal(path).closed
+    True
+    """
+
+@final
+class JournalContents:
+    """What is in a journal of events.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "last.events")
+    >>> journal = vm.journal.open(path, events=2)
+    >>> _ = vm.breakpoint("open_file"), vm.run(timeout=5, max_hits=3)
+    >>> contents = vmitap.read_journal(path)
+    >>> len(contents), contents.total >= 3, contents.closed, contents.torn
+    (2, True, False, 0)
+    """
+
+    @property
+    def target(self) -> str:
+        """The guest's name."""
+    @property
+    def process(self) -> int:
+        """The number of the process that wrote it."""
+    @property
+    def began(self) -> float:
+        """When the session began, in seconds since 1970."""
+    @property
+    def room(self) -> int:
+        """How many events it has room for."""
+    @property
+    def total(self) -> int:
+        """How many events there were."""
+    @property
+    def closed(self) -> bool:
+        """Whether the journal was ended in order. If not, its session lives or was killed."""
+    @property
+    def torn(self) -> int:
+        """Events that were cut off while they were written, or make no sense: they are left out."""
+    @property
+    def events(self) -> list[JournalEvent]:
+        """The last events, the oldest first."""
+    def __len__(self) -> int:
+        """How many events there are in it.
+
+        >>> import tempfile, os
+        >>> path = os.path.join(tempfile.mkdtemp(), "last.events")
+        >>> vm.journal.open(path).close()
+        >>> len(vmitap.read_journal(path))
+        0
+        """
+
+@final
+class JournalEvent:
+    """One event of a journal.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "last.events")
+    >>> bp = vm.breakpoint("open_file")
+    >>> with vm.journal.open(path): _ = vm.run(timeout=5, max_hits=1)
+    >>> last = vmitap.read_journal(path).events[-1]
+    >>> last.reason, last.symbol, last.outcome, last.rip == last.address == bp.address
+    ('breakpoint', 'open_file', 'counted', True)
+    """
+
+    @property
+    def number(self) -> int:
+        """Its number, from 1."""
+    @property
+    def timestamp(self) -> float:
+        """Seconds since the session began, as `Hit.timestamp`."""
+    @property
+    def vcpu(self) -> int:
+        """Number of the vCPU."""
+    @property
+    def reason(
+        self,
+    ) -> Literal["breakpoint", "memory-access", "single-step", "write-control-register", "write-msr", "cpuid"]:
+        """What happened, as `VmiEvent.reason`."""
+    @property
+    def access(self) -> Access | None:
+        """Which access was denied; None for other events."""
+    @property
+    def address(self) -> int | None:
+        """The virtual address that was executed or accessed, where it is known."""
+    @property
+    def value(self) -> int | None:
+        """The new value of a control register, the number of an MSR, the leaf of CPUID; None for other events."""
+    @property
+    def rip(self) -> int:
+        """The address of the instruction."""
+    @property
+    def root(self) -> int:
+        """The page-table root the vCPU was under."""
+    @property
+    def outcome(self) -> Literal["held", "handling", "raw", "answered", "filtered", "counted", "handled", "failed"]:
+        """What became of it.
+
+        "held": nothing yet, the vCPU stood still; "handling": a handler was being called, and the vCPU stood still; "raw": it was handed out by
+        `Vm.wait_event`. The others are answered: "filtered": no breakpoint's filter let it pass; "counted": counted, and captured where
+        that was asked for; "handled": a handler was called; "answered": it was for no breakpoint, such as a read of a hidden page;
+        "failed": something failed.
+        """
+    @property
+    def breakpoint(self) -> int | None:
+        """The number of the first breakpoint that wanted it, in order of insertion, as the column `breakpoint` of a recording."""
+    @property
+    def symbol(self) -> str | None:
+        """The name of that breakpoint's place; of the first 4096 breakpoints only, and not of a whole long name."""
+
+@final
 class Hit:
     """One hit: a snapshot taken while the vCPU stood still. Safe to keep, to hand to another thread, and to pickle.
 
@@ -1212,11 +1420,36 @@ class Hit:
         """Its registers; `rip` is the tapped instruction, which has not been executed."""
     @property
     def args(self) -> tuple[int, int, int, int, int, int]:
-        """The first six integer arguments of a System V call: RDI, RSI, RDX, RCX, R8, R9. Right at the entry of a function only.
+        """The first six integer arguments, by the breakpoint's calling convention. Right at the entry of a function only.
+
+        `abi` of the breakpoint or of the session says which. "sysv": RDI, RSI, RDX, RCX, R8, R9 (System V AMD64 ABI 3.2.3). "ms": RCX, RDX, R8, R9,
+        and two on the stack above the return address and 32 bytes of home space (Microsoft x64), which are read while the vCPU stands still.
+
+        Raises:
+            TranslationError: the convention has some of them on the stack, and it cannot be read.
 
         >>> hit = next(vm.events(vm.breakpoint("open_file"), timeout=5))
         >>> hit.args[0] == hit.regs.rdi
         True
+        """
+    def arg(self, n: int) -> int:
+        """Argument `n`, from 0, by the breakpoint's calling convention; from the seventh on valid only inside the handler.
+
+        Args:
+            n: 0 to 63. The first six are those of `args`; the others are read from the stack when this is called.
+
+        Raises:
+            StaleContextError: it is on the stack, and the vCPU has gone on.
+            TranslationError: the stack cannot be read.
+            OutOfRangeError: the stack lies beyond the guest's memory.
+            InvalidArgumentError: no such number.
+
+        >>> @vm.breakpoint("open_file")
+        ... def opened(hit):
+        ...     assert hit.arg(0) == hit.args[0]
+        ...     assert hit.arg(7) == hit.vm.read_u64(hit.regs.rsp + 16)
+        >>> vm.run(timeout=5, max_hits=1).hits
+        1
         """
     @property
     def address(self) -> int:
@@ -2266,6 +2499,9 @@ class _Script:
     @property
     def scratch(self) -> tuple[int, int]:
         """Where unused memory begins, and how many bytes there are."""
+
+def _drop_privileges() -> None:
+    """Gives up what the calling thread may do beyond its user's files, for good."""
 
 def _still(target: str, *, memory: int | None, vcpus: int, on_write: OnWrite | None) -> tuple[Vm, _Script]:
     """Opens a session with a guest that stands still. For `vmitap.testing`."""

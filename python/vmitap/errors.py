@@ -11,6 +11,7 @@ All derive from `VmitapError`, can be pickled, and print one line. Numbers that 
 
 from __future__ import annotations
 
+from errno import EEXIST
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "DefaultViewError",
     "DomainGoneError",
     "DriverError",
+    "EventJournalError",
     "HandlerError",
     "ImageError",
     "InvalidArgumentError",
@@ -89,6 +91,24 @@ class JournalError(VmitapError):
 
     def __str__(self) -> str:
         return f"the journal {self.path} is not usable: {self.reason}"
+
+
+class EventJournalError(VmitapError):
+    """A journal of events (`vm.journal`) cannot be made or read, or a file is none. Sessions and guests are not touched by that.
+
+    `path` is the file, `errno` the system's error number or None, `reason` what is wrong with it.
+    """
+
+    def __init__(self, path: str, errno: int | None, reason: str) -> None:
+        super().__init__(path, errno, reason)
+        self.path = path
+        self.errno = errno
+        self.reason = reason
+        if errno == EEXIST:
+            self.hint = "`vmitap journal` shows what is in it; replace=True (--replace) takes its place"
+
+    def __str__(self) -> str:
+        return f"the journal of events {self.path} is not usable: {self.reason}"
 
 
 class DriverError(VmitapError):

@@ -144,6 +144,8 @@ class _Parser:
                 return self._arithmetic(node, self._value(left), op, self._value(right))
             case ast.Compare(left=left, ops=ops, comparators=others):
                 return self._chain(left, ops, others)
+            case ast.Name(id=name):
+                raise self._error(node, f"there is no {name!r}: a filter looks at Arg(n), Reg.rax, Mem(...), Cstr(...) and the like")
         raise self._error(node, "this is not part of a filter")
 
     def _integer(self, node: ast.expr) -> int:

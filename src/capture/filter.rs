@@ -12,7 +12,7 @@ const MAX_STEPS: usize = 1024;
 /// Longest pattern a string is compared with, and longest string that is searched, in bytes.
 pub(super) const MAX_TEXT: u32 = 4096;
 /// Highest argument number.
-const MAX_ARGUMENT: u8 = 63;
+pub const MAX_ARGUMENT: u8 = 63;
 
 macro_rules! registers {
     ($($variant:ident $name:literal => |$r:ident| $value:expr;)+) => {
@@ -100,7 +100,7 @@ pub enum Abi {
 
 impl Abi {
     /// Where the argument is: in a register, or so many bytes above RSP.
-    const fn argument(self, index: u8) -> std::result::Result<Register, u64> {
+    pub const fn argument(self, index: u8) -> std::result::Result<Register, u64> {
         match (self, index) {
             (Self::SystemV, 0) => Ok(Register::Rdi),
             (Self::SystemV, 1) => Ok(Register::Rsi),

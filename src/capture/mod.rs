@@ -4,13 +4,15 @@
 //! allocating, locking or calling anybody.
 
 mod filter;
+mod flight;
 mod machine;
 mod output;
 mod plan;
 mod recording;
 mod text;
 
-pub use filter::{Abi, Arith, Node, Program, Register, Test, TextKind, TextTest, Type};
+pub use filter::{Abi, Arith, MAX_ARGUMENT, Node, Program, Register, Test, TextKind, TextTest, Type};
+pub use flight::{Flight, FlightEvent, FlightKind, FlightOutcome, FlightRecorder, MAX_SLOTS};
 pub use machine::{Machine, Outcome, Scene};
 pub use output::{Format, Output};
 pub use plan::{Cell, Column, Kind, MAX_BYTES, MAX_COLUMNS, MAX_FRAMES, Plan, Row, Source};

@@ -1,19 +1,24 @@
 //! Writing batches to a file: Parquet, or JSON lines.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type};
 use arrow_array::{Array, RecordBatch};
 use arrow_schema::{DataType, SchemaRef};
-use parquet::arrow::ArrowWriter;
+use parquet::arrow::{ARROW_SCHEMA_META_KEY, ArrowWriter, encode_arrow_schema};
 use parquet::basic::Compression;
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{FileMetaData, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
+use parquet::file::metadata::{FileMetaData, KeyValue, ParquetMetaData, ParquetMetaDataWriter, RowGroupMetaData};
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::SchemaDescPtr;
+use rustc_hash::FxHashSet;
+
+use crate::addr::Va;
+use crate::symbols::SymbolTable;
 
 /// Something batches are written to.
 pub trait Output: Send {
@@ -48,21 +53,55 @@ impl Format {
         }
     }
 
-    /// An output to a new file.
-    pub fn create(self, path: &str, schema: &SchemaRef) -> io::Result<Box<dyn Output>> {
-        let file = File::create(path)?;
+    /// An output to a new file; `symbols` name the addresses in it, where the format has a place for that.
+    pub fn create(self, path: &str, schema: &SchemaRef, symbols: &Arc<SymbolTable>) -> io::Result<Box<dyn Output>> {
+        // It holds what the guest holds: a new one is its owner's alone.
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         match self {
-            Self::Parquet => Ok(Box::new(Parquet::new(file, schema)?)),
+            Self::Parquet => Ok(Box::new(Parquet::new(file, schema, symbols)?)),
             Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(file), 0))),
         }
     }
 
     /// An output to this process' standard output.
-    pub fn stdout(self, schema: &SchemaRef) -> io::Result<Box<dyn Output>> {
+    pub fn stdout(self, schema: &SchemaRef, symbols: &Arc<SymbolTable>) -> io::Result<Box<dyn Output>> {
         match self {
-            Self::Parquet => Format::Parquet.create("/dev/stdout", schema),
+            Self::Parquet => Format::Parquet.create("/dev/stdout", schema, symbols),
             Self::JsonLines => Ok(Box::new(JsonLines(BufWriter::new(io::stdout()), 0))),
         }
+    }
+}
+
+/// Key of a file's metadata: a JSON object that names the addresses in lists of addresses, as `{"0x1000": "open_file+0x10"}`.
+const PLACES: &str = "vmitap.places";
+/// Addresses that are named in one file.
+const MOST_PLACES: usize = 65_536;
+
+/// The addresses that a file's lists hold, so that whoever reads it without the guest knows what they are.
+struct Places {
+    symbols: Arc<SymbolTable>,
+    seen: FxHashSet<u64>,
+}
+
+impl Places {
+    fn note(&mut self, batch: &RecordBatch) {
+        for column in batch.columns() {
+            let Some(lists) = column.as_list_opt::<i32>() else { continue };
+            let Some(addresses) = lists.values().as_primitive_opt::<UInt64Type>() else { continue };
+            for address in addresses.values() {
+                if self.seen.len() < MOST_PLACES {
+                    self.seen.insert(*address);
+                }
+            }
+        }
+    }
+
+    fn metadata(&self) -> Option<KeyValue> {
+        let mut seen: Vec<u64> = self.seen.iter().copied().collect();
+        seen.sort_unstable();
+        let named = seen.into_iter().filter_map(|at| Some((format!("{at:#x}"), self.symbols.describe(Va(at))?.into())));
+        let named: serde_json::Map<_, _> = named.collect();
+        (!named.is_empty()).then(|| KeyValue::new(PLACES.to_owned(), serde_json::Value::Object(named).to_string()))
     }
 }
 
@@ -70,6 +109,7 @@ struct Parquet {
     writer: ArrowWriter<File>,
     file: File,
     schema: SchemaRef,
+    places: Places,
     /// For each whole batch: where it ends in the file, and the row groups and rows up to there.
     good: Vec<(u64, usize, u64)>,
 }
@@ -85,7 +125,7 @@ fn io_error(error: ParquetError) -> io::Error {
 }
 
 impl Parquet {
-    fn new(file: File, schema: &SchemaRef) -> io::Result<Self> {
+    fn new(file: File, schema: &SchemaRef, symbols: &Arc<SymbolTable>) -> io::Result<Self> {
         let properties = WriterProperties::builder()
             .set_compression(Compression::SNAPPY)
             .set_statistics_enabled(EnabledStatistics::Chunk)
@@ -93,7 +133,8 @@ impl Parquet {
             .set_offset_index_disabled(true)
             .build();
         let writer = ArrowWriter::try_new(file.try_clone()?, schema.clone(), Some(properties)).map_err(io_error)?;
-        Ok(Self { writer, file, schema: schema.clone(), good: Vec::new() })
+        let places = Places { symbols: symbols.clone(), seen: FxHashSet::default() };
+        Ok(Self { writer, file, schema: schema.clone(), places, good: Vec::new() })
     }
 }
 
@@ -102,27 +143,35 @@ impl Output for Parquet {
         self.writer.write(batch).map_err(io_error)?;
         self.writer.flush().map_err(io_error)?;
         self.writer.sync()?;
+        self.places.note(batch);
         let rows = self.good.last().map_or(0, |(.., rows)| *rows) + batch.num_rows() as u64;
         self.good.push((self.writer.bytes_written() as u64, self.writer.flushed_row_groups().len(), rows));
         Ok(())
     }
 
-    fn finish(self: Box<Self>) -> io::Result<()> {
+    fn finish(mut self: Box<Self>) -> io::Result<()> {
+        if let Some(places) = self.places.metadata() {
+            self.writer.append_key_value_metadata(places);
+        }
         self.writer.close().map(drop).map_err(io_error)
     }
 
     fn rescue(self: Box<Self>) -> io::Result<u64> {
-        let Self { writer, mut file, schema, mut good } = *self;
+        let Self { writer, mut file, schema, places, mut good } = *self;
         let groups = writer.flushed_row_groups().to_vec();
         // What it still has to write is part of the batch that failed.
         drop(writer);
         let columns = parquet::arrow::ArrowSchemaConverter::new().convert(&schema).map_err(io_error)?;
+        // Without it readers would not know what the types were, nor which version of the columns this is.
+        let arrow = KeyValue::new(ARROW_SCHEMA_META_KEY.to_owned(), encode_arrow_schema(&schema));
+        let known = schema.metadata().iter().map(|(key, value)| KeyValue::new(key.clone(), value.clone()));
+        let facts: Vec<KeyValue> = known.chain([arrow]).chain(places.metadata()).collect();
         let columns = groups.first().map_or_else(|| Arc::new(columns), RowGroupMetaData::schema_descr_ptr);
         loop {
             // Of an empty file there are only the four bytes every Parquet file begins with.
             let (end, count, rows) = good.pop().unwrap_or((4, 0, 0));
             let kept = groups.get(..count).unwrap_or_default().to_vec();
-            match end_file(&mut file, end, kept, &columns) {
+            match end_file(&mut file, end, kept, (&columns, &facts)) {
                 Ok(()) => return Ok(rows),
                 Err(error) if count == 0 => return Err(error),
                 // No room for what ends the file: another batch makes some.
@@ -133,11 +182,16 @@ impl Output for Parquet {
 }
 
 /// Cuts a file off and ends it there.
-fn end_file(file: &mut File, at: u64, groups: Vec<RowGroupMetaData>, columns: &SchemaDescPtr) -> io::Result<()> {
+fn end_file(
+    file: &mut File,
+    at: u64,
+    groups: Vec<RowGroupMetaData>,
+    (columns, facts): (&SchemaDescPtr, &[KeyValue]),
+) -> io::Result<()> {
     file.set_len(at)?;
     file.seek(SeekFrom::Start(at))?;
     let rows = groups.iter().map(RowGroupMetaData::num_rows).sum();
-    let metadata = ParquetMetaData::new(FileMetaData::new(2, rows, None, None, columns.clone(), None), groups);
+    let metadata = ParquetMetaData::new(FileMetaData::new(2, rows, None, Some(facts.to_vec()), columns.clone(), None), groups);
     // Not into the file at once: what the writer buffers is written when it is dropped, where an error would be lost.
     let mut end = Vec::new();
     ParquetMetaDataWriter::new(&mut end, &metadata).finish().map_err(io_error)?;

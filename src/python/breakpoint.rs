@@ -17,6 +17,7 @@ use super::expression::{Captured, Condition};
 use super::shared::{Shared, count};
 use super::views::View;
 use crate::addr::{MemoryAccess, Va};
+use crate::capture::Abi;
 use crate::session::{TapId, TapState};
 
 /// What breakpoints that were put in together have in common: there can be a million of them. An object, because the collector wants to
@@ -28,6 +29,8 @@ pub struct Common {
     access: MemoryAccess,
     root: Option<u64>,
     view: crate::addr::View,
+    /// How the arguments of a hit are found.
+    abi: Abi,
     key: Py<PyAny>,
     tag: Py<PyAny>,
     deadline: Option<f64>,
@@ -52,6 +55,7 @@ impl Common {
             access,
             root: given.root,
             view,
+            abi: given.abi,
             key: given.key.clone_ref(py),
             tag: given.tag.clone_ref(py),
             deadline: given.deadline,
@@ -112,6 +116,7 @@ pub struct Given {
     pub filter: Option<Py<PyAny>>,
     pub condition: Condition,
     pub captured: Option<Captured>,
+    pub abi: Abi,
     /// Events a second.
     pub budget: Option<u64>,
 }
@@ -175,6 +180,11 @@ impl Breakpoint {
     /// The function that a question of its filter is put to.
     pub fn predicate(&self, py: Python<'_>, number: u16) -> Option<Py<PyAny>> {
         self.common().predicates.lock().get(usize::from(number)).map(|predicate| predicate.clone_ref(py))
+    }
+
+    /// How the arguments of a hit are found.
+    pub fn abi(&self) -> Abi {
+        self.common().abi
     }
 
     pub fn ask(&self) -> Option<&Py<PyAny>> {
@@ -373,7 +383,7 @@ pub struct BreakpointStats {
     hits: u64,
     /// Hits that its filter kept back; they are not among `hits`.
     filtered: u64,
-    /// Hits at which its filter looked at memory that could not be read.
+    /// Hits at which its filter, and writes at which its `on_write`, looked at memory that could not be read.
     filter_faults: u64,
     /// How often its handler, or a predicate of its filter, was called.
     py_calls: u64,

@@ -13,6 +13,7 @@ import_exception!(vmitap.errors, DeadlineExceededError);
 import_exception!(vmitap.errors, DefaultViewError);
 import_exception!(vmitap.errors, DomainGoneError);
 import_exception!(vmitap.errors, DriverError);
+import_exception!(vmitap.errors, EventJournalError);
 import_exception!(vmitap.errors, HandlerError);
 import_exception!(vmitap.errors, ImageError);
 import_exception!(vmitap.errors, InvalidArgumentError);
@@ -72,6 +73,7 @@ impl From<VmiError> for PyErr {
             VmiError::Journal { path, reason } => JournalError::new_err((path, reason)),
             VmiError::JournalInUse { path } => JournalError::new_err((path, "a session with this guest is alive")),
             VmiError::JournalLeft { path } => JournalError::new_err((path, "a session with this guest was killed; repair it")),
+            VmiError::EventJournal { path, errno, reason } => EventJournalError::new_err((path, errno, reason)),
             VmiError::InvalidArgument { what, reason } => InvalidArgumentError::new_err((what, reason)),
             VmiError::Recording { path, errno, reason, rows } => RecordingError::new_err((path, errno, reason, rows)),
             VmiError::UndoFailed { cause, left_behind } => UndoFailedError::new_err(Undo { cause: *cause, left_behind }),

@@ -8,7 +8,10 @@ use pyo3::types::{PyString, PyTuple};
 
 use crate::capture::{Abi, Arith, Column, Node, Plan, Program, Register, Source, Test, TextKind, TextTest};
 use crate::error::VmiError;
+use crate::session::WriteRule;
+use crate::tap::OnWrite;
 
+use super::convert::OnWriteArg;
 use super::errors::invalid;
 
 /// A compiled condition, and the functions its questions are put to.
@@ -45,6 +48,41 @@ pub fn condition(what: &'static str, filter: Option<&Bound<'_, PyAny>>, abi: Abi
     let mut predicates = Vec::new();
     let program = compile(what, filter, abi, &mut predicates)?;
     Ok(Condition { program: Some(Arc::new(program)), predicates })
+}
+
+/// What a write to a breakpoint's byte does.
+#[derive(Clone, Default)]
+pub struct WriteArg {
+    /// Where no rule applies; `None`: as the session says.
+    pub otherwise: Option<OnWrite>,
+    pub rules: Vec<WriteRule>,
+}
+
+impl WriteArg {
+    /// Whether somebody is to be asked about some write; `session` is what the session says.
+    pub fn asks(&self, session: OnWrite) -> bool {
+        self.otherwise.unwrap_or(session) == OnWrite::Ask || self.rules.iter().any(|rule| rule.then == OnWrite::Ask)
+    }
+}
+
+/// An `on_write` argument: an `OnWrite`, a filter, or both composed.
+pub fn write_policy(given: Option<&Bound<'_, PyAny>>, abi: Abi) -> PyResult<WriteArg> {
+    let Some(given) = given else { return Ok(WriteArg::default()) };
+    if let Ok(policy) = given.extract::<OnWriteArg>() {
+        return Ok(WriteArg { otherwise: Some(policy.0), rules: Vec::new() });
+    }
+    let described = given.py().import("vmitap.policy")?.call_method1("_rules", (given,))?;
+    let (rules, otherwise): (Vec<(Bound<'_, PyAny>, bool, OnWriteArg)>, OnWriteArg) = described.extract()?;
+    let rule = |(filter, holds, then): (Bound<'_, PyAny>, bool, OnWriteArg)| {
+        let mut asked = Vec::new();
+        let program = compile("on_write", &filter, abi, &mut asked)?;
+        if !asked.is_empty() {
+            let reason = format!("{}: a predicate is for hits; for writes there is OnWrite.ASK with ask=", shown(&filter));
+            return Err(invalid("on_write", reason));
+        }
+        Ok(WriteRule { when: Arc::new(program), holds, then: then.0 })
+    };
+    Ok(WriteArg { otherwise: Some(otherwise.0), rules: rules.into_iter().map(rule).collect::<PyResult<_>>()? })
 }
 
 /// Compiles what an expression describes.

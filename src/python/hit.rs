@@ -10,13 +10,15 @@ use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 
 use super::breakpoint::Breakpoint;
-use super::convert::{AccessArg, access_to_python};
+use super::convert::{AccessArg, access_to_python, small};
 use super::errors::stale;
 use super::registers::Registers;
 use super::views::View;
 use super::vm::{Scope, Vm};
-use crate::addr::MemoryAccess;
+use crate::addr::{MemoryAccess, Va};
 use crate::arch::amd64::AddressContext;
+use crate::capture::MAX_ARGUMENT;
+use crate::error::Result;
 use crate::session;
 
 /// What is plain data in a hit that was pickled.
@@ -32,9 +34,33 @@ struct Facts {
     hold: f64,
 }
 
+/// How many arguments a hit keeps, wherever they are passed.
+const ARGUMENTS: u8 = 6;
+/// Those of them that are on the stack, by the convention that has the most there.
+const ON_STACK: usize = 2;
+
+/// Those of the kept arguments that are on the stack, read while the vCPU stood still, or why they could not be; `None`: none is.
+pub type StackArguments = Option<Box<Result<[u64; ON_STACK]>>>;
+
+/// Reads them, if the convention has any.
+pub fn stack_arguments(py: Python<'_>, breakpoint: &Breakpoint, hit: &session::Hit) -> StackArguments {
+    let first = breakpoint.abi().argument(ARGUMENTS - ON_STACK as u8).err()?;
+    let context = AddressContext::from(&hit.registers);
+    let at = Va(hit.registers.gp.rsp.wrapping_add(first));
+    let read = breakpoint.shared().quick(py, |inner| {
+        let mut bytes = [0; 8 * ON_STACK];
+        inner.session.vmi().read(at, context, &mut bytes)?;
+        let mut words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
+        Ok([(); ON_STACK].map(|()| words.next().unwrap_or_default()))
+    });
+    Some(Box::new(read))
+}
+
 /// A hit that was pickled.
 struct Pickled {
     facts: Facts,
+    /// None if they could not be read.
+    args: Option<[u64; ARGUMENTS as usize]>,
     registers: Py<Registers>,
     symbol: Option<Py<PyString>>,
     key: Py<PyAny>,
@@ -48,6 +74,33 @@ struct Live {
     breakpoint: Py<Breakpoint>,
     /// While the session's is the same, the handler of this hit is running.
     generation: u64,
+    stack: StackArguments,
+}
+
+impl Live {
+    /// The first arguments, wherever they are passed.
+    fn arguments(&self) -> Result<[u64; ARGUMENTS as usize]> {
+        let abi = self.breakpoint.get().abi();
+        let mut stack = match self.stack.as_deref() {
+            None => [].iter(),
+            Some(Ok(words)) => words.iter(),
+            Some(Err(error)) => return Err(error.clone()),
+        };
+        let mut arguments = [0; ARGUMENTS as usize];
+        for (index, argument) in (0..).zip(&mut arguments) {
+            *argument = match abi.argument(index) {
+                Ok(register) => register.of(&self.hit.registers),
+                Err(_) => stack.next().copied().unwrap_or_default(),
+            };
+        }
+        Ok(arguments)
+    }
+
+    /// Whether the handler of this hit is running.
+    fn is_current(&self) -> bool {
+        let now = self.breakpoint.get().shared().generation.load(Ordering::Acquire);
+        self.generation != 0 && now == self.generation
+    }
 }
 
 enum Origin {
@@ -60,14 +113,28 @@ enum Origin {
 pub struct Hit(Origin);
 
 impl Hit {
-    pub const fn new(hit: Arc<session::Hit>, met: Instant, breakpoint: Py<Breakpoint>, generation: u64) -> Self {
-        Self(Origin::Live(Live { hit, met, breakpoint, generation }))
+    pub const fn new(
+        hit: Arc<session::Hit>,
+        met: Instant,
+        breakpoint: Py<Breakpoint>,
+        generation: u64,
+        stack: StackArguments,
+    ) -> Self {
+        Self(Origin::Live(Live { hit, met, breakpoint, generation, stack }))
     }
 
     fn live(&self) -> PyResult<&Live> {
         match &self.0 {
             Origin::Live(live) => Ok(live),
             Origin::Pickled(_) => Err(stale("the session of an unpickled hit")),
+        }
+    }
+
+    /// The arguments it keeps.
+    fn arguments(&self) -> PyResult<[u64; ARGUMENTS as usize]> {
+        match &self.0 {
+            Origin::Live(live) => Ok(live.arguments()?),
+            Origin::Pickled(pickled) => pickled.args.ok_or_else(|| stale("the stack of an unpickled hit")),
         }
     }
 
@@ -108,15 +175,29 @@ impl Hit {
         }
     }
 
-    /// The first six integer arguments of a System V call: RDI, RSI, RDX, RCX, R8, R9. Right at the entry of a function only.
+    /// The first six integer arguments, by the breakpoint's calling convention. Right at the entry of a function only.
     #[getter]
-    fn args(&self) -> (u64, u64, u64, u64, u64, u64) {
-        match &self.0 {
-            Origin::Live(live) => {
-                let gp = &live.hit.registers.gp;
-                (gp.rdi, gp.rsi, gp.rdx, gp.rcx, gp.r8, gp.r9)
-            }
-            Origin::Pickled(pickled) => pickled.registers.get().arguments(),
+    fn args(&self) -> PyResult<(u64, u64, u64, u64, u64, u64)> {
+        Ok(self.arguments()?.into())
+    }
+
+    /// Argument `n`, from 0, by the breakpoint's calling convention; from the seventh on valid only inside the handler.
+    fn arg(&self, py: Python<'_>, n: &Bound<'_, PyAny>) -> PyResult<u64> {
+        let n: u8 = small("n", n, MAX_ARGUMENT.into())?;
+        if n < ARGUMENTS {
+            return Ok(self.arguments()?.get(usize::from(n)).copied().unwrap_or_default());
+        }
+        let live = self.live()?;
+        if !live.is_current() {
+            return Err(stale("the stack of a hit"));
+        }
+        let breakpoint = live.breakpoint.get();
+        let registers = &live.hit.registers;
+        match breakpoint.abi().argument(n) {
+            Ok(register) => Ok(register.of(registers)),
+            Err(offset) => breakpoint.shared().open(py, |session| {
+                session.vmi().read_u64(Va(registers.gp.rsp.wrapping_add(offset)), AddressContext::from(registers))
+            }),
         }
     }
 
@@ -216,9 +297,10 @@ impl Hit {
     /// The live guest as this vCPU sees it; valid only inside the handler.
     #[getter]
     fn vm(&self) -> PyResult<Vm> {
-        let Live { hit, breakpoint, generation, .. } = self.live()?;
+        let live = self.live()?;
+        let Live { hit, breakpoint, generation, .. } = live;
         let (shared, generation) = (breakpoint.get().shared(), *generation);
-        if generation == 0 || shared.generation.load(Ordering::Acquire) != generation {
+        if !live.is_current() {
             return Err(stale("hit.vm"));
         }
         let context = AddressContext::from(&hit.registers);
@@ -236,7 +318,11 @@ impl Hit {
         let f = hit.facts();
         let facts = (f.vcpu, f.va, f.pa, access_to_python(py, f.access)?, f.view, f.step, f.timestamp, f.hold);
         let rest = (hit.regs(py)?, hit.symbol(py), hit.key(py), hit.tag(py));
-        let arguments = (facts, rest.0, rest.1, rest.2, rest.3).into_pyobject(py)?;
+        let args = match &hit.0 {
+            Origin::Live(live) => live.arguments().ok(),
+            Origin::Pickled(pickled) => pickled.args,
+        };
+        let arguments = (facts, args, rest.0, rest.1, rest.2, rest.3).into_pyobject(py)?;
         Ok((py.import("vmitap._native")?.getattr("_hit")?, arguments))
     }
 
@@ -255,6 +341,7 @@ impl Hit {
 #[pyfunction]
 pub fn _hit(
     facts: (u16, u64, u64, AccessArg, u16, u32, f64, f64),
+    args: Option<[u64; ARGUMENTS as usize]>,
     registers: Py<Registers>,
     symbol: Option<Py<PyString>>,
     key: Py<PyAny>,
@@ -262,5 +349,5 @@ pub fn _hit(
 ) -> Hit {
     let (vcpu, va, pa, access, view, step, timestamp, hold) = facts;
     let facts = Facts { vcpu, va, pa, access: access.0, view, step, timestamp, hold };
-    Hit(Origin::Pickled(Box::new(Pickled { facts, registers, symbol, key, tag })))
+    Hit(Origin::Pickled(Box::new(Pickled { facts, args, registers, symbol, key, tag })))
 }

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use super::breakpoint::Breakpoint;
 use super::convert::OnWriteArg;
 use super::errors::{DeadlineExceededError, HandlerError};
-use super::hit::Hit;
+use super::hit::{Hit, stack_arguments};
 use super::shared::{Inner, Listener, Shared, count};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
@@ -301,7 +301,8 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session
         return;
     }
     let generation = if handler.is_some() { shared.next_generation() } else { 0 };
-    let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation)) {
+    let stack = stack_arguments(py, tap, &hit);
+    let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation, stack)) {
         Ok(object) => object,
         Err(error) => {
             state.raised.get_or_insert(error);

@@ -6,6 +6,7 @@ mod convert;
 mod errors;
 mod events;
 mod expression;
+mod flight;
 mod floor;
 mod gil;
 mod hit;
@@ -31,7 +32,7 @@ use pyo3::prelude::*;
 
 use crate::driver::open::{OpenOptions, Opened, Target};
 use crate::error::{Result, VmiError};
-use crate::session::{Session, open_guarded, repair_guest};
+use crate::session::{Session, drop_privileges, open_guarded, repair_guest};
 use convert::{OnWriteArg, optional, small};
 
 /// Opens a session with a guest; `vmitap.attach` calls this after it has found the emulator's library.
@@ -83,6 +84,12 @@ fn repair(py: Python<'_>, target: &str) -> PyResult<Option<Repaired>> {
     Ok(done.map(|done| Repaired { vcpus: done.vcpus, views: done.views, frames: done.frames, pauses: done.pauses }))
 }
 
+/// Gives up what the calling thread may do beyond its user's files, for good.
+#[pyfunction]
+fn _drop_privileges() -> PyResult<()> {
+    Ok(drop_privileges()?)
+}
+
 /// What `repair` has undone.
 #[pyclass(frozen, get_all, module = "vmitap._native")]
 struct Repaired {
@@ -110,10 +117,14 @@ mod _native {
     #[pymodule_export]
     use super::events::{Events, RunResult, Stats};
     #[pymodule_export]
+    use super::flight::{EventJournal, JournalContents, JournalEvent, read_journal};
+    #[pymodule_export]
     use super::floor::{
         BreakpointController, BreakpointManager, ManagedBreakpoint, MemoryController, PageTableEvent, PageTableMonitor, VmiCore,
         VmiEvent, VmiEventResponse,
     };
+    #[pymodule_export]
+    use super::gil::_let_go;
     #[pymodule_export]
     use super::hit::{_hit, Hit};
     #[pymodule_export]
@@ -135,7 +146,7 @@ mod _native {
     #[pymodule_export]
     use super::xen::{XenDomain, XenHost, xen_host};
     #[pymodule_export]
-    use super::{Repaired, open, repair};
+    use super::{_drop_privileges, Repaired, open, repair};
 
     use pyo3::prelude::*;
 
@@ -145,7 +156,7 @@ mod _native {
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         // What only unpickling and `vmitap.testing` call is not for `import *`.
         let all = module.index()?;
-        for private in ["_Script", "_hit", "_registers", "_still"] {
+        for private in ["_Script", "_drop_privileges", "_hit", "_let_go", "_registers", "_still"] {
             all.call_method1("remove", (private,))?;
         }
         Ok(())

@@ -10,7 +10,7 @@ use super::expression::{Captured, condition};
 use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
 use crate::capture::Abi;
-use crate::session::{TapKind, TapSpec};
+use crate::session::{TapKind, TapSpec, WriteRule};
 use crate::tap::OnWrite;
 
 /// What is put in.
@@ -45,7 +45,19 @@ pub fn given(
     let budget = budget.map(|budget| self::budget(budget)).transpose()?;
     let condition = condition("where", filter, abi)?;
     let filter = filter.map(|filter| filter.clone().unbind());
-    Ok(Given { handler, ask, key, tag: tag.unwrap_or_else(|| py.None()), deadline, root, filter, condition, captured, budget })
+    Ok(Given {
+        handler,
+        ask,
+        key,
+        tag: tag.unwrap_or_else(|| py.None()),
+        deadline,
+        root,
+        filter,
+        condition,
+        captured,
+        abi,
+        budget,
+    })
 }
 
 /// A `Budget` argument.
@@ -58,11 +70,18 @@ fn budget(budget: &Bound<'_, PyAny>) -> PyResult<u64> {
 }
 
 /// Puts them in: all or none.
-pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind) -> PyResult<Vec<Py<Breakpoint>>> {
+pub fn plant(
+    py: Python<'_>,
+    vm: &Handle,
+    vas: &[Va],
+    given: &Given,
+    kind: Kind,
+    write_rules: &[WriteRule],
+) -> PyResult<Vec<Py<Breakpoint>>> {
     let shared = vm.open()?;
     let key = given.key.bind(py);
     let key = if key.is_none() { None } else { Some(shared.intern(py, key)?) };
-    let tap_view = shared.quick(py, |inner| inner.session.tap_view());
+    let (tap_view, is_journaled) = shared.quick(py, |inner| (inner.session.tap_view(), inner.session.flight().is_some()));
     let (view, length, access) = match kind {
         Kind::Breakpoint { view, .. } => (view.unwrap_or(tap_view), 1, MemoryAccess::X),
         Kind::Watch { len, access } => (tap_view, len, access),
@@ -73,7 +92,8 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
     let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
     let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
     let name = |object: &Py<Breakpoint>| object.get().label(py);
-    let labels: Vec<String> = if given.captured.is_some() { objects.iter().map(name).collect() } else { Vec::new() };
+    let labels: Vec<String> =
+        if given.captured.is_some() || is_journaled { objects.iter().map(name).collect() } else { Vec::new() };
     let everybody = shared.listeners.lock().iter().any(|listener| listener.taps.is_none());
     let wanted = given.handler.is_some() || everybody;
     shared.open_released(py, |session| {
@@ -99,6 +119,14 @@ pub fn plant(py: Python<'_>, vm: &Handle, vas: &[Va], given: &Given, kind: Kind)
             for (id, label) in ids.iter().zip(&labels) {
                 session.set_capture(*id, entry.clone(), on_return.clone(), label)?;
             }
+        }
+        if is_journaled {
+            for (id, label) in ids.iter().zip(&labels) {
+                session.name_in_flight(*id, label);
+            }
+        }
+        if !write_rules.is_empty() {
+            ids.iter().try_for_each(|id| session.set_write_rules(*id, write_rules))?;
         }
         if given.budget.is_some() {
             for id in &ids {

@@ -48,7 +48,7 @@ impl Recording {
                 reason: error.to_string(),
                 rows,
             };
-            let mut output: Box<dyn Output> = format.create(&path, &schema).map_err(|error| failed(error, 0))?;
+            let mut output: Box<dyn Output> = format.create(&path, &schema, &self.0.symbols).map_err(|error| failed(error, 0))?;
             for batch in batches {
                 if let Err(error) = output.write(&batch) {
                     return Err(failed(error, output.rescue().unwrap_or(0)));

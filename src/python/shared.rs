@@ -55,7 +55,7 @@ pub struct Shared {
     inner: Mutex<Inner>,
     /// Held while waiting for `inner`: whoever waits comes before the loop takes it again.
     turn: Mutex<()>,
-    pub symbols: SymbolTable,
+    pub symbols: Arc<SymbolTable>,
     pub info: VmInfo,
     pub caps: Caps,
     pub version: String,
@@ -90,9 +90,17 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(py: Python<'_>, session: Session, symbols: SymbolTable, version: String, (on_write, abi): (OnWrite, Abi)) -> Self {
+    pub fn new(
+        py: Python<'_>,
+        mut session: Session,
+        symbols: SymbolTable,
+        version: String,
+        (on_write, abi): (OnWrite, Abi),
+    ) -> Self {
         let (info, caps) = (session.vmi().driver().info().clone(), session.vmi().driver().caps());
         let vcpus = usize::from(info.vcpus);
+        let symbols = Arc::new(symbols);
+        session.set_symbols(symbols.clone());
         Self {
             waker: session.waker(),
             began: session.began(),

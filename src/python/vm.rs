@@ -11,10 +11,11 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 
 use super::breakpoint::{Breakpoint, Breakpoints};
-use super::convert::{self, AccessArg, OnWriteArg};
+use super::convert::{self, AccessArg};
 use super::errors::{invalid, stale};
 use super::events::{Events, RunResult, Stats};
 use super::expression;
+use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
@@ -29,7 +30,6 @@ use crate::arch::amd64::{AddressContext, Injection, InjectionKind};
 use crate::capture::Abi;
 use crate::error::Result;
 use crate::session::Session;
-use crate::tap::OnWrite;
 
 /// The hit a `hit.vm` belongs to.
 #[derive(Clone, Copy)]
@@ -210,6 +210,12 @@ impl Vm {
         RecordingFile::open(py, self.open()?, path, format, batch)
     }
 
+    /// The last events of the session, in a file that outlives this process. None is written until `EventJournal.open`.
+    #[getter]
+    fn journal(&self) -> PyResult<EventJournal> {
+        Ok(EventJournal(self.current()?.clone()))
+    }
+
     /// Guest-physical memory as a whole, and scattered reads.
     #[getter]
     fn memory(&self) -> PyResult<Memory> {
@@ -269,7 +275,7 @@ impl Vm {
         capture: Option<&Bound<'_, PyAny>>,
         on_return: Option<&Bound<'_, PyAny>>,
         abi: Option<&str>,
-        on_write: Option<OnWriteArg>,
+        on_write: Option<&Bound<'_, PyAny>>,
         ask: Option<Py<PyAny>>,
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
@@ -279,19 +285,19 @@ impl Vm {
         once: bool,
     ) -> PyResult<Py<Breakpoint>> {
         let shared = self.open()?;
-        if on_write.is_some_and(|policy| policy.0 == OnWrite::Ask) && ask.is_none() {
+        let abi = self.abi(abi)?;
+        let policy = expression::write_policy(on_write, abi)?;
+        if on_write.is_some() && policy.asks(shared.on_write) && ask.is_none() {
             return Err(invalid("ask", "OnWrite.ASK needs a function to ask"));
         }
-        if ask.is_some() && on_write.map_or(shared.on_write, |policy| policy.0) != OnWrite::Ask {
+        if ask.is_some() && !policy.asks(shared.on_write) {
             return Err(invalid("ask", "it goes with OnWrite.ASK only"));
         }
-        let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, on_return, abi)?;
         let given = plant::given(py, handler, ask, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let va = convert::address("target", target, &shared.symbols)?;
-        let kind =
-            Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: on_write.map(|policy| policy.0), enabled, once };
-        plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("target", "none was given"))
+        let kind = Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: policy.otherwise, enabled, once };
+        plant::plant(py, self, &[va], &given, kind, &policy.rules)?.pop().ok_or_else(|| invalid("target", "none was given"))
     }
 
     /// Puts many breakpoints into the guest at once: all of them, or on an error none.
@@ -308,7 +314,7 @@ impl Vm {
         capture: Option<&Bound<'_, PyAny>>,
         on_return: Option<&Bound<'_, PyAny>>,
         abi: Option<&str>,
-        on_write: Option<OnWriteArg>,
+        on_write: Option<&Bound<'_, PyAny>>,
         key: Option<&Bound<'_, PyAny>>,
         tag: Option<Py<PyAny>>,
         deadline: Option<f64>,
@@ -319,21 +325,17 @@ impl Vm {
         if targets.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("targets is an iterable of symbols and addresses, not a string"));
         }
-        if on_write.is_some_and(|policy| policy.0 == OnWrite::Ask) {
+        let abi = self.abi(abi)?;
+        let policy = expression::write_policy(on_write, abi)?;
+        if on_write.is_some() && policy.asks(shared.on_write) {
             return Err(invalid("on_write", "OnWrite.ASK needs a function to ask: use breakpoint()"));
         }
-        let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, on_return, abi)?;
         let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
         let resolve = |target: PyResult<Bound<'_, PyAny>>| convert::address("targets", &target?, &shared.symbols);
         let vas = targets.try_iter()?.map(resolve).collect::<PyResult<Vec<Va>>>()?;
-        let kind = Kind::Breakpoint {
-            view: view.map(|view| view.get().id()),
-            on_write: on_write.map(|policy| policy.0),
-            enabled: true,
-            once,
-        };
-        plant::plant(py, self, &vas, &given, kind)
+        let kind = Kind::Breakpoint { view: view.map(|view| view.get().id()), on_write: policy.otherwise, enabled: true, once };
+        plant::plant(py, self, &vas, &given, kind, &policy.rules)
     }
 
     /// Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
@@ -360,7 +362,7 @@ impl Vm {
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, None, abi)?;
         let given = plant::given(py, handler, None, key, tag, (deadline, root), (r#where, captured, abi), budget)?;
-        plant::plant(py, self, &[va], &given, kind)?.pop().ok_or_else(|| invalid("address", "none was given"))
+        plant::plant(py, self, &[va], &given, kind, &[])?.pop().ok_or_else(|| invalid("address", "none was given"))
     }
 
     /// Lets the guest run and calls handlers, until something ends it.

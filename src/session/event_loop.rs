@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
 use crate::arch::amd64::{AddressContext, ControlRegister};
+use crate::capture::FlightOutcome;
 use crate::core::VmiCore;
 use crate::driver::{VmiDriver, Wait};
 use crate::error::{Result, TranslationFault, VmiError};
@@ -72,9 +73,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Err(_) => return wait.map(|_| Poll::Idle),
             };
             self.stats.events += 1;
+            self.begin_flight(event);
             let home = self.home_of(event);
             match self.take(event, home) {
                 Ok(false) => {
+                    self.end_flight();
                     self.end_hold(self.recording.is_unsettled());
                     self.settle_captured()?;
                     self.enforce_budgets()?;
@@ -107,6 +110,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Answers an event whose handling failed, so that its vCPU does not stand still for ever. A store is followed all the same, and one
     /// that is to be denied is denied.
     fn rescue(&mut self, event: &VmiEvent, home: View, denied: bool) {
+        self.note_flight(FlightOutcome::Failed, None);
         let follow = !denied && is_store(event);
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return };
         vcpu.after_write = if follow { vcpu.after_write.take().or_else(|| AfterWrite::of(event)) } else { None };
@@ -157,6 +161,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let view = event.view.unwrap_or(self.tap_view);
         let rip = event.registers.rip();
         self.owners.clear();
+        self.judged.clear();
         match event.reason {
             EventReason::Breakpoint { gfn, insn_len } => {
                 let pa = gfn.pa(rip.0);
@@ -181,6 +186,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 } else if access.contains(MemoryAccess::W) {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
+                    if is_hidden {
+                        self.judge_write(event, view);
+                    }
                     // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
                     course = Course::Write;
                 } else if is_hidden {
@@ -217,10 +225,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn count(&mut self, event: &VmiEvent, home: View, course: Course, (va, pa): (Va, Pa), access: MemoryAccess) -> Sorted {
         if self.owners.is_empty() {
             self.stats.filtered += 1;
+            self.expect_flight(FlightOutcome::Filtered, None);
             return Sorted::Answer(course);
         }
         self.begin_hold();
         self.returned(event);
+        let first = self.owners.first().copied();
         self.spend_budgets();
         self.filter_owners(&event.registers, (event.vcpu, va));
         self.capture_owners(event, va);
@@ -239,6 +249,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         self.stats.hits += (owners.len() - questions.len()) as u64;
         if !is_wanted {
+            let (outcome, tap) = match (owners.first().copied(), first) {
+                (Some(tap), _) => (FlightOutcome::Counted, Some(tap)),
+                (None, Some(tap)) => (FlightOutcome::Filtered, Some(tap)),
+                // Only returns that were waited for.
+                (None, None) => (FlightOutcome::Answered, None),
+            };
+            self.expect_flight(outcome, tap);
             return Sorted::Answer(course);
         }
         owners.retain(|id| is_asked(id) || taps.get(*id).is_some_and(Tap::is_wanted));
@@ -350,6 +367,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 continue;
             }
             pending.is_out = true;
+            if let Some(flight) = &mut self.flight {
+                flight.note(FlightOutcome::Handling, Some(tap.0));
+                flight.expect(FlightOutcome::Handled, Some(tap.0));
+            }
             return Some(Arc::new(Hit {
                 tap,
                 vcpu: pending.event.vcpu,
@@ -460,6 +481,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn finish(&mut self) -> Result<()> {
         let Some(mut pending) = self.pending.take() else { return Ok(()) };
         let done = self.carry_out(&pending);
+        self.end_flight();
         self.note_hold(&pending);
         if done.is_err() {
             self.rescue(&pending.event, pending.home(), pending.course == Course::Deny);

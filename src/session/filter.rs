@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::capture::{Machine, Outcome, Program, Scene};
+use crate::capture::{FlightOutcome, Machine, Outcome, Program, Scene};
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
 
@@ -127,6 +127,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let scene = Scene { vmi: Some(vmi), registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
         let filter = taps.rare_mut(id).and_then(|rare| rare.filter.as_mut());
         let said = filter.map(|filter| filter.look(id, machine, &scene));
+        let passes = matches!(said, Some(Admission::Passes));
         match said.and_then(|said| Some((said, taps.get_mut(id)?))) {
             Some((Admission::Asks(question), _)) => {
                 pending.questions.push(question);
@@ -148,6 +149,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Some((Admission::Filtered, _)) => stats.filtered += 1,
             None => {}
         }
+        self.expect_flight(if passes { FlightOutcome::Counted } else { FlightOutcome::Filtered }, Some(id));
         if let Some(pending) = &mut self.pending {
             pending.wanted.remove(pending.told);
         }

@@ -5,6 +5,7 @@
 
 mod event_loop;
 mod filter;
+mod flight;
 #[cfg(feature = "emu")]
 mod guard;
 mod hold;
@@ -25,6 +26,7 @@ mod views;
 mod watch;
 mod watchdog;
 mod write;
+mod write_policy;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,12 +35,13 @@ use rustc_hash::{FxHashMap, FxHashSet};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, ControlRegister, Injection, Registers};
-use crate::capture::{Recording, Row};
+use crate::capture::{FlightOutcome, FlightRecorder, Recording, Row};
 use crate::core::VmiCore;
 use crate::driver::{Monitor, VmiDriver, Wait, Waker};
 use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEventResponse};
 use crate::ptm::PageTableMonitor;
+use crate::symbols::SymbolTable;
 use crate::tap::{BreakpointController, BreakpointManager, OnWrite, Rights};
 use crate::undo::Left;
 
@@ -58,7 +61,10 @@ use taps::Key;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 use watch::WatchPage;
 pub use watchdog::Watchdog;
+#[cfg(feature = "xen")]
+pub use watchdog::drop_privileges;
 use write::AfterWrite;
+pub use write_policy::WriteRule;
 
 /// A driver of any kind, with reads, writes and translation.
 pub type Vmi = VmiCore<dyn VmiDriver>;
@@ -96,6 +102,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     owners: Vec<TapId>,
     /// So many events are not tried to be counted without being raised.
     usual: u32,
+    /// What the policies that look at each write say of the one in hand.
+    judged: Vec<(TapId, OnWrite)>,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -109,6 +117,10 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// When the first row of the event in hand was captured.
     captured_at: u64,
     sink: Option<Sink>,
+    /// They name addresses in files.
+    symbols: Arc<SymbolTable>,
+    /// The last events, in a file.
+    flight: Option<Box<FlightRecorder>>,
     returns: Returns,
     /// How long vCPUs stood still for hits.
     holds: Histogram,
@@ -176,11 +188,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             spare: None,
             owners: Vec::new(),
             usual: 0,
+            judged: Vec::new(),
             questions: Vec::new(),
             recording,
             row: Row::default(),
             captured_at: 0,
             sink: None,
+            symbols: Arc::default(),
+            flight: None,
             returns: Returns::default(),
             holds: Histogram::default(),
             sampler: hold::Sampler::default(),
@@ -346,6 +361,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
             self.stats.events += 1;
+            self.begin_flight(event);
+            self.note_flight(FlightOutcome::Raw, None);
             self.tables.mark_store(&self.vmi, event);
             if let EventReason::WriteControlRegister { register: ControlRegister::Cr3, new, .. } = event.reason
                 && let Err(error) = self.note_root(&event.registers, new)
@@ -455,6 +472,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         // A guest that is gone has nothing left behind in it.
         let result = left.done().or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) });
         self.restored = result.is_ok();
+        if self.restored {
+            self.close_flight();
+        }
         result
     }
 

@@ -1,5 +1,6 @@
 //! Captures: what is read at the hits of a tap, and where the rows go.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use arrow_array::RecordBatch;
@@ -10,6 +11,7 @@ use crate::capture::{Abi, Cell, Column, Facts, Format, Node, Places, Plan, Progr
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
 use crate::event::VmiEvent;
+use crate::symbols::SymbolTable;
 
 use super::sink::Sink;
 use super::{Session, TapId};
@@ -76,6 +78,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The rows that were captured, to be emptied or limited.
     pub const fn recording_mut(&mut self) -> &mut Recording {
         &mut self.recording
+    }
+
+    /// The guest's symbols: they name addresses in files.
+    pub fn set_symbols(&mut self, symbols: Arc<SymbolTable>) {
+        self.symbols = symbols;
     }
 
     /// All rows in memory.
@@ -204,7 +211,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         self.recording.close()?;
         let (schema, batches) = self.recording.batches()?;
-        self.sink = Some(Sink::open(path, format, &schema)?);
+        self.sink = Some(Sink::open(path, format, &schema, &self.symbols)?);
         self.recording.clear()?;
         self.recording.set_batch_rows(rows);
         self.recording.set_fixed(true);

@@ -10,6 +10,7 @@ use arrow_schema::SchemaRef;
 
 use crate::capture::{Format, Output};
 use crate::error::{Result, VmiError};
+use crate::symbols::SymbolTable;
 
 /// Batches that can wait for the writer.
 const QUEUE: usize = 4;
@@ -37,8 +38,8 @@ impl Sink {
     ///
     /// # Errors
     /// [`VmiError::Recording`] if it cannot be written.
-    pub fn open(path: &str, format: Format, schema: &SchemaRef) -> Result<Self> {
-        let output = if path == "-" { format.stdout(schema) } else { format.create(path, schema) };
+    pub fn open(path: &str, format: Format, schema: &SchemaRef, symbols: &Arc<SymbolTable>) -> Result<Self> {
+        let output = if path == "-" { format.stdout(schema, symbols) } else { format.create(path, schema, symbols) };
         let output = output.map_err(|error| failed(path, &error, 0))?;
         let (sender, batches) = sync_channel(QUEUE);
         let (end, done) = channel();

@@ -9,6 +9,7 @@ use crate::tap::OnWrite;
 use super::filter::Filter;
 use super::hold::{Budget, Histogram};
 use super::record::Capture;
+use super::write_policy::WritePolicy;
 use super::{TapId, TapKind, TapSpec, TapState};
 
 /// Stands for no [`Rare`].
@@ -54,6 +55,8 @@ pub struct Rare {
     pub more: Vec<AddressContext>,
     pub handed: Handed,
     pub filter: Option<Box<Filter>>,
+    /// What a write to its byte does, where that depends on the write.
+    pub write_policy: Option<Box<WritePolicy>>,
     pub capture: Option<Box<Capture>>,
     pub budget: Option<Box<Budget>>,
     pub holds: Option<Box<Histogram>>,

@@ -14,9 +14,10 @@ use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 pub type Key = (View, Va, Option<Pa>, u64);
 
 impl<D: VmiDriver + ?Sized> Session<D> {
-    /// What a write over the byte of that tap does.
+    /// What the write in hand does over the byte of that tap.
     pub(super) fn policy(&self, id: TapId) -> OnWrite {
-        self.taps.rare(id).and_then(|rare| rare.on_write).unwrap_or(self.on_write)
+        let judged = self.judged.iter().find(|(tap, _)| *tap == id).map(|(_, policy)| *policy);
+        judged.or_else(|| self.taps.rare(id)?.on_write).unwrap_or(self.on_write)
     }
 
     /// The description of a tap; `None` if there never was one of that number.
@@ -39,6 +40,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let hits = self.taps.get(id).map_or(0, |tap| tap.hits);
         let Some(rare) = self.taps.rare(id) else { return TapStats { hits, ..TapStats::default() } };
         let (filtered, filter_faults) = rare.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
+        let filter_faults = filter_faults + rare.write_policy.as_ref().map_or(0, |policy| policy.faults);
         let Handed { count, total, max } = rare.handed;
         TapStats { hits, filtered, filter_faults, handled: count, hold_total: total, hold_max: max }
     }

@@ -68,7 +68,7 @@ pub struct TapStats {
     pub hits: u64,
     /// Hits that its filter kept back; they are not among `hits`.
     pub filtered: u64,
-    /// Looks of its filter at memory that could not be read: at that many hits.
+    /// Hits at which its filter, and writes at which its policy looked at memory that could not be read.
     pub filter_faults: u64,
     /// How many of its hits were handed to the caller.
     pub handled: u64,

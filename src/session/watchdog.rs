@@ -25,6 +25,24 @@ impl Watchdog {
     }
 }
 
+/// Gives up what the calling thread may do beyond its user's files, for good: its capabilities, and new ones by way of programs it starts.
+///
+/// That is for a watchdog, which waits for long and may never be needed: repairing takes root's own device files and nothing else.
+///
+/// # Errors
+/// [`VmiError::Driver`] if the system refuses, with what was given up before.
+#[cfg(feature = "xen")]
+pub fn drop_privileges() -> Result<()> {
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities, set_no_new_privs};
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets { effective: none, permitted: none, inheritable: none };
+    set_no_new_privs(true).and_then(|()| set_capabilities(None, sets)).map_err(|error| VmiError::Driver {
+        op: "giving up privileges",
+        errno: error.raw_os_error(),
+        detail: error.to_string(),
+    })
+}
+
 impl Drop for Watchdog {
     fn drop(&mut self) {
         drop(self.0.stdin.take());

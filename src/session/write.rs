@@ -46,7 +46,7 @@ impl AfterWrite {
 }
 
 /// The physical range a denied write covers, as far as it is known.
-fn covered(event: &VmiEvent) -> Option<(Pa, Pa)> {
+pub(super) fn covered(event: &VmiEvent) -> Option<(Pa, Pa)> {
     let EventReason::MemoryAccess { pa, len, .. } = event.reason else { return None };
     let len = if len == 0 { UNKNOWN_LEN } else { len.into() };
     // Only this page was denied; a store that crosses into the next one raises an event of its own there.
@@ -56,7 +56,7 @@ fn covered(event: &VmiEvent) -> Option<(Pa, Pa)> {
 
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// The breakpoints planted on a page of a view.
-    fn taps_on_page(&self, view: View, gfn: Gfn) -> Vec<(TapId, Pa)> {
+    pub(super) fn taps_on_page(&self, view: View, gfn: Gfn) -> Vec<(TapId, Pa)> {
         self.manager.breakpoints_on_page(view, gfn).map(|(breakpoint, pa)| (breakpoint.key, pa)).collect()
     }
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
+import vmitap
+
 VMITAP = (sys.executable, "-W", "error", "-m", "vmitap")
 CAPTURE = ("--capture", "path=Cstr(Arg(0), max=64)", "--capture", "callers=Backtrace(4)", "--on-return", "fd=Reg.rax.i32")
 
@@ -65,11 +67,17 @@ def test_rows_to_standard_output_are_json_lines_and_nothing_else() -> None:
         (("--where", "Arg(0"), 2, "is no expression"),
         (("--where", "__import__('os')"), 2, "where"),
         (("--where", "Arg(0)"), 2, "no condition"),
+        (("--where", "Arg(1) == 1 and path == 5"), 2, "'path' at column 17: there is no 'path': a filter looks at"),
+        (("--where", "Reg.rpc == 5"), 2, "'Reg.rpc' at column 1: there is no such register"),
         (("--capture", "path=Cstr(Arg(0))"), 2, "--output"),
         (("-o", "x.jsonl", "--capture", "a=print(5)"), 2, "capture"),
         (("-o", "x.jsonl", "--capture", "a=Filter.ring(3)"), 2, "cannot be captured"),
+        (("-o", "x.jsonl", "--capture", "a=Cstr(Arg(0), max=1000000000)"), 2, "no length of 1 to 65536 bytes"),
+        (("-o", "x.jsonl", "--capture", "time_ns=Arg(0)"), 2, "every row has a column"),
         (("-o", "x.txt"), 2, "neither"),
         (("-o", "/nowhere/x.parquet"), 10, "could not be written"),
+        (("-o", "/proc/self/x.jsonl"), 10, "could not be written"),
+        (("--journal", "/nowhere/x.events"), 10, "not usable"),
         (("-o", "-", "--json"), 2, "leave --json out"),
     ],
 )
@@ -90,6 +98,23 @@ def test_a_reader_of_rows_that_goes_away_ends_the_command() -> None:
         child.stdout.close()
         assert child.wait(timeout=60) == 141
         assert child.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("x.parquet", 2_000), ("x.jsonl", 30_000)])
+def test_a_full_disk_ends_the_command_with_its_code_and_a_file_that_can_be_read(tmp_path: Path, name: str, blocks: int) -> None:
+    # A limit on the size of files stands in for the end of a disk.
+    words = [*VMITAP, "trace", "open_file", "demo", "--cmdline", "mode=calls calls=400000 check=0", "-o", name]
+    command = ["sh", "-c", f'ulimit -f {blocks}; exec "$@"', "sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 10, done
+    rows = int(re.search(r"File too large.*; (\d+) rows are in it", done.stderr)[1])  # type: ignore[index]
+    assert "Traceback" not in done.stderr
+    if name.endswith(".parquet"):
+        assert pyarrow.parquet.read_table(tmp_path / name).num_rows == rows > 0
+    else:
+        lines = (tmp_path / name).read_text().splitlines()
+        assert all(json.loads(line)["symbol"] == "open_file" for line in lines[:rows])
+        assert len(lines) >= rows > 0
 
 
 def test_on_a_terminal_there_is_a_live_table_of_rates(tmp_path: Path) -> None:
@@ -163,9 +188,51 @@ def test_a_report_is_one_page_that_loads_nothing_and_has_the_figures(recorded: P
         assert expected in words, expected
     counts = [int(count.replace(",", "")) for count in re.findall(r"<title>(?:open_file|read_file): ([\d,]+) at", text)]
     assert sum(counts) == table.num_rows
-    callers = table["callers"].to_pylist()[0]
-    assert callers is not None
-    assert hex(callers[0]) in words
+    # A caller that has a name is shown by it, as the guest's own table has it.
+    callers = {callers[0] for callers in table["callers"].to_pylist() if callers}
+    with vmitap.attach("demo") as vm:
+        names = {vm.symbolize(caller) for caller in callers}
+    assert None not in names
+    assert names <= set(page.words)
+    assert not any(hex(caller) in words for caller in callers)
+
+
+def test_callers_of_json_lines_are_named_by_a_target(tmp_path: Path) -> None:
+    path = tmp_path / "hits.jsonl"
+    run("trace", "open_file", "demo", "--count", "5", "-o", str(path), "--capture", "callers=Backtrace(2)")
+    caller = json.loads(path.read_text().splitlines()[0])["callers"][0]
+    with vmitap.attach("demo") as vm:
+        name = vm.symbolize(caller)
+    for words, shown, hidden in [((), hex(caller), name), (("--symbols", "demo"), name, hex(caller))]:
+        run("report", str(path), *words)
+        page = (tmp_path / "hits.jsonl.html").read_text()
+        assert f">{shown}<" in page
+        assert f">{hidden}<" not in page
+    assert "cannot attach" in run("report", str(path), "--symbols", "emu:/nowhere", code=3).stderr
+
+
+def test_names_in_a_file_are_text_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "hits.parquet"
+    rows: dict[str, list[object]] = {"time_ns": [5], "hold_ns": [7], "vcpu": [0], "symbol": ["a"], "callers": [[16]]}
+    name = "<img src=x onerror=alert(1)>/../../etc/passwd"
+    for places, shown in [({"0x10": name}, name), ({"0x11": name}, "0x10"), ({"0x10": 5}, "5"), ({}, "0x10")]:
+        table = pyarrow.table(rows).replace_schema_metadata({"vmitap.places": json.dumps(places)})
+        pyarrow.parquet.write_table(table, path)
+        run("report", str(path), "-o", str(tmp_path / "page.html"))
+        page = _Page((tmp_path / "page.html").read_text())
+        assert page.loads == []
+        assert shown in page.words
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["hits.parquet", "page.html"]
+    for places in ("no json", "[1]", '{"x": "y"}', "[" * 100_000):
+        pyarrow.parquet.write_table(pyarrow.table(rows).replace_schema_metadata({"vmitap.places": places}), path)
+        assert "makes no sense" in run("report", str(path), code=2).stderr
+
+
+def test_a_damaged_file_is_one_line(recorded: Path, tmp_path: Path) -> None:
+    data = bytearray(recorded.read_bytes())
+    data[100:2000] = bytes(1900)
+    (tmp_path / "hits.parquet").write_bytes(data)
+    assert "is damaged" in run("report", str(tmp_path / "hits.parquet"), code=2).stderr
 
 
 def test_text_from_a_guest_cannot_become_markup(tmp_path: Path) -> None:

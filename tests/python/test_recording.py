@@ -313,10 +313,62 @@ def test_after_a_full_disk_the_file_can_be_read_up_to_the_last_whole_batch(tmp_p
             table = pyarrow.parquet.read_table(path)
             assert (table.num_rows, rows % batch) == (rows, 0)
             assert table["n"].to_pylist()[:5] == [0, 1, 2, 3, 4]
+            # What ends the file is written anew, and says of it what a whole file says.
+            assert table.schema.metadata[b"vmitap.schema"] == b"1"
+            assert str(table.schema.field("symbol").type).startswith("dictionary")
         else:
             lines = path.read_text().splitlines()
             assert len(lines) >= rows
             assert all(json.loads(line) for line in lines[:rows])
+
+
+def test_a_disk_that_is_really_full_is_a_typed_error_too(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no disk of that size can be made here: {mounted.stderr.strip()}")
+    try:
+        path = disk / "hits.parquet"
+        command = [sys.executable, "-c", script(), str(path), "100000", "1000"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        errno, rows = map(int, done.stderr.split()[:2])
+        assert errno == 28
+        table = pyarrow.parquet.read_table(path)
+        assert (table.num_rows, rows % 1000) == (rows, 0)
+        assert rows > 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("name", ["folder.parquet", "folder.jsonl"])
+def test_a_folder_is_no_file(vm: Vm, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    bp = vm.breakpoint("open_file", capture={"path": Cstr(Arg(0))})
+    with pytest.raises(vmitap.RecordingError) as raised:
+        vm.record_to(tmp_path / name)
+    assert (raised.value.errno, raised.value.rows) == (21, 0)
+    vm.run(timeout=20, max_hits=2)
+    with pytest.raises(vmitap.RecordingError):
+        vm.recording.write_parquet(tmp_path / name)
+    # What could not be written is still in memory, and the guest goes on.
+    assert (len(vm.recording), bp.state) == (2, "active")
+
+
+def test_a_consumer_of_events_that_stops_loses_them_counted_and_the_guest_goes_on() -> None:
+    with vmitap.attach("demo", cmdline=CALLS.format(1000)) as vm:
+        bp = vm.breakpoint("open_file")
+        first, second = vm.events(bp, timeout=60, queue=10), vm.events(bp, timeout=60, queue=1000)
+        seen = list(second)
+        assert len(seen) == bp.stats.hits == 1000
+        assert (first.lost, second.lost, vm.stats.lost) == (990, 0, 990)
+        assert [hit.address for hit in first] == [bp.address] * 10
+
+
+def test_a_string_that_is_longer_than_its_limit_is_cut_off_there(vm: Vm) -> None:
+    vm.breakpoint("open_file", capture={"text": Cstr(Arg(0), max=4), "rest": Cstr(Arg(0), max=64)})
+    vm.run(timeout=20, max_hits=2)
+    assert columns(vm, "text", "rest") == [(path[:4], path) for path in PATHS[:2]]
 
 
 def test_a_closed_pipe_is_a_typed_error(tmp_path: Path) -> None:

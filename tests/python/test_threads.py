@@ -5,9 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from typing import TYPE_CHECKING
+
+import pytest
 
 import vmitap
+from vmitap import Arg, Cstr, Filter, _native
 from vmitap.cli.truth import READ_KINDS, Truth
+
+if TYPE_CHECKING:
+    from vmitap.capture import Capturable
 
 PAIRS = 10_000
 JUMP_TO_ITSELF = b"\xeb\xfe"
@@ -105,3 +112,40 @@ def test_a_busy_guest_does_not_keep_others_waiting(vm: vmitap.Vm) -> None:
     assert vm.run(timeout=10).reason == "stopped"
     thread.join()
     assert sorted(waited)[5] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("where", "capture", "handled"),
+    [
+        (Arg(1) == 1 << 63, None, 0),
+        (None, {"n": Arg(1), "path": Cstr(Arg(0), max=32)}, 0),
+        (Arg(1) >> 32 == 7, {"n": Arg(1)}, 0),
+        (Arg(1) >> 32 == 7, None, 10),
+    ],
+    ids=["filtered", "captured", "filtered and captured", "handled where the filter passes"],
+)
+def test_what_no_handler_is_called_for_never_waits_for_the_interpreter(
+    where: Filter | None, capture: dict[str, Capturable] | None, handled: int
+) -> None:
+    # Counted and not timed: how often the loop let go of the interpreter, for which it has to wait then. Beside a thread that never waits
+    # that takes the interpreter's switch interval each time.
+    ends = threading.Event()
+    with vmitap.attach("demo", cmdline="mode=calls calls=200000 check=0") as vm:
+        bp = vm.breakpoint("open_file", (lambda hit: None) if handled else None, where=where, capture=capture)
+
+        def spin() -> None:
+            while not ends.is_set():
+                pass
+
+        busy = threading.Thread(target=spin)
+        busy.start()
+        before = _native._let_go()  # type: ignore[attr-defined]
+        result = vm.run(timeout=120)
+        let_go = _native._let_go() - before  # type: ignore[attr-defined]
+        ends.set()
+        busy.join()
+        assert (bp.stats.hits + bp.stats.filtered, result.py_calls) == (200_000, handled)
+        assert capture is None or vm.recording.rows == bp.stats.hits
+    # It comes back each 0.1 s to look at signals, and lets others have their turn then.
+    assert let_go <= 10 + 2 * result.elapsed / 0.1 + 2 * handled
+    assert let_go < 2_000

@@ -308,6 +308,24 @@ def test_the_watchdog_repairs_at_once_when_the_tool_is_killed(library: Path, sta
         time.sleep(0.05)
 
 
+def test_a_watchdog_has_no_privileges_beyond_its_users_files(library: Path, state: Path) -> None:
+    environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
+    command = [sys.executable, "-m", "vmitap", "repair", "xen:guest", "--when-input-ends"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as watchdog:
+        end = time.monotonic() + 20
+        wanted = {"NoNewPrivs": "1", "CapEff": "0" * 16, "CapPrm": "0" * 16, "CapInh": "0" * 16}
+        while True:
+            text = Path(f"/proc/{watchdog.pid}/status").read_text()
+            status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+            if {name: status[name] for name in wanted} == wanted:
+                break
+            assert time.monotonic() < end, status
+            time.sleep(0.05)
+        assert watchdog.stdin is not None
+        watchdog.stdin.close()
+        assert watchdog.wait(timeout=20) == 0
+
+
 def test_a_guest_that_ends_with_its_tool_needs_no_repair(library: Path, state: Path) -> None:
     refused = command(library, "repair", "demo")
     assert refused.returncode == 6

@@ -412,12 +412,11 @@ fn a_full_disk_is_a_typed_error_after_the_event_was_answered() {
     guest.session.set_capture(tap, plan(vec![number("n", argument(0))]), None, "f").unwrap();
     guest.session.record_to("/dev/full", Format::JsonLines, 1).unwrap();
     let mut failed = None;
-    for n in 0..2000 {
-        guest.enter(0, 0, n);
-        if let Err(error) = guest.run() {
-            failed = Some(error);
-            break;
-        }
+    // The writer is a thread, which a busy machine may let run late: until then rows are lost.
+    let give_up = Instant::now() + Duration::from_secs(60);
+    while failed.is_none() && Instant::now() < give_up {
+        guest.enter(0, 0, 1);
+        failed = guest.run().err();
     }
     let events = guest.session.stats().events as usize;
     assert_eq!(guest.session.vmi().driver().answers().len(), events);

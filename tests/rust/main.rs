@@ -21,6 +21,7 @@ mod emu_guests;
 #[cfg(feature = "emu")]
 mod failures;
 mod filter;
+mod flight;
 #[cfg(feature = "emu")]
 mod guest;
 mod harness;

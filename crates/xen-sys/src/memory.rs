@@ -92,7 +92,27 @@ impl ForeignMemory {
 #[derive(Debug)]
 enum Owner {
     Foreign(Arc<Connection>),
-    Private,
+    /// The pages go with the last mapping of them.
+    Private(Arc<Pages>),
+}
+
+/// Pages of this process's own.
+#[derive(Debug)]
+struct Pages {
+    base: NonNull<u8>,
+    layout: std::alloc::Layout,
+}
+
+// SAFETY: all that is done with them from here is freeing them, once: in `drop`.
+unsafe impl Send for Pages {}
+// SAFETY: as above.
+unsafe impl Sync for Pages {}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `Mapping::private` with this layout; whoever could refer to them held this.
+        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) };
+    }
 }
 
 /// Pages that somebody else may write at any time: bytes are copied in and out, and never borrowed.
@@ -115,8 +135,14 @@ impl Mapping {
     pub fn private(pages: usize) -> Option<Self> {
         let layout = layout(pages)?;
         // SAFETY: the size is not zero.
-        let base = unsafe { std::alloc::alloc_zeroed(layout) };
-        Some(Self { base: NonNull::new(base)?, pages, owner: Owner::Private })
+        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })?;
+        Some(Self { base, pages, owner: Owner::Private(Arc::new(Pages { base, layout })) })
+    }
+
+    /// The same pages again, for the other side in a test. `None` if they are another domain's.
+    pub fn twin(&self) -> Option<Self> {
+        let Owner::Private(pages) = &self.owner else { return None };
+        Some(Self { base: self.base, pages: self.pages, owner: Owner::Private(Arc::clone(pages)) })
     }
 
     /// Bytes.
@@ -187,18 +213,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        match &self.owner {
-            Owner::Foreign(connection) => {
-                let unmap = connection.tables.memory.xenforeignmemory_unmap;
-                // SAFETY: mapped with as many pages, by this library or (the ring) by libxenctrl through it; nothing refers to it any more.
-                unsafe { unmap(connection.handle, self.base.as_ptr().cast(), self.pages) };
-            }
-            Owner::Private => {
-                if let Some(layout) = layout(self.pages) {
-                    // SAFETY: allocated in `private` with the same layout.
-                    unsafe { std::alloc::dealloc(self.base.as_ptr(), layout) };
-                }
-            }
+        if let Owner::Foreign(connection) = &self.owner {
+            let unmap = connection.tables.memory.xenforeignmemory_unmap;
+            // SAFETY: mapped with as many pages, by this library or (the ring) by libxenctrl through it; nothing refers to it any more.
+            unsafe { unmap(connection.handle, self.base.as_ptr().cast(), self.pages) };
         }
     }
 }

@@ -19,6 +19,7 @@ from vmitap.cli.demo import demo
 from vmitap.cli.doctor import doctor
 from vmitap.cli.domains import list_domains
 from vmitap.cli.inspect import info, read, translate
+from vmitap.cli.journal import journal
 from vmitap.cli.output import harmless
 from vmitap.cli.repair import repair
 from vmitap.cli.report import report
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, doctor, info, list_domains, read, repair, report, run, trace, translate):
+for command in (demo, doctor, info, journal, list_domains, read, repair, report, run, trace, translate):
     cli.add_command(command)
 
 

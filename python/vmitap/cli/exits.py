@@ -34,6 +34,7 @@ _BY_KIND: dict[type[errors.VmitapError], int] = {
     errors.DriverError: DRIVER,
     errors.DomainGoneError: DRIVER,
     errors.UndoFailedError: DRIVER,
+    errors.EventJournalError: RECORDING,
     errors.RecordingError: RECORDING,
     errors.HandlerError: HANDLER,
     errors.DeadlineExceededError: HANDLER,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -27,9 +27,9 @@ def guest_options(command: _Command) -> _Command:
     return command
 
 
-def attach(target: str, memory: int | None, vcpus: int | None, cmdline: str) -> vmitap.Vm:
+def attach(target: str, memory: int | None, vcpus: int | None, cmdline: str, *, abi: Literal["sysv", "ms"] = "sysv") -> vmitap.Vm:
     """A session with the guest that target and options describe."""
-    return vmitap.attach(target, memory=None if memory is None else memory << 20, vcpus=vcpus, cmdline=cmdline)
+    return vmitap.attach(target, memory=None if memory is None else memory << 20, vcpus=vcpus, cmdline=cmdline, abi=abi)
 
 
 def address(text: str) -> str | int:

@@ -7,6 +7,7 @@ import sys
 import click
 
 import vmitap
+from vmitap._native import _drop_privileges
 from vmitap.cli.options import json_option
 from vmitap.cli.output import Output
 
@@ -18,6 +19,8 @@ from vmitap.cli.output import Output
 def repair(target: str, when_input_ends: bool, as_json: bool) -> None:
     """Undo what a session has left in TARGET that was killed: views, breakpoints, held vCPUs, pauses."""
     if when_input_ends:
+        # It waits for as long as a session lives, and a repair takes root's device files and nothing more.
+        _drop_privileges()
         while sys.stdin.buffer.read(4096):
             pass
     out = Output(as_json=as_json)

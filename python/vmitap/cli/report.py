@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter, defaultdict
 from html import escape
 from itertools import islice
@@ -12,25 +13,30 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmitap import __version__
-from vmitap.cli.options import json_option
+from vmitap.cli.options import attach, json_option
 from vmitap.cli.output import Output, microseconds, per_second
 from vmitap.errors import InvalidArgumentError, NotSupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pyarrow.parquet import ParquetFile
 
 _NEEDED = ("time_ns", "hold_ns", "vcpu", "symbol")
 _COLOURS = ("#3b6ea5", "#d1783d", "#4f9d69", "#a14a76", "#8a7f2e", "#5b5ea6", "#2f8f9d", "#b0413e", "#6d6d6d", "#9aa84f")
 _BINS = 120
 _OTHERS = "others"
+_PLACES = b"vmitap.places"
+"""Key of the names of addresses in a file's metadata."""
 _KEPT_VALUES = 100_000
 """Different values of a column that are counted; what comes then is only counted as others."""
 
 
 class _Summary:
-    """What a page needs, gathered row by row: nothing grows with the number of rows."""
+    """What a page needs, gathered row by row: nothing grows with the number of rows. `name` gives an address's name, if it has one."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: Callable[[int], str | None]) -> None:
+        self.name = name
         self.rows = 0
         self.first: int | None = None
         self.last = 0
@@ -68,7 +74,7 @@ class _Summary:
 
     def _value(self, name: str, value: object) -> None:
         if isinstance(value, list):
-            shown = hex(value[0]) if value and isinstance(value[0], int) else ""
+            shown = (self.name(value[0]) or hex(value[0])) if value and isinstance(value[0], int) else ""
         elif isinstance(value, str):
             shown = value
         else:
@@ -97,20 +103,46 @@ class _Summary:
 @click.command(context_settings={"show_default": True})
 @click.argument("recording", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="The page; default: RECORDING with .html added.")
+@click.option("--symbols", metavar="TARGET", help="Take the names of callers from TARGET; a Parquet file has them itself.")
 @json_option
-def report(recording: Path, output: Path | None, as_json: bool) -> None:
+def report(recording: Path, output: Path | None, symbols: str | None, as_json: bool) -> None:
     """Turn a RECORDING (.parquet or .jsonl, of `vmitap trace -o`) into one HTML page.
 
     A Parquet file is read with pyarrow, which has to be installed.
     """
-    summary = _Summary()
-    for row in _rows(recording):
-        summary.add(row)
+    if symbols is None:
+        summary = _Summary(_names(recording).get)
+        _read(recording, summary)
+    else:
+        with attach(symbols, None, None, "") as vm:
+            summary = _Summary(vm.symbolize)
+            _read(recording, summary)
     page = output or recording.with_name(recording.name + ".html")
-    page.write_text(_page(recording.name, summary), encoding="utf-8")
+    # It holds what the guest holds: a new page is its owner's alone.
+    with os.fdopen(os.open(page, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        file.write(_page(recording.name, summary))
     out = Output(as_json=as_json)
     out.object({"page": str(page), "rows": summary.rows, "symbols": dict(summary.symbols)})
     out.text(f"{page}: {summary.rows} rows of {len(summary.symbols)} symbols")
+
+
+def _read(recording: Path, summary: _Summary) -> None:
+    for row in _rows(recording):
+        summary.add(row)
+
+
+def _names(path: Path) -> dict[int, str]:
+    """The names of addresses that a file of vmitap has in its metadata."""
+    if path.suffix != ".parquet":
+        return {}
+    metadata = _open(path).metadata.metadata or {}
+    if not (text := metadata.get(_PLACES)):
+        return {}
+    try:
+        places = json.loads(text)
+        return {int(address, 16): str(name) for address, name in places.items()}
+    except (ValueError, AttributeError, RecursionError):
+        raise InvalidArgumentError("recording", f"{path}: what it says of its addresses makes no sense") from None
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -122,21 +154,30 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _open(path: Path) -> ParquetFile:
     try:
         import pyarrow
-        import pyarrow.parquet
+        from pyarrow.parquet import ParquetFile
     except ImportError:
         raise NotSupportedError("report", "Parquet files without the package pyarrow (pip install pyarrow)") from None
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        missing = [name for name in _NEEDED if name not in file.schema_arrow.names]
-        if missing:
-            raise InvalidArgumentError("recording", f"{path} has no column {missing[0]!r}: it is no recording of vmitap")
-        for batch in file.iter_batches():
-            yield from batch.to_pylist()
+        return ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise InvalidArgumentError("recording", f"{path} is no Parquet file: {error}") from None
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    file = _open(path)
+    import pyarrow
+
+    missing = [name for name in _NEEDED if name not in file.schema_arrow.names]
+    if missing:
+        raise InvalidArgumentError("recording", f"{path} has no column {missing[0]!r}: it is no recording of vmitap")
+    try:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise InvalidArgumentError("recording", f"{path} is damaged: {error}") from None
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

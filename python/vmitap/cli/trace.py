@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from threading import Event, Thread
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -27,10 +27,13 @@ _REFRESH = 0.25
 @click.option("--count", type=click.IntRange(min=1), help="Stop after that many hits.")
 @timeout_option
 @click.option("--args", "arguments", type=click.IntRange(0, 6), default=3, help="How many arguments to show.")
+@click.option("--abi", type=click.Choice(["sysv", "ms"]), default="sysv", help="How the functions get their arguments.")
 @click.option("--where", metavar="FILTER", help="Only hits that pass, such as \"Cstr(Arg(0)).startswith('/etc/') and Arg(1) != 0\".")
 @click.option("--capture", "captures", multiple=True, metavar="NAME=EXPR", help='A column for -o, such as "path=Cstr(Arg(0))". Repeatable.')
 @click.option("--on-return", "returns", multiple=True, metavar="NAME=EXPR", help='A column read at the return, such as "fd=Reg.rax.i32".')
 @click.option("-o", "--output", metavar="FILE", help="Write rows to FILE (.parquet, .jsonl) or as JSON lines to standard output (-).")
+@click.option("--journal", metavar="FILE", help="Keep the last events in FILE, which outlives this command however it ends.")
+@click.option("--replace", is_flag=True, help="Replace the FILE of --journal if it is there.")
 @guest_options
 @json_option
 def trace(
@@ -38,10 +41,13 @@ def trace(
     count: int | None,
     timeout: float | None,
     arguments: int,
+    abi: Literal["sysv", "ms"],
     where: str | None,
     captures: tuple[str, ...],
     returns: tuple[str, ...],
     output: str | None,
+    journal: str | None,
+    replace: bool,
     memory: int | None,
     vcpus: int | None,
     cmdline: str,
@@ -70,7 +76,9 @@ def trace(
     results = dict(parse_capture(each, "on_return") for each in returns)
     out = Output(as_json=as_json)
     places = [address(symbol) for symbol in symbols]
-    with attach(target, memory, vcpus, cmdline) as vm:
+    with attach(target, memory, vcpus, cmdline, abi=abi) as vm:
+        if journal is not None:
+            vm.journal.open(journal, replace=replace)
         if output is None:
             result = _print(vm, out, places, filters, arguments, count, timeout)
         else:

@@ -10,6 +10,7 @@ use vmitap::event::EventAction;
 use vmitap::{VcpuId, VmiError};
 use xen_sys::Mapping;
 use xen_sys::fake::{Kind, Reg};
+use xen_sys::types::RingHead;
 
 use super::{PAUSED, attach, guest, is_untouched, tapped};
 
@@ -191,5 +192,56 @@ proptest! {
             prop_assert!(ring.answer(&[0; MAX_EVENT]));
         }
         prop_assert!(!ring.answer(&[0; MAX_EVENT]));
+    }
+}
+
+/// The other side of a ring, as Xen is: puts requests in, and takes an answer before its slot is used again.
+fn produce(page: &Mapping, layout: Layout, requests: u32) {
+    let head = size_of::<RingHead>();
+    let slot = |index: u32| head + (index & (layout.slots() - 1)) as usize * layout.size;
+    let (mut put, mut answered) = (0_u32, 0_u32);
+    while answered < requests {
+        if put < requests && put - answered < layout.slots() {
+            page.write(slot(put), &vec![put as u8; layout.size]).unwrap();
+            put += 1;
+            page.store(0, put).unwrap();
+            continue;
+        }
+        if page.load(8).unwrap() == answered {
+            std::thread::yield_now();
+            continue;
+        }
+        let mut answer = vec![0; layout.size];
+        page.read(slot(answered), &mut answer).unwrap();
+        assert!(answer.iter().all(|byte| *byte == !(answered as u8)), "answer {answered} is whole");
+        answered += 1;
+    }
+}
+
+/// Run under Miri too, which tells a race where the hardware happens to forgive one: `make miri`.
+#[test]
+fn between_two_threads_no_request_is_lost_and_nothing_is_seen_before_it_is_whole() {
+    let requests = if cfg!(miri) { 60 } else { 100_000 };
+    for layout in [Layout::V6, Layout::V7] {
+        let page = Mapping::private(1).unwrap();
+        let xen = page.twin().unwrap();
+        let mut ring = Ring::new(page, layout);
+        let producer = std::thread::spawn(move || produce(&xen, layout, requests));
+        let mut taken = 0_u32;
+        while taken < requests {
+            let Some(request) = ring.take().unwrap() else {
+                std::thread::yield_now();
+                continue;
+            };
+            let (bytes, rest) = request.split_at(layout.size);
+            assert!(
+                bytes.iter().all(|byte| *byte == taken as u8) && rest.iter().all(|byte| *byte == 0),
+                "request {taken} is whole"
+            );
+            assert!(ring.answer(&[!(taken as u8); MAX_EVENT]));
+            taken += 1;
+        }
+        producer.join().unwrap();
+        assert_eq!((ring.take(), ring.unanswered()), (Ok(None), 0));
     }
 }
