@@ -94,8 +94,8 @@ pub enum Wait {
 }
 
 /// An INT3 (0xCC) that a vCPU has executed outside the default view, before it is an event.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Trap {
+#[derive(Clone, Copy)]
+pub struct Trap<'a> {
     /// The vCPU.
     pub vcpu: VcpuId,
     /// The view it is in.
@@ -106,6 +106,8 @@ pub struct Trap {
     pub rip: Va,
     /// The root of the page tables.
     pub root: Pa,
+    /// All registers, as an event would have them: collected when they are asked for.
+    pub registers: &'a dyn Fn() -> Registers,
 }
 
 /// Wakes a thread that is in [`VmiEvents::wait`]. Usable from any thread and in a signal handler.
@@ -220,7 +222,7 @@ pub trait VmiEvents {
 
     /// As [`Self::wait`], with INT3s put to `counts` before they are events. Where it says yes, none is raised: it is as if the event had
     /// been answered with [`crate::event::EventAction::FastSingleStep`] in the default view. A driver need not ask.
-    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap) -> bool) -> Result<Wait> {
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
         let _ = counts;
         self.wait(timeout)
     }

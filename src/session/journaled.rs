@@ -233,7 +233,7 @@ impl<D: VmiDriver + ?Sized> VmiEvents for Journaled<D> {
         wait
     }
 
-    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap) -> bool) -> Result<Wait> {
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
         let wait = self.inner.wait_counting(timeout, counts);
         self.journal.is_gone |= matches!(wait, Err(VmiError::DomainGone { .. }));
         wait

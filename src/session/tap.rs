@@ -25,8 +25,10 @@ mod flag {
     pub const ONCE: u8 = 1 << 4;
     /// It is looked up under each root that is loaded.
     pub const ROAMS: u8 = 1 << 5;
-    /// It has a filter, a capture or a budget.
+    /// It has a filter that looks at memory or asks, a capture or a budget.
     pub const SPECIAL: u8 = 1 << 6;
+    /// It has a filter.
+    pub const FILTERED: u8 = 1 << 7;
 }
 
 /// One tap: half a cache line.
@@ -194,9 +196,11 @@ impl Taps {
     pub fn specialize(&mut self, id: TapId, change: impl FnOnce(&mut Rare)) {
         let Some(rare) = self.rare_or_new(id) else { return };
         change(rare);
-        let is_special = rare.filter.is_some() || rare.capture.is_some() || rare.budget.is_some();
+        let is_plain = rare.filter.as_ref().is_none_or(|filter| filter.is_plain());
+        let (is_special, is_filtered) = (!is_plain || rare.capture.is_some() || rare.budget.is_some(), rare.filter.is_some());
         if let Some(tap) = self.get_mut(id) {
             tap.set(flag::SPECIAL, is_special);
+            tap.set(flag::FILTERED, is_filtered);
         }
     }
 
@@ -210,10 +214,23 @@ impl Taps {
         self.rare.get_mut(tap.rare as usize)
     }
 
-    /// Whether its hits are counted and nothing else.
+    /// The filter of a tap.
+    #[inline]
+    pub fn filter_mut(&mut self, id: TapId) -> Option<&mut Filter> {
+        if self.get(id)?.is(flag::FILTERED) { self.rare_mut(id)?.filter.as_deref_mut() } else { None }
+    }
+
+    /// Whether its hits are counted and nothing else, those that its filter lets pass.
     #[inline]
     pub fn is_only_counted(&self, id: TapId) -> bool {
         self.get(id).is_some_and(|tap| !tap.is(flag::WANTED | flag::ONCE | flag::SPECIAL))
+    }
+
+    /// Counts how long a vCPU stood still for a hit, which stands for so many.
+    pub fn add_hold(&mut self, id: TapId, held_ns: u64, times: u32) {
+        if let Some(rare) = self.rare_or_new(id) {
+            rare.holds.get_or_insert_default().add_times(held_ns, times);
+        }
     }
 
     /// A tap as it was described; its context, and whether it is wanted and enabled, as they are now.

@@ -232,7 +232,7 @@ impl Lab {
         let end = Instant::now() + LIMIT;
         loop {
             let Self { vm, taps, hits, view, .. } = self;
-            let mut counts = |trap: &Trap| {
+            let mut counts = |trap: &Trap<'_>| {
                 let pa = trap.gfn.pa(trap.rip.0);
                 let is_ours = trap.view == *view && taps.contains_key(&pa.0);
                 *hits.entry(pa.0).or_default() += u64::from(is_ours);

@@ -275,7 +275,7 @@ impl VmiEvents for EmuDriver {
         self.machine.0.wait(timeout, &mut |_| false)
     }
 
-    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap) -> bool) -> Result<Wait> {
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
         self.machine.0.wait(timeout, counts)
     }
 

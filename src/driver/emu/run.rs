@@ -214,7 +214,7 @@ impl Machine {
     // --- the loop ---
 
     /// Runs until an event, the end of the time, the bell, or until nothing can run. INT3s that `counts` says yes to are no events.
-    pub fn wait(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap) -> bool) -> Result<Wait> {
+    pub fn wait(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
         let mut deadline = None;
         let mut turns = 0;
         loop {
@@ -251,11 +251,12 @@ impl Machine {
     }
 
     /// Whether what was raised is only counted: then it is answered here.
-    fn is_counted(&mut self, raised: &Raised, counts: &mut dyn FnMut(&Trap) -> bool) -> bool {
+    fn is_counted(&mut self, raised: &Raised, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> bool {
         let Raised { index, view, reason: EventReason::Breakpoint { gfn, insn_len: 1 } } = *raised else { return false };
         let Some(vcpu) = self.vcpus.get_mut(index).filter(|_| view != View::DEFAULT) else { return false };
         let root = Pa(vcpu.cr(3) & pte::ADDRESS);
-        let trap = Trap { vcpu: VcpuId(index as u16), view, gfn, rip: Va(vcpu.rip()), root };
+        let registers = || vcpu.registers();
+        let trap = Trap { vcpu: VcpuId(index as u16), view, gfn, rip: Va(vcpu.rip()), root, registers: &registers };
         if !counts(&trap) {
             return false;
         }
