@@ -538,6 +538,16 @@ class Vm:
         >>> vm.run(timeout=5, max_hits=3).hits
         3
         """
+    def _moments(self, timeout: float | None = None, max_hits: int | None = None) -> _Moments: ...
+    def fileno(self) -> int | None:
+        """A file descriptor that is readable when the guest has an event to be looked at; None: it runs only inside `run` and the like.
+
+        For event loops: `vmitap.aio` waits for it, without a thread. It belongs to the session. A Xen domain has one (its event channel);
+        a guest on the embedded driver has none.
+
+        >>> vm.fileno() is None
+        True
+        """
     def events(self, *breakpoints: Breakpoint, timeout: float | None = None, queue: int = 10_000) -> Events:
         """Iterates over hits; the vCPU is not held while your code works on one.
 
@@ -1211,7 +1221,7 @@ class EventJournal:
     """The last events of a session in a file, which is still there when this process is killed: what it was at, and what came before.
 
     Every event the driver raises is in it, those that filters keep back too, with what became of it. It is a ring of a size that is set
-    once, mapped into this process: an event costs some 40 ns and no system call. Not to be taken for the journal that
+    once, mapped into this process: an event costs some 60 ns and no system call. Not to be taken for the journal that
     `vmitap.repair` reads, which tells what is to be undone in a guest and is always kept for a Xen domain.
 
     >>> import tempfile, os
@@ -1690,6 +1700,10 @@ class Verdict:
         """
 
 @final
+class _Moments:
+    def go(self) -> tuple[RunResult | None, bool]: ...
+
+@final
 class RunResult:
     """Why `run` came back, and what happened in it.
 
@@ -1825,6 +1839,8 @@ class Events:
         >>> list(events), events.result.reason
         ([], 'timeout')
         """
+    def _moment(self) -> bool: ...
+    def _take(self) -> Hit | None: ...
     def close(self) -> None:
         """Ends the iteration; hits that still wait are dropped.
 

@@ -1,4 +1,4 @@
-"""Sessions in an asyncio loop: the guest runs in a thread of its own, and the loop awaits its hits.
+"""Sessions in an asyncio loop: the loop awaits the hits of a guest, and does other things meanwhile.
 
 >>> import asyncio, vmitap.aio
 >>> async def main():
@@ -9,8 +9,12 @@
 >>> asyncio.run(main())
 'open_file'
 
-Several sessions can be used in one loop, each has its thread. `guest.vm` is the session itself: its reads, writes and lists are quick and
-may be called in the loop. Cancelling a task that waits here stops the guest at its next event; every event is answered before.
+A guest that has a file descriptor (`Vm.fileno`: a Xen domain) needs no thread: the loop waits for the descriptor, and handlers are called
+in the loop. One without runs in a thread of its own, and so does one with a handler that is a coroutine: its vCPU stands still while the
+loop goes on.
+
+Several sessions can be used in one loop. `guest.vm` is the session itself: its reads, writes and lists are quick and may be called in the
+loop. Cancelling a task that waits here stops the guest at its next event; every event is answered before.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["AsyncEvents", "AsyncVm", "attach"]
 
 _T = TypeVar("_T")
+_LOOK = 0.1
+"""Seconds after which a guest with a file descriptor is looked at in any case: one that is gone may say nothing."""
 
 
 def attach(
@@ -73,6 +79,9 @@ class AsyncVm:
         self._vm: Vm | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._running: asyncio.Future[object] | None = None
+        self._is_entered = False
+        self._has_coroutines = False
+        self._is_turning = False
 
     @property
     def vm(self) -> Vm:
@@ -86,14 +95,16 @@ class AsyncVm:
         return self._vm
 
     async def __aenter__(self) -> Self:
-        if self._thread is not None:
+        if self._is_entered:
             raise InvalidArgumentError("session", "it was opened before")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vmitap")
+        self._is_entered = True
         try:
             self._vm = await self._in_thread(self._opener)
         except BaseException:
-            self._thread.shutdown(wait=False)
+            self._leave_thread()
             raise
+        if self._descriptor() is not None:
+            self._leave_thread()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -105,11 +116,11 @@ class AsyncVm:
         Raises:
             UndoFailedError, RecordingError: as `Vm.detach`.
         """
-        if self._vm is None or self._thread is None or self._vm.closed:
+        if self._vm is None or self._vm.closed:
             return
         await self._stop()
         await _through(self._in_thread(self._vm.detach))
-        self._thread.shutdown(wait=False)
+        self._leave_thread()
 
     async def run(self, timeout: float | None = None, max_hits: int | None = None) -> RunResult:
         """As `Vm.run`; the loop goes on meanwhile. Cancelling it stops the guest at its next event.
@@ -117,7 +128,18 @@ class AsyncVm:
         Raises:
             As `Vm.run`; SessionBusyError too if the guest runs already.
         """
-        return await self._exclusively(functools.partial(self.vm.run, timeout, max_hits), "run")
+        if self._descriptor() is None:
+            return await self._exclusively(functools.partial(self.vm.run, timeout, max_hits), "run")
+        moments = self.vm._moments(timeout, max_hits)
+        result: list[RunResult] = []
+
+        def go() -> bool:
+            ended, more = moments.go()
+            result.extend([ended] if ended else [])
+            return more
+
+        await self._turn(go, lambda: bool(result), timeout, "run")
+        return result[0]
 
     def events(self, *breakpoints: Breakpoint, timeout: float | None = None, queue: int = 10_000) -> AsyncEvents:
         """Hits as they come, for `async for`. The guest goes on while your code works on one.
@@ -154,7 +176,7 @@ class AsyncVm:
         """As `Vm.breakpoint`; the handler may be a coroutine function.
 
         A coroutine runs in the loop while the vCPU stands still, and `hit.vm` is valid in it. An ordinary function is called in the
-        session's thread.
+        session's thread, or in the loop if there is no thread.
 
         >>> async def main():
         ...     seen = []
@@ -171,6 +193,7 @@ class AsyncVm:
         """
         call: Callable[[Hit], Verdict | None] | None = None
         if handler is not None:
+            self._has_coroutines |= inspect.iscoroutinefunction(handler)
             call = _in_loop(handler)
         return self.vm.breakpoint(
             target,
@@ -188,14 +211,53 @@ class AsyncVm:
             enabled=enabled,
         )
 
+    def _descriptor(self) -> int | None:
+        """What the loop waits for instead of a thread; None: there has to be one."""
+        return None if self._has_coroutines else self.vm.fileno()
+
+    async def _turn(self, go: Callable[[], bool], has_ended: Callable[[], bool], timeout: float | None, name: str) -> None:
+        """Has `go` called when the guest's descriptor is readable, until it has ended. Between two calls no event waits for an answer."""
+        descriptor = self.vm.fileno()
+        if descriptor is None or self._is_turning or (self._running is not None and not self._running.done()):
+            raise SessionBusyError(name)
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+        deadline = None if timeout is None else loop.time() + timeout
+        self._is_turning = True
+        loop.add_reader(descriptor, ready.set)
+        try:
+            while True:
+                ready.clear()
+                more = go()
+                if has_ended():
+                    return
+                if more:
+                    # Others get their turn.
+                    await asyncio.sleep(0)
+                    continue
+                left = _LOOK if deadline is None else min(_LOOK, max(deadline - loop.time(), 0))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(ready.wait(), left)
+        finally:
+            loop.remove_reader(descriptor)
+            self._is_turning = False
+
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
+        """Runs it in the session's thread, which is there only as long as something needs it."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vmitap")
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _leave_thread(self) -> None:
+        """The thread goes, once what it does is done."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+            self._thread = None
 
     async def _exclusively(self, function: Callable[[], _T], name: str) -> _T:
         """Runs the guest in the thread. If the waiting task is cancelled, the guest is stopped first."""
         if self._running is not None and not self._running.done():
             raise SessionBusyError(name)
-        running: asyncio.Future[_T] = asyncio.get_running_loop().run_in_executor(self._thread, function)
+        running = asyncio.ensure_future(self._in_thread(function))
         self._running = running  # type: ignore[assignment]
         try:
             return await asyncio.shield(running)
@@ -223,6 +285,7 @@ class AsyncEvents:
         self._guest = guest
         self._events = guest.vm.events(*breakpoints, timeout=timeout, queue=room)
         self._room = room
+        self._timeout = timeout
         self._waiting: deque[Hit] = deque()
         self._arrived = asyncio.Event()
         self._told = False
@@ -244,7 +307,11 @@ class AsyncEvents:
 
     async def __anext__(self) -> Hit:
         if self._pump is None:
-            self._pump = asyncio.create_task(self._guest._exclusively(functools.partial(self._pull, asyncio.get_running_loop()), "events"))
+            if self._guest._descriptor() is None:
+                pull = functools.partial(self._pull, asyncio.get_running_loop())
+                self._pump = asyncio.create_task(self._guest._exclusively(pull, "events"))
+            else:
+                self._pump = asyncio.create_task(self._guest._turn(self._go, self._has_ended, self._timeout, "events"))
             self._pump.add_done_callback(lambda _: self._arrived.set())
         while not self._waiting:
             if self._pump.done():
@@ -265,6 +332,20 @@ class AsyncEvents:
                 await self._pump
         self._events.close()
         self._waiting.clear()
+
+    def _go(self) -> bool:
+        """In the loop: takes the hits that there are at once."""
+        more = self._events._moment()
+        while (hit := self._events._take()) is not None:
+            if len(self._waiting) >= self._room:
+                self._lost += 1
+                continue
+            self._waiting.append(hit)
+            self._arrived.set()
+        return more
+
+    def _has_ended(self) -> bool:
+        return self._events.result is not None
 
     def _pull(self, loop: asyncio.AbstractEventLoop) -> None:
         """In the thread: takes hits as long as there are any."""

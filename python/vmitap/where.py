@@ -10,7 +10,7 @@ import ast
 from operator import add, and_, mul, or_, sub, xor
 from typing import TYPE_CHECKING, TypeAlias
 
-from vmitap.capture import Backtrace, Capturable, Stack
+from vmitap.capture import Backtrace, Capturable, Stack, Struct
 from vmitap.errors import InvalidArgumentError
 from vmitap.filters import Arg, Bytes, Cstr, Filter, Mem, Number, Reg, Text, Utf16
 
@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["parse_capture", "parse_filter"]
 
-_Value: TypeAlias = Number | Text | Backtrace | Stack | Filter | int | float | str | bytes | tuple[int, ...] | range
+_Field: TypeAlias = Number | Text
+_Value: TypeAlias = (
+    Number | Text | Backtrace | Stack | Struct | Filter | int | float | str | bytes | tuple[int, ...] | range | dict[str, _Field]
+)
 
 _LONGEST = 10_000
-_CONSTRUCTORS: dict[str, Callable[..., Number | Text | Backtrace | Stack]] = {
+_CONSTRUCTORS: dict[str, Callable[..., Number | Text | Backtrace | Stack | Struct]] = {
     "Arg": Arg,
     "Mem": Mem,
     "Bytes": Bytes,
     "Cstr": Cstr,
     "Utf16": Utf16,
     "Stack": Stack,
+    "Struct": Struct,
     "Backtrace": Backtrace,
 }
 _FILTERS: dict[str, Callable[..., Filter]] = {name: getattr(Filter, name) for name in ("root", "ring", "vcpu", "every", "rate", "once")}
@@ -71,14 +75,16 @@ def parse_capture(text: str, what: str = "capture") -> tuple[str, Capturable]:
 
     >>> parse_capture("path=Cstr(Arg(0), max=64)")
     ('path', Cstr(Arg(0), max=64))
+    >>> parse_capture("task=Struct(Reg.gs_base, {'pid': Mem(16, 4)})")
+    ('task', Struct(Reg.gs_base, {'pid': Mem(16, 4)}))
     """
     name, sign, rest = text.partition("=")
     name = name.strip()
     if not sign or not name.replace(".", "_").isidentifier() or rest.startswith("="):
         name, rest = text.strip(), text
     value = _Parser(what, rest).parse()
-    if not isinstance(value, Number | Text | Backtrace | Stack):
-        raise InvalidArgumentError(what, f"{rest!r} cannot be captured: a number, a string, Stack(...) or Backtrace(...) can")
+    if not isinstance(value, Number | Text | Backtrace | Stack | Struct):
+        raise InvalidArgumentError(what, f"{rest!r} cannot be captured: a number, a string, Struct(...), Stack(...) or Backtrace(...) can")
     return name, value
 
 
@@ -115,6 +121,8 @@ class _Parser:
                 return value
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 return tuple(self._integer(part) for part in parts)
+            case ast.Dict(keys=keys, values=values):
+                return {self._name(key, node): self._field(value) for key, value in zip(keys, values, strict=True)}
             case ast.Attribute(value=ast.Name(id="Reg"), attr=name):
                 register = getattr(Reg, name, None)
                 if isinstance(register, Number):
@@ -147,6 +155,17 @@ class _Parser:
             case ast.Name(id=name):
                 raise self._error(node, f"there is no {name!r}: a filter looks at Arg(n), Reg.rax, Mem(...), Cstr(...) and the like")
         raise self._error(node, "this is not part of a filter")
+
+    def _name(self, node: ast.expr | None, whole: ast.expr) -> str:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node.value
+        raise self._error(node or whole, "the name of a field is needed")
+
+    def _field(self, node: ast.expr) -> _Field:
+        value = self._value(node)
+        if isinstance(value, Number | Text):
+            return value
+        raise self._error(node, "a field is Mem, Bytes, Cstr or Utf16 at an offset")
 
     def _integer(self, node: ast.expr) -> int:
         value = self._value(node)

@@ -355,6 +355,9 @@ impl Recording {
     pub fn append(&mut self, facts: &Facts, places: &Places, row: &Row) {
         self.rows += 1;
         if self.closed_bytes + self.open_bytes >= self.limit {
+            if self.lost == 0 {
+                log::warn!("the recording has reached its limit of {} bytes: rows are lost, and counted", self.limit);
+            }
             self.lost += 1;
             return;
         }

@@ -189,8 +189,7 @@ impl Events {
         }
         let taps = (!breakpoints.is_empty()).then(|| breakpoints.iter().map(|each| each.get().id()).collect());
         let listener = Arc::new(Listener { taps, queue: Mutex::new(VecDeque::new()), room, lost: AtomicU64::new(0) });
-        shared.listeners.lock().push(listener.clone());
-        shared.listeners_changed.store(true, Ordering::Release);
+        shared.add_listener(listener.clone());
         Ok(Self {
             vm,
             shared: shared.clone(),
@@ -204,8 +203,7 @@ impl Events {
 
     /// No more hits are put into the queue.
     fn leave(&self) {
-        self.shared.listeners.lock().retain(|each| !Arc::ptr_eq(each, &self.listener));
-        self.shared.listeners_changed.store(true, Ordering::Release);
+        self.shared.remove_listener(&self.listener);
     }
 
     fn next_waiting(&self) -> Option<Py<Hit>> {
@@ -256,6 +254,32 @@ impl Events {
         Ok(self.next_waiting())
     }
 
+    /// For `vmitap.aio`: goes on without waiting; whether there may be more at once. Hits wait then, and the result is there at the end.
+    fn _moment(&self, py: Python<'_>) -> PyResult<bool> {
+        if self.result.lock().is_some() {
+            return Ok(false);
+        }
+        if !self.begun.swap(true, Ordering::AcqRel) {
+            let course = Course::begin(py, &self.shared, self.timeout, None).in_moments();
+            *self.course.lock() = Some(course);
+        }
+        let taken = self.course.lock().take();
+        let Some(mut course) = taken else { return Err(busy("next()")) };
+        let outcome = drive(py, &self.shared, &mut course, Some(&self.listener));
+        let more = course.has_more();
+        if let Ok(Some(reason)) = outcome {
+            self.end(py, &course, reason);
+            return Ok(false);
+        }
+        *self.course.lock() = Some(course);
+        outcome.map(|_| more)
+    }
+
+    /// For `vmitap.aio`: a hit that waits, if there is one.
+    fn _take(&self) -> Option<Py<Hit>> {
+        self.next_waiting()
+    }
+
     /// Hits that there was no room for so far.
     #[getter]
     fn lost(&self) -> u64 {
@@ -287,5 +311,34 @@ impl Events {
 impl Drop for Events {
     fn drop(&mut self) {
         self.leave();
+    }
+}
+
+/// For `vmitap.aio`: a run that is made in moments.
+#[pyclass(frozen, module = "vmitap._native", name = "_Moments")]
+pub struct Moments {
+    shared: Arc<Shared>,
+    course: Mutex<Option<Course>>,
+}
+
+impl Moments {
+    pub fn new(py: Python<'_>, shared: &Arc<Shared>, timeout: Option<Duration>, max_hits: Option<u64>) -> Self {
+        let course = Course::begin(py, shared, timeout, max_hits).in_moments();
+        Self { shared: shared.clone(), course: Mutex::new(Some(course)) }
+    }
+}
+
+#[pymethods]
+impl Moments {
+    /// Goes on without waiting: the result at the end, or whether there may be more at once.
+    fn go(&self, py: Python<'_>) -> PyResult<(Option<RunResult>, bool)> {
+        let taken = self.course.lock().take();
+        let Some(mut course) = taken else { return Err(busy("run")) };
+        if let Some(reason) = drive(py, &self.shared, &mut course, None)? {
+            return Ok((Some(RunResult::new(py, &self.shared, &course, reason)), false));
+        }
+        let more = course.has_more();
+        *self.course.lock() = Some(course);
+        Ok((None, more))
     }
 }

@@ -11,7 +11,7 @@ use super::breakpoint::Breakpoint;
 use super::convert::OnWriteArg;
 use super::errors::{DeadlineExceededError, HandlerError};
 use super::hit::{Hit, stack_arguments};
-use super::shared::{Inner, Listener, Shared};
+use super::shared::{Inner, Listener, Shared, count};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
@@ -60,6 +60,8 @@ pub struct Course {
     pub calls_before: u64,
     pub lost_before: u64,
     pub hold_max: Duration,
+    /// It is made in moments: [`drive`] comes back when there is nothing more for now, with this false, or after [`KEEP`], with this true.
+    moments: Option<bool>,
 }
 
 impl Course {
@@ -75,7 +77,19 @@ impl Course {
             calls_before: shared.calls.load(Ordering::Relaxed),
             lost_before: shared.lost.load(Ordering::Relaxed),
             hold_max: Duration::ZERO,
+            moments: None,
         }
+    }
+
+    /// Whether there may be more at once, of what is made in moments.
+    pub fn has_more(&self) -> bool {
+        self.moments == Some(true)
+    }
+
+    /// The same, made in moments.
+    #[must_use]
+    pub fn in_moments(self) -> Self {
+        Self { moments: Some(true), ..self }
     }
 }
 
@@ -165,6 +179,7 @@ fn turn_until(
     let mut state = Loop::default();
     let mut signals_at = Instant::now();
     let mut yields_at = signals_at + KEEP;
+    let moment_ends = course.moments.map(|_| yields_at);
     loop {
         shared.refresh_wanted(py);
         // A hit was met a moment ago, and the clock read.
@@ -182,7 +197,8 @@ fn turn_until(
         }
         let is_late = course.deadline.is_some_and(|deadline| now >= deadline);
         let is_stopped = shared.stop.load(Ordering::Acquire);
-        let has_enough = listener.is_some_and(|listener| !listener.queue.lock().is_empty());
+        let is_over = moment_ends.is_some_and(|ends| now >= ends);
+        let has_enough = is_over || listener.is_some_and(|listener| !listener.queue.lock().is_empty());
         let detach = state.detach || shared.is_detach_wanted();
         let ends = state.raised.is_some() || state.paused || detach || is_late || is_stopped || has_enough;
         let (mut answer, paused, last_hit, hold_max) = (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max);
@@ -212,7 +228,8 @@ fn turn_until(
         };
         // Hits often come in crowds: after one, the next is first waited for without letting go of the interpreter.
         let at_once = if met_at.is_some() { shared.briefly(|inner| turn(inner, Some(now))) } else { None };
-        let limit = if ends { Some(now) } else { until };
+        let limit = if ends || course.moments.is_some() { Some(now) } else { until };
+        let kept = at_once.is_some();
         let turn = match at_once {
             Some(turn) => {
                 super::log::flush(py);
@@ -221,7 +238,16 @@ fn turn_until(
             None => shared.released(py, |inner| turn(inner, limit)),
         };
         match turn {
-            Turn::Polled(Poll::Hit(hit)) => meet(py, shared, &mut state, hit),
+            Turn::Polled(Poll::Hit(hit)) => {
+                // A moment ago, if the interpreter was not waited for and nobody else was told of the event before.
+                let is_news = state.event != Some((hit.at, hit.vcpu));
+                let met = if kept && is_news { hit.at } else { Instant::now() };
+                meet(py, shared, &mut state, hit, met);
+            }
+            Turn::Polled(Poll::Timeout) if course.moments.is_some() && !ends => {
+                course.moments = Some(false);
+                return Ok(None);
+            }
             Turn::Polled(Poll::Timeout) => {}
             Turn::Polled(Poll::Idle) if !ends => return Ok(Some(Reason::Idle)),
             Turn::Polled(Poll::MaxHits) if !ends => return Ok(Some(Reason::MaxHits)),
@@ -237,6 +263,7 @@ fn turn_until(
                     return Ok(Some(Reason::Paused));
                 }
                 if has_enough {
+                    course.moments = course.moments.map(|_| true);
                     return Ok(None);
                 }
                 if is_stopped {
@@ -266,8 +293,7 @@ fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
 }
 
 /// Tells everybody who wants to know of a hit, and finds the answer to it.
-fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session::Hit>) {
-    let now = Instant::now();
+fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session::Hit>, now: Instant) {
     let asked = match (hit.question, hit.ask) {
         (Some(_), _) => Asked::Condition,
         (None, true) => Asked::Policy,
@@ -295,7 +321,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session
     if handler.is_none() && listeners.is_empty() {
         return;
     }
-    let generation = if handler.is_some() { shared.generation.fetch_add(1, Ordering::AcqRel) + 1 } else { 0 };
+    let generation = if handler.is_some() { shared.next_generation() } else { 0 };
     let stack = stack_arguments(py, tap, &hit);
     let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation, stack)) {
         Ok(object) => object,
@@ -310,13 +336,16 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session
     let Some(handler) = handler else { return };
     let said = call(py, shared, state, &breakpoint, &handler, &object, asked);
     if generation != 0 {
-        shared.generation.fetch_add(1, Ordering::AcqRel);
+        shared.next_generation();
     }
     state.answer = Some(said);
 }
 
 fn listeners_of(shared: &Shared, tap: session::TapId) -> Vec<Arc<Listener>> {
     // An empty vector takes no memory, and hardly ever is there one.
+    if !shared.has_listeners.load(Ordering::Acquire) {
+        return Vec::new();
+    }
     shared.listeners.lock().iter().filter(|listener| listener.wants(tap)).cloned().collect()
 }
 
@@ -328,7 +357,9 @@ fn enqueue(py: Python<'_>, shared: &Shared, listener: &Listener, hit: &Py<Hit>) 
         return;
     }
     drop(queue);
-    listener.lost.fetch_add(1, Ordering::Relaxed);
+    if listener.lost.fetch_add(1, Ordering::Relaxed) == 0 {
+        log::warn!("{} hits wait in a queue of events() that has no room for more: others are lost, and counted", listener.room);
+    }
     shared.lost.fetch_add(1, Ordering::Relaxed);
 }
 
@@ -343,7 +374,7 @@ fn call(
     asked: Asked,
 ) -> Answer {
     let tap = breakpoint.get();
-    shared.calls.fetch_add(1, Ordering::Relaxed);
+    count(&shared.calls);
     tap.count_call();
     let began = tap.deadline().map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));

@@ -1,5 +1,6 @@
 //! A session, as Python holds it.
 
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,7 +14,7 @@ use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
 use super::breakpoint::{Breakpoint, Breakpoints};
 use super::convert::{self, AccessArg};
 use super::errors::{invalid, stale};
-use super::events::{Events, RunResult, Stats};
+use super::events::{Events, Moments, RunResult, Stats};
 use super::expression;
 use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
@@ -373,6 +374,24 @@ impl Vm {
         let mut course = Course::begin(py, shared, timeout, hits);
         let reason = drive(py, shared, &mut course, None)?.unwrap_or(Reason::Timeout);
         Ok(RunResult::new(py, shared, &course, reason))
+    }
+
+    /// For `vmitap.aio`: a run that is made in moments, by whoever waits for `fileno` meanwhile.
+    #[pyo3(signature = (timeout=None, max_hits=None))]
+    fn _moments(&self, py: Python<'_>, timeout: Option<f64>, max_hits: Option<&Bound<'_, PyAny>>) -> PyResult<Moments> {
+        let shared = self.open()?;
+        let (timeout, hits) = (convert::seconds("timeout", timeout)?, convert::optional("max_hits", max_hits)?);
+        Ok(Moments::new(py, shared, timeout, hits))
+    }
+
+    /// A file descriptor that is readable when the guest has an event to be looked at; None: it runs only inside `run` and the like.
+    fn fileno(&self, py: Python<'_>) -> PyResult<Option<i32>> {
+        let shared = self.open()?;
+        if let Some(known) = shared.readiness.get() {
+            return Ok(known.as_ref().map(AsRawFd::as_raw_fd));
+        }
+        let made = shared.open(py, |session| session.vmi().driver().readiness())?;
+        Ok(shared.readiness.get_or_init(|| made).as_ref().map(AsRawFd::as_raw_fd))
     }
 
     /// Iterates over hits; the vCPU is not held while your code works on one.

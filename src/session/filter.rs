@@ -65,9 +65,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if program.is_some_and(|program| program.result() != crate::capture::Type::Bool) {
             return Err(VmiError::InvalidArgument { what: "where", reason: "it is a number and no condition".to_owned() });
         }
-        if let Some(rare) = self.taps.rare_or_new(id) {
-            rare.filter = program.map(|program| Box::new(Filter::new(program)));
-        }
+        self.taps.specialize(id, |rare| rare.filter = program.map(|program| Box::new(Filter::new(program))));
         Ok(())
     }
 

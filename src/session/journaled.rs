@@ -1,5 +1,6 @@
 //! A driver that writes down what it adds to the guest, before or right after it does.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use super::journal::{Entry, Found, Journal};
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
-    VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, Trap, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection,
+    VmiRead, VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -232,12 +233,22 @@ impl<D: VmiDriver + ?Sized> VmiEvents for Journaled<D> {
         wait
     }
 
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap) -> bool) -> Result<Wait> {
+        let wait = self.inner.wait_counting(timeout, counts);
+        self.journal.is_gone |= matches!(wait, Err(VmiError::DomainGone { .. }));
+        wait
+    }
+
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
         self.inner.respond(vcpu, response)
     }
 
     fn waker(&self) -> Arc<dyn Waker> {
         self.inner.waker()
+    }
+
+    fn readiness(&self) -> Result<Option<OwnedFd>> {
+        self.inner.readiness()
     }
 }
 

@@ -52,9 +52,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.flush_closed()?;
         let places = self.recording.places(columns.iter());
         let label = self.recording.label(label);
-        if let Some(rare) = self.taps.rare_or_new(id) {
-            rare.capture = Some(Box::new(Capture { entry, on_return, places, label }));
-        }
+        self.taps.specialize(id, |rare| rare.capture = Some(Box::new(Capture { entry, on_return, places, label })));
         Ok(())
     }
 

@@ -52,6 +52,11 @@ pub struct Returns {
 }
 
 impl Returns {
+    /// Whether return addresses are tapped.
+    pub fn are_awaited(&self) -> bool {
+        !self.places.is_empty()
+    }
+
     /// Calls whose return was given up.
     pub const fn lost(&self) -> u64 {
         self.lost
@@ -93,6 +98,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.returns.waiting >= WAITING
             && let Some(Call { tap, facts, row, .. }) = self.returns.oldest()
         {
+            if self.returns.lost == 0 {
+                log::warn!("{WAITING} calls have not returned: the oldest is given up for each that comes, and counted");
+            }
             self.returns.lost += 1;
             self.end_row(tap, &facts, row, None);
         }
@@ -160,7 +168,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Takes the taps of return addresses out of `self.owners`, and ends the rows of the calls that return here.
     pub(super) fn returned(&mut self, event: &VmiEvent) {
-        if self.returns.places.is_empty() {
+        if !self.returns.are_awaited() {
             return;
         }
         let mut index = 0;

@@ -25,6 +25,8 @@ mod flag {
     pub const ONCE: u8 = 1 << 4;
     /// It is looked up under each root that is loaded.
     pub const ROAMS: u8 = 1 << 5;
+    /// It has a filter, a capture or a budget.
+    pub const SPECIAL: u8 = 1 << 6;
 }
 
 /// One tap: half a cache line.
@@ -188,6 +190,16 @@ impl Taps {
         self.rare.get_mut(self.list.get(id.0 as usize)?.rare as usize)
     }
 
+    /// Changes the filter, the capture or the budget of a tap.
+    pub fn specialize(&mut self, id: TapId, change: impl FnOnce(&mut Rare)) {
+        let Some(rare) = self.rare_or_new(id) else { return };
+        change(rare);
+        let is_special = rare.filter.is_some() || rare.capture.is_some() || rare.budget.is_some();
+        if let Some(tap) = self.get_mut(id) {
+            tap.set(flag::SPECIAL, is_special);
+        }
+    }
+
     /// As [`Self::rare_mut`], made if there is none; `None` if there is no such tap.
     pub fn rare_or_new(&mut self, id: TapId) -> Option<&mut Rare> {
         let tap = self.list.get_mut(id.0 as usize)?;
@@ -196,6 +208,12 @@ impl Taps {
             self.rare.push(Rare::default());
         }
         self.rare.get_mut(tap.rare as usize)
+    }
+
+    /// Whether its hits are counted and nothing else.
+    #[inline]
+    pub fn is_only_counted(&self, id: TapId) -> bool {
+        self.get(id).is_some_and(|tap| !tap.is(flag::WANTED | flag::ONCE | flag::SPECIAL))
     }
 
     /// A tap as it was described; its context, and whether it is wanted and enabled, as they are now.

@@ -74,6 +74,10 @@ def test_rows_to_standard_output_are_json_lines_and_nothing_else() -> None:
         (("-o", "x.jsonl", "--capture", "a=Filter.ring(3)"), 2, "cannot be captured"),
         (("-o", "x.jsonl", "--capture", "a=Cstr(Arg(0), max=1000000000)"), 2, "no length of 1 to 65536 bytes"),
         (("-o", "x.jsonl", "--capture", "time_ns=Arg(0)"), 2, "every row has a column"),
+        (("-o", "x.jsonl", "--capture", "a=Struct(Arg(0), {'b': 5})"), 2, "'5' at column 22: a field is Mem"),
+        (("-o", "x.jsonl", "--capture", "a=Struct(Arg(0), {b: Mem(0)})"), 2, "'b' at column 17: the name of a field"),
+        (("-o", "x.jsonl", "--capture", "a=Struct(Arg(0), {**Arg(1)})"), 2, "the name of a field is needed"),
+        (("-o", "x.jsonl", "--capture", "a={'b': Mem(0)}"), 2, "cannot be captured"),
         (("-o", "x.txt"), 2, "neither"),
         (("-o", "/nowhere/x.parquet"), 10, "could not be written"),
         (("-o", "/proc/self/x.jsonl"), 10, "could not be written"),
@@ -87,6 +91,24 @@ def test_what_makes_no_sense_is_one_line_and_an_exit_code(tmp_path: Path, words:
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_kind_of_column_can_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    expressions = [
+        "head=Struct(Arg(0), {'first': Mem(0, 1), 'rest': Cstr(1, max=64)})",
+        "flags=Arg(1).u32",
+        "raw=Bytes(Arg(0), 2)",
+        "wide=Utf16(Reg.rsp, max=8)",
+        "stack=Stack(8)",
+        "callers=Backtrace(2)",
+        "Mem(Reg.rsp)",
+    ]
+    run("trace", "open_file", "demo", "--count", "2", "-o", str(path), *(word for each in expressions for word in ("--capture", each)))
+    row = json.loads(path.read_text().splitlines()[0])
+    assert list(row)[7:] == ["head.first", "head.rest", "flags", "raw", "wide", "stack", "callers", "Mem(Reg.rsp)"]
+    assert (chr(row["head.first"]), row["head.rest"], row["raw"]) == ("/", "opt/app/app.conf", b"/o".hex())
+    assert row["callers"][0] == row["Mem(Reg.rsp)"] == int.from_bytes(bytes.fromhex(row["stack"]), "little")
 
 
 def test_a_reader_of_rows_that_goes_away_ends_the_command() -> None:
@@ -281,6 +303,6 @@ def test_a_browser_shows_the_page(recorded: Path, tmp_path: Path) -> None:
     assert int.from_bytes(data[16:20], "big") == 1100
     # An empty page of that size is a few kilobytes.
     assert len(data) > 30_000
-    if artefacts := os.environ.get("VMITAP_ARTEFACTS"):
-        Path(artefacts).mkdir(parents=True, exist_ok=True)
-        shutil.copy(picture, Path(artefacts) / "report.png")
+    artefacts = Path(os.environ.get("VMITAP_ARTEFACTS") or Path(__file__).parents[2] / "target" / "artefacts")
+    artefacts.mkdir(parents=True, exist_ok=True)
+    shutil.copy(picture, artefacts / "report.png")

@@ -135,3 +135,30 @@ def test_trace_takes_the_convention(guest: str) -> None:
     done = subprocess.run([sys.executable, "-m", "vmitap", *words], capture_output=True, text=True, timeout=60, check=True)
     hits = [json.loads(line) for line in done.stdout.splitlines()]
     assert [hit["args"] for hit in hits if "args" in hit] == [list(call[:6]) for call in CALLS]
+
+
+@pytest.mark.parametrize("vcpus", [1, 2])
+def test_a_call_that_never_returns_has_a_row_without_results_and_is_counted(vcpus: int) -> None:
+    # Each vCPU ends in halt_forever. What calls open_file comes back, and so does a task that schedule has put aside for others, on
+    # whichever vCPU; but for those that are aside when the guest ends.
+    with vmitap.attach("demo", vcpus=vcpus, cmdline="rounds=3") as vm:
+        opens = vm.breakpoint("open_file", capture={"n": Arg(0)}, on_return={"back": Reg.rax})
+        switches = vm.breakpoint("schedule", on_return={"back": Reg.rax})
+        ends = vm.breakpoint("halt_forever", on_return={"back": Reg.rax})
+        assert vm.run(timeout=60).reason == "idle"
+        assert (ends.stats.hits, vm.stats.returns_lost) == (vcpus, 0)
+
+        def backs(symbol: str) -> list[object]:
+            return [row["back"] for row in vm.recording.to_arrow().to_pylist() if row["symbol"] == symbol]
+
+        assert len(backs("open_file")) == opens.stats.hits > 10
+        assert 20 < len(backs("schedule")) < switches.stats.hits
+        assert None not in backs("open_file") + backs("schedule")
+        assert backs("halt_forever") == []
+        ends.remove()
+        assert (backs("halt_forever"), vm.stats.returns_lost) == ([None] * vcpus, vcpus)
+        switches.remove()
+        assert len(backs("schedule")) == switches.stats.hits
+        opens.remove()
+        # And the breakpoints at return addresses are gone.
+        assert vm.stats.shadow_frames == 0

@@ -193,13 +193,14 @@ def test_a_missing_package_says_what_to_install(vm: Vm, monkeypatch: pytest.Monk
                 method()
 
 
-def test_a_full_memory_loses_rows_and_says_so() -> None:
+def test_a_full_memory_loses_rows_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     with vmitap.attach("demo", cmdline=CALLS.format(5000)) as vm:
         vm.recording.limit = 50_000
         vm.breakpoint("open_file", capture={"flags": Arg(1)})
         vm.run(timeout=60)
         assert vm.recording.rows == len(vm.recording) + vm.recording.lost == 5000
         assert vm.stats.rows_lost == vm.recording.lost > 3000
+    assert caplog.text.count("limit of 50000 bytes: rows are lost") == 1
 
 
 # --- files that are written along ---
@@ -355,7 +356,7 @@ def test_a_folder_is_no_file(vm: Vm, tmp_path: Path, name: str) -> None:
     assert (len(vm.recording), bp.state) == (2, "active")
 
 
-def test_a_consumer_of_events_that_stops_loses_them_counted_and_the_guest_goes_on() -> None:
+def test_a_consumer_of_events_that_stops_loses_them_counted_and_the_guest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     with vmitap.attach("demo", cmdline=CALLS.format(1000)) as vm:
         bp = vm.breakpoint("open_file")
         first, second = vm.events(bp, timeout=60, queue=10), vm.events(bp, timeout=60, queue=1000)
@@ -363,6 +364,7 @@ def test_a_consumer_of_events_that_stops_loses_them_counted_and_the_guest_goes_o
         assert len(seen) == bp.stats.hits == 1000
         assert (first.lost, second.lost, vm.stats.lost) == (990, 0, 990)
         assert [hit.address for hit in first] == [bp.address] * 10
+    assert caplog.text.count("10 hits wait in a queue") == 1
 
 
 def test_a_string_that_is_longer_than_its_limit_is_cut_off_there(vm: Vm) -> None:

@@ -332,3 +332,104 @@ def test_a_guest_that_ends_with_its_tool_needs_no_repair(library: Path, state: P
     assert "emu" in refused.stderr
     with vmitap.attach("demo", repair=True):
         assert not state.exists()
+
+
+def test_an_asyncio_loop_waits_for_the_event_channel_and_needs_no_thread(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, threading, vmitap.aio
+from vmitap import SessionBusyError
+async def main():
+    async with vmitap.aio.attach("xen:guest") as guest:
+        vm = guest.vm
+        assert vm.fileno() >= 0 and vm.fileno() == vm.fileno()
+        threads = set()
+        bp = guest.breakpoint(0x8000, lambda hit: threads.add(threading.current_thread().name))
+        ticks = 0
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+        ticking = asyncio.create_task(tick())
+        fake.fake_automatic(50)
+        result = await guest.run(timeout=60, max_hits=50)
+        assert (result.reason, result.hits, result.py_calls) == ("max_hits", 50, 50), result
+        assert threads == {"MainThread"}, threads
+        # Nothing to be done: it waits, others go on, and it ends in time.
+        fake.fake_automatic(0)
+        before = ticks
+        result = await guest.run(timeout=0.3)
+        assert result.reason == "timeout" and 0.25 < result.elapsed < 2, result
+        assert ticks > before + 20, (before, ticks)
+        # Hits one by one; the first iteration ends early.
+        fake.fake_automatic(50)
+        hits = []
+        events = guest.events(bp, timeout=60)
+        async for hit in events:
+            hits.append((hit.vcpu, hit.regs.rip))
+            if len(hits) == 20:
+                break
+        with_busy = asyncio.create_task(guest.run(timeout=60))
+        try:
+            await with_busy
+        except SessionBusyError:
+            print("busy")
+        await events.aclose()
+        assert {rip for _, rip in hits} == {0x8000}
+        # Cancelled while it waits: no event is left unanswered.
+        waiting = asyncio.create_task(guest.run())
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            print("cancelled", state("held"))
+        # stop() from anywhere wakes it, through the descriptor.
+        fake.fake_automatic(0)
+        looks, vmitap.aio._LOOK = vmitap.aio._LOOK, 60
+        waiting = asyncio.create_task(guest.run())
+        await asyncio.sleep(0.05)
+        vm.stop()
+        print((await asyncio.wait_for(waiting, 20)).reason)
+        vmitap.aio._LOOK = looks
+        # What a handler raises comes out, with the event answered.
+        def fails(hit):
+            raise ValueError("no")
+        guest.breakpoint(0x8000, fails, key="fails")
+        fake.fake_automatic(50)
+        try:
+            await guest.run(timeout=60)
+        except vmitap.HandlerError as error:
+            print(error.error, state("held"))
+        ticking.cancel()
+        assert threading.active_count() == 1, threading.enumerate()
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["busy", "cancelled 0", "stopped", "no 0", "untouched"], (done.stdout, done.stderr)
+
+
+def test_a_coroutine_as_a_handler_of_a_domain_has_a_thread(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, vmitap.aio
+async def main():
+    async with vmitap.aio.attach("xen:guest") as guest, vmitap.aio.attach("demo") as demo:
+        seen = []
+        async def look(hit):
+            await asyncio.sleep(0)
+            seen.append(hit.vm.read_u8(hit.address))
+        guest.breakpoint(0x8000, look)
+        demo.breakpoint("open_file")
+        fake.fake_automatic(50)
+        results = await asyncio.gather(guest.run(timeout=60, max_hits=10), demo.run(timeout=60, max_hits=10))
+        print([result.hits for result in results], set(seen))
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["[10, 10] {85}", "untouched"], (done.stdout, done.stderr)

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Write};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
@@ -385,6 +386,10 @@ impl<D: VmiDriver> VmiEvents for Faulty<D> {
 
     fn waker(&self) -> Arc<dyn Waker> {
         self.inner().waker()
+    }
+
+    fn readiness(&self) -> Result<Option<OwnedFd>> {
+        self.inner().readiness()
     }
 }
 

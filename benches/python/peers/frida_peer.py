@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from time import process_time_ns
 
 import frida
 
@@ -42,15 +43,18 @@ def main() -> None:
     """Starts the program, taps it, and waits for its end."""
     way, program, calls = sys.argv[1:]
     ended = threading.Event()
+    began = 0
     pid = frida.spawn([program, calls], stdio="inherit")
     session = frida.attach(pid)
     session.on("detached", lambda *_: ended.set())
     script = session.create_script(SCRIPT.replace("WAY", repr(way)))
 
     def answer(message: dict[str, object], _data: object) -> None:
+        nonlocal began
+        began = began or process_time_ns()
         payload = message.get("payload")
         if isinstance(payload, dict):
-            print("hits", payload["hits"], flush=True)
+            print("hits", payload["hits"], "busy", process_time_ns() - began, flush=True)
         script.post({"type": "go"})
 
     script.on("message", answer)

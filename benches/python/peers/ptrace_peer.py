@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from signal import SIGTRAP
+from time import process_time_ns
 
 from ptrace.debugger import ProcessExit, PtraceDebugger
 from ptrace.debugger.child import createChild
@@ -16,13 +17,15 @@ def main() -> None:
     pid = createChild([program, calls], False, dict(os.environ))
     debugger = PtraceDebugger()
     process = debugger.addProcess(pid, True)
-    hits = 0
+    hits = began = ended = 0
     breakpoint_ = process.createBreakpoint(address)
     try:
         while True:
             process.cont()
             process.waitSignals(SIGTRAP)
             hits += 1
+            ended = process_time_ns()
+            began = began or ended
             process.getreg("rdi")
             breakpoint_.desinstall(set_ip=True)
             process.singleStep()
@@ -30,7 +33,7 @@ def main() -> None:
             breakpoint_ = process.createBreakpoint(address)
     except ProcessExit:
         pass
-    print("hits", hits, flush=True)
+    print("hits", hits, "busy", ended - began, flush=True)
     debugger.quit()
 
 

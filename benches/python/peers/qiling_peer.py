@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from time import perf_counter
+from time import process_time
 
 from qiling import Qiling
 from qiling.const import QL_VERBOSE
@@ -17,7 +17,7 @@ def look(ql: Qiling) -> None:
     global hits, began, ended
     hits += 1
     _ = ql.arch.regs.rdi
-    ended = perf_counter()
+    ended = process_time()
     if hits == 2:
         began = ended
 

@@ -541,6 +541,17 @@ impl VmiEvents for XenDriver {
     fn waker(&self) -> Arc<dyn Waker> {
         Arc::<Bell>::clone(&self.bell)
     }
+
+    fn readiness(&self) -> Result<Option<OwnedFd>> {
+        use rustix::event::epoll;
+        let os = |op, error: rustix::io::Errno| VmiError::Driver { op, errno: error.raw_os_error(), detail: error.to_string() };
+        let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| os("epoll_create", error))?;
+        let channel = self.events.fd().map_err(|error| failed(&error))?;
+        for fd in [channel, self.bell.fd.as_fd()] {
+            epoll::add(&both, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(|error| os("epoll_ctl", error))?;
+        }
+        Ok(Some(both))
+    }
 }
 
 impl XenDriver {
