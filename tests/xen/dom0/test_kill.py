@@ -35,7 +35,7 @@ def session(turn: int, reached: Callable[[str], None]) -> None:
     reached("attach")
     vm = attach("xen:demo")
     reached("insert")
-    first = vm.breakpoint(symbols()["open_file"], lambda hit: verdicts[0])
+    first = vm.breakpoint(symbols()["open_file"], lambda hit: verdicts[0] if hit.step == 0 else None)
     second = vm.breakpoint(symbols()["read_file"])
     watch = vm.watch(symbols()["truth"] + 0xF00, 8, vmitap.Access.W)
     other = vm.views.create()
