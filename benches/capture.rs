@@ -2,8 +2,11 @@
 //! left is the evaluation's own work.
 #![allow(missing_docs, clippy::unwrap_used, reason = "a benchmark that cannot go on panics")]
 
+mod common;
+
 use std::hint::black_box;
 
+use common::CpuTime;
 use criterion::{Criterion, criterion_group, criterion_main};
 use vmitap::arch::amd64::{Registers, pte};
 use vmitap::capture::{
@@ -29,9 +32,9 @@ fn compile(nodes: &[Node]) -> Program {
     Program::compile(nodes, Abi::SystemV).unwrap()
 }
 
-fn filters(c: &mut Criterion) {
+fn filters(c: &mut Criterion<CpuTime>) {
     let (vmi, registers) = guest();
-    let scene = Scene { vmi: &vmi, registers: &registers, vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
+    let scene = Scene { vmi: Some(&vmi), registers: &registers, vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
     let constant = |value| Node::Const { value, signed: false };
     let size = [Node::Argument(2), constant(4096), Node::Compare(Test::Gt)];
     let ring = [Node::Register(Register::Ring), constant(3), Node::Compare(Test::Eq)];
@@ -47,9 +50,9 @@ fn filters(c: &mut Criterion) {
     group.finish();
 }
 
-fn rows(c: &mut Criterion) {
+fn rows(c: &mut Criterion<CpuTime>) {
     let (vmi, registers) = guest();
-    let scene = Scene { vmi: &vmi, registers: &registers, vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
+    let scene = Scene { vmi: Some(&vmi), registers: &registers, vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
     let number = |name: &str, nodes: &[Node]| Column {
         name: name.to_owned(),
         source: Source::Number { program: compile(nodes), bytes: 8 },
@@ -87,5 +90,5 @@ fn rows(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, filters, rows);
+criterion_group!(name = benches; config = common::criterion(); targets = filters, rows);
 criterion_main!(benches);

@@ -1,9 +1,11 @@
 //! Cost of finding out whose an event is, and of the bookkeeping of one breakpoint more among many.
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark that cannot go on panics")]
 
+mod common;
+
 use std::hint::black_box;
 
-use criterion::measurement::WallTime;
+use common::CpuTime;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use vmitap::arch::amd64::AddressContext;
 use vmitap::core::VmiCore;
@@ -60,13 +62,13 @@ impl Random {
 
 /// What the machine itself takes to come to 16 bytes of so many times 16: no table can have an address and an owner in less. Nothing is
 /// looked for here, and nothing compared.
-fn bare(group: &mut BenchmarkGroup<'_, WallTime>, count: u64) {
+fn bare(group: &mut BenchmarkGroup<'_, CpuTime>, count: u64) {
     let table: Vec<[u64; 2]> = (0..count).map(|index| [index, !index]).collect();
     let mut at = Random(0);
     group.bench_function("bare accesses all over", |b| b.iter(|| black_box(table[at.below(count) as usize])));
 }
 
-fn lookup(c: &mut Criterion) {
+fn lookup(c: &mut Criterion<CpuTime>) {
     for count in [256, 1_000_000] {
         let mut vmi = VmiCore::new(Box::new(MockDriver::new(0x1000, 1)));
         let mut manager = BreakpointManager::new();
@@ -117,5 +119,5 @@ fn lookup(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, lookup);
+criterion_group!(name = benches; config = common::criterion(); targets = lookup);
 criterion_main!(benches);

@@ -1,8 +1,11 @@
 //! Cost of a translation: remembered, walked anew, and the bare walk as an emulator's TLB fill does it.
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark that cannot go on panics")]
 
+mod common;
+
 use std::hint::black_box;
 
+use common::CpuTime;
 use criterion::{Criterion, criterion_group, criterion_main};
 use vmitap::arch::amd64::{pte, walk};
 use vmitap::core::VmiCore;
@@ -11,7 +14,7 @@ use vmitap::{Pa, Va};
 
 const VA: Va = Va(0xffff_8000_0040_0123);
 
-fn translate(c: &mut Criterion) {
+fn translate(c: &mut Criterion<CpuTime>) {
     for levels in [4, 5] {
         let mut driver = MockDriver::new(1 << 20, 1);
         let context = driver.new_root(levels).unwrap();
@@ -38,5 +41,5 @@ fn translate(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, translate);
+criterion_group!(name = benches; config = common::criterion(); targets = translate);
 criterion_main!(benches);

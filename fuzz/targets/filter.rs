@@ -106,7 +106,7 @@ fuzz_target!(|bytes: &[u8]| {
     // The state outlives a hit, so there are several.
     for turn in 0..3_u64 {
         let clock = move || turn * 400_000_000;
-        let scene = Scene { vmi: &vmi, registers: &registers, vcpu: VcpuId(0), va: Va(0x1000), clock: &clock };
+        let scene = Scene { vmi: Some(&vmi), registers: &registers, vcpu: VcpuId(0), va: Va(0x1000), clock: &clock };
         let mut machine = Machine::default();
         let mut asked = 0;
         loop {

@@ -427,6 +427,11 @@ impl Program {
         self.slots
     }
 
+    /// Whether evaluating it can look at memory.
+    pub fn reads(&self) -> bool {
+        self.ops.iter().any(|op| matches!(op, Op::Load(_) | Op::Text { .. }))
+    }
+
     /// Whether evaluating it can stop at a [`Node::Ask`].
     pub const fn asks(&self) -> bool {
         self.asks

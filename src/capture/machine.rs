@@ -12,8 +12,8 @@ use super::text;
 
 /// What a program looks at.
 pub struct Scene<'a, D: VmiDriver + ?Sized> {
-    /// The guest.
-    pub vmi: &'a VmiCore<D>,
+    /// The guest; `None` where nothing of its memory is looked at ([`Program::reads`]): then a look at it finds that it cannot be read.
+    pub vmi: Option<&'a VmiCore<D>>,
     /// The vCPU's registers.
     pub registers: &'a Registers,
     /// The vCPU.
@@ -131,7 +131,8 @@ impl Machine {
                     let pattern = program.patterns.get(usize::from(pattern)).map(AsRef::as_ref).unwrap_or_default();
                     let value = self.pop().and_then(|at| {
                         let context = AddressContext::from(scene.registers);
-                        let fits = text::fits(scene.vmi, (Va(at), context), kind, test, max as usize, pattern);
+                        let fits =
+                            scene.vmi.and_then(|vmi| text::fits(vmi, (Va(at), context), kind, test, max as usize, pattern));
                         self.faults += u32::from(fits.is_none());
                         fits
                     });
@@ -214,6 +215,6 @@ fn cast(value: u64, bits: u8, signed: bool) -> u64 {
 pub(super) fn load<D: VmiDriver + ?Sized>(scene: &Scene<'_, D>, va: Va, size: u8) -> Option<u64> {
     let mut bytes = [0; 8];
     let context = AddressContext::from(scene.registers);
-    scene.vmi.read(va, context, bytes.get_mut(..size.into())?).ok()?;
+    scene.vmi?.read(va, context, bytes.get_mut(..size.into())?).ok()?;
     Some(u64::from_le_bytes(bytes))
 }

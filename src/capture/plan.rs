@@ -214,7 +214,7 @@ fn bytes<D: VmiDriver + ?Sized>(at: &Program, len: u32, scene: &Scene<'_, D>, ro
     let from = row.bytes.len();
     row.bytes.resize(from + len as usize, 0);
     let there = row.bytes.get_mut(from..).unwrap_or_default();
-    if scene.vmi.read(Va(at), AddressContext::from(scene.registers), there).is_err() {
+    if scene.vmi.is_none_or(|vmi| vmi.read(Va(at), AddressContext::from(scene.registers), there).is_err()) {
         row.bytes.truncate(from);
         return Cell::Null;
     }
@@ -247,7 +247,7 @@ fn read_string<D: VmiDriver + ?Sized>(va: Va, max: usize, unit: usize, scene: &S
         let at = va.checked_add(have as u64)?;
         let len = (max - have).min(STEP).min(at.page_rest() as usize);
         out.resize(begin + have + len, 0);
-        scene.vmi.read(at, context, out.get_mut(begin + have..)?).ok()?;
+        scene.vmi?.read(at, context, out.get_mut(begin + have..)?).ok()?;
         let mut units = out.get(searched..)?.chunks_exact(unit);
         if let Some(index) = units.position(|unit| unit.iter().all(|byte| *byte == 0)) {
             out.truncate(searched + index * unit);

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
+use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::error::{Result, VmiError};
 use crate::event::{VmiEvent, VmiEventResponse};
@@ -87,6 +87,23 @@ pub enum Wait {
     Timeout,
     /// Every vCPU has halted for good, or stands still because it is paused or held: waiting longer brings nothing.
     Idle,
+}
+
+/// An INT3 (0xCC) that a vCPU has executed outside the default view, before it is an event.
+#[derive(Clone, Copy)]
+pub struct Trap<'a> {
+    /// The vCPU.
+    pub vcpu: VcpuId,
+    /// The view it is in.
+    pub view: View,
+    /// The frame the instruction was fetched from, as the guest numbers it.
+    pub gfn: Gfn,
+    /// Where the instruction is.
+    pub rip: Va,
+    /// The root of the page tables.
+    pub root: Pa,
+    /// All registers, as an event would have them: collected when they are asked for.
+    pub registers: &'a dyn Fn() -> Registers,
 }
 
 /// Wakes a thread that is in [`VmiEvents::wait`]. Usable from any thread and in a signal handler.
@@ -198,6 +215,13 @@ pub trait VmiEvents {
     ///
     /// A vCPU whose event is not answered yet stands still meanwhile; the others run.
     fn wait(&mut self, timeout: Duration) -> Result<Wait>;
+
+    /// As [`Self::wait`], with INT3s put to `counts` before they are events. Where it says yes, none is raised: it is as if the event had
+    /// been answered with [`crate::event::EventAction::FastSingleStep`] in the default view. A driver need not ask.
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
+        let _ = counts;
+        self.wait(timeout)
+    }
 
     /// Answers the event that holds `vcpu`. Exactly one answer an event; on an error the event is still unanswered.
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()>;

@@ -14,7 +14,7 @@ use super::convert::{access_to_python, address};
 use super::errors::stale;
 use super::events::seconds;
 use super::expression::{Captured, Condition};
-use super::shared::Shared;
+use super::shared::{Shared, count};
 use super::views::View;
 use crate::addr::{MemoryAccess, Va};
 use crate::capture::Abi;
@@ -140,9 +140,9 @@ impl Breakpoint {
         self.extra.get()?.symbol.as_ref()
     }
 
-    /// Counts a call of its handler, or of a predicate of its filter.
+    /// Counts a call of its handler, or of a predicate of its filter. By the thread that runs the loop only.
     pub fn count_call(&self) {
-        self.extra().calls.fetch_add(1, Ordering::Relaxed);
+        count(&self.extra().calls);
     }
 
     fn common(&self) -> &Common {

@@ -189,8 +189,7 @@ impl Events {
         }
         let taps = (!breakpoints.is_empty()).then(|| breakpoints.iter().map(|each| each.get().id()).collect());
         let listener = Arc::new(Listener { taps, queue: Mutex::new(VecDeque::new()), room, lost: AtomicU64::new(0) });
-        shared.listeners.lock().push(listener.clone());
-        shared.listeners_changed.store(true, Ordering::Release);
+        shared.add_listener(listener.clone());
         Ok(Self {
             vm,
             shared: shared.clone(),
@@ -204,8 +203,7 @@ impl Events {
 
     /// No more hits are put into the queue.
     fn leave(&self) {
-        self.shared.listeners.lock().retain(|each| !Arc::ptr_eq(each, &self.listener));
-        self.shared.listeners_changed.store(true, Ordering::Release);
+        self.shared.remove_listener(&self.listener);
     }
 
     fn next_waiting(&self) -> Option<Py<Hit>> {

@@ -1,5 +1,6 @@
 //! One hit, as a snapshot.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -68,7 +69,7 @@ struct Pickled {
 
 /// A hit of a session that is still there. Everything is as the session gave it: what nobody asks for costs nothing.
 struct Live {
-    hit: Box<session::Hit>,
+    hit: Arc<session::Hit>,
     met: Instant,
     breakpoint: Py<Breakpoint>,
     /// While the session's is the same, the handler of this hit is running.
@@ -113,7 +114,7 @@ pub struct Hit(Origin);
 
 impl Hit {
     pub const fn new(
-        hit: Box<session::Hit>,
+        hit: Arc<session::Hit>,
         met: Instant,
         breakpoint: Py<Breakpoint>,
         generation: u64,
@@ -169,7 +170,7 @@ impl Hit {
     #[getter]
     fn regs(&self, py: Python<'_>) -> PyResult<Py<Registers>> {
         match &self.0 {
-            Origin::Live(live) => Py::new(py, Registers::from(&live.hit.registers)),
+            Origin::Live(live) => Py::new(py, Registers::from(&live.hit)),
             Origin::Pickled(pickled) => Ok(pickled.registers.clone_ref(py)),
         }
     }

@@ -11,7 +11,7 @@ use super::breakpoint::Breakpoint;
 use super::convert::OnWriteArg;
 use super::errors::{DeadlineExceededError, HandlerError};
 use super::hit::{Hit, stack_arguments};
-use super::shared::{Inner, Listener, Shared};
+use super::shared::{Inner, Listener, Shared, count};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
@@ -229,6 +229,7 @@ fn turn_until(
         // Hits often come in crowds: after one, the next is first waited for without letting go of the interpreter.
         let at_once = if met_at.is_some() { shared.briefly(|inner| turn(inner, Some(now))) } else { None };
         let limit = if ends || course.moments.is_some() { Some(now) } else { until };
+        let kept = at_once.is_some();
         let turn = match at_once {
             Some(turn) => {
                 super::log::flush(py);
@@ -237,7 +238,12 @@ fn turn_until(
             None => shared.released(py, |inner| turn(inner, limit)),
         };
         match turn {
-            Turn::Polled(Poll::Hit(hit)) => meet(py, shared, &mut state, hit),
+            Turn::Polled(Poll::Hit(hit)) => {
+                // A moment ago, if the interpreter was not waited for and nobody else was told of the event before.
+                let is_news = state.event != Some((hit.at, hit.vcpu));
+                let met = if kept && is_news { hit.at } else { Instant::now() };
+                meet(py, shared, &mut state, hit, met);
+            }
             Turn::Polled(Poll::Timeout) if course.moments.is_some() && !ends => {
                 course.moments = Some(false);
                 return Ok(None);
@@ -287,8 +293,7 @@ fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
 }
 
 /// Tells everybody who wants to know of a hit, and finds the answer to it.
-fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session::Hit>) {
-    let now = Instant::now();
+fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session::Hit>, now: Instant) {
     let asked = match (hit.question, hit.ask) {
         (Some(_), _) => Asked::Condition,
         (None, true) => Asked::Policy,
@@ -316,7 +321,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session
     if handler.is_none() && listeners.is_empty() {
         return;
     }
-    let generation = if handler.is_some() { shared.generation.fetch_add(1, Ordering::AcqRel) + 1 } else { 0 };
+    let generation = if handler.is_some() { shared.next_generation() } else { 0 };
     let stack = stack_arguments(py, tap, &hit);
     let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation, stack)) {
         Ok(object) => object,
@@ -331,13 +336,16 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Box<session
     let Some(handler) = handler else { return };
     let said = call(py, shared, state, &breakpoint, &handler, &object, asked);
     if generation != 0 {
-        shared.generation.fetch_add(1, Ordering::AcqRel);
+        shared.next_generation();
     }
     state.answer = Some(said);
 }
 
 fn listeners_of(shared: &Shared, tap: session::TapId) -> Vec<Arc<Listener>> {
     // An empty vector takes no memory, and hardly ever is there one.
+    if !shared.has_listeners.load(Ordering::Acquire) {
+        return Vec::new();
+    }
     shared.listeners.lock().iter().filter(|listener| listener.wants(tap)).cloned().collect()
 }
 
@@ -366,7 +374,7 @@ fn call(
     asked: Asked,
 ) -> Answer {
     let tap = breakpoint.get();
-    shared.calls.fetch_add(1, Ordering::Relaxed);
+    count(&shared.calls);
     tap.count_call();
     let began = tap.deadline().map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));

@@ -1,38 +1,132 @@
 //! The registers of one vCPU, as a snapshot.
 
+use std::sync::Arc;
+
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::arch::amd64;
+use crate::session::Hit;
+
+/// Whose they are. Those of a hit are the hit's own: a handler that looks at one of them pays for no copy of all.
+enum Of {
+    Hit(Arc<Hit>),
+    Itself(Box<amd64::Registers>),
+}
+
+/// The registers of one vCPU, as a snapshot.
+#[pyclass(frozen, eq, hash, module = "vmitap._native", name = "Registers")]
+pub struct Registers(Of);
+
+impl From<&amd64::Registers> for Registers {
+    fn from(registers: &amd64::Registers) -> Self {
+        Self(Of::Itself(Box::new(*registers)))
+    }
+}
+
+impl From<&Arc<Hit>> for Registers {
+    fn from(hit: &Arc<Hit>) -> Self {
+        Self(Of::Hit(Arc::clone(hit)))
+    }
+}
+
+impl PartialEq for Registers {
+    fn eq(&self, other: &Self) -> bool {
+        self.named() == other.named()
+    }
+}
+
+impl Eq for Registers {}
+
+impl std::hash::Hash for Registers {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.named().hash(state);
+    }
+}
+
+impl Registers {
+    fn all(&self) -> &amd64::Registers {
+        match &self.0 {
+            Of::Hit(hit) => &hit.registers,
+            Of::Itself(registers) => registers,
+        }
+    }
+
+    /// The page-table root: CR3 without PCID and flag bits.
+    pub fn page_root(&self) -> u64 {
+        self.all().root().0
+    }
+
+    /// The privilege level.
+    pub fn ring(&self) -> u8 {
+        self.all().cpl()
+    }
+}
 
 macro_rules! registers {
     ($($(#[doc = $doc:literal])* $name:ident = $($path:ident).+),* $(,)?) => {
-        /// The registers of one vCPU, as a snapshot.
-        #[pyclass(frozen, get_all, module = "vmitap._native", name = "Registers")]
-        pub struct Registers {
-            $($(#[doc = $doc])* $name: u64,)*
-        }
-
-        impl From<&amd64::Registers> for Registers {
-            #[allow(clippy::useless_conversion, reason = "some are 64 bits wide already")]
-            fn from(registers: &amd64::Registers) -> Self {
-                Self { $($name: u64::from(registers.$($path).+),)* }
-            }
-        }
-
         impl Registers {
             /// Every register by name.
-            const fn named(&self) -> [(&'static str, u64); NAMES.len()] {
-                [$((stringify!($name), self.$name),)*]
+            #[allow(clippy::useless_conversion, reason = "some are 64 bits wide already")]
+            fn named(&self) -> [(&'static str, u64); NAMES.len()] {
+                let all = self.all();
+                [$((stringify!($name), u64::from(all.$($path).+)),)*]
             }
 
+            #[allow(trivial_numeric_casts, clippy::unnecessary_cast, reason = "some are 64 bits wide already")]
             fn from_named(values: &[u64]) -> Option<Self> {
                 let mut values = values.iter().copied();
-                Some(Self { $($name: values.next()?,)* })
+                let mut all = Box::<amd64::Registers>::default();
+                $(all.$($path).+ = values.next()? as _;)*
+                Some(Self(Of::Itself(all)))
             }
         }
 
         const NAMES: &[&str] = &[$(stringify!($name),)*];
+
+        #[pymethods]
+        impl Registers {
+            $(
+                $(#[doc = $doc])*
+                #[getter]
+                #[allow(clippy::useless_conversion, reason = "some are 64 bits wide already")]
+                fn $name(&self) -> u64 {
+                    u64::from(self.all().$($path).+)
+                }
+            )*
+
+            /// The page-table root: CR3 without PCID and flag bits.
+            #[getter]
+            fn root(&self) -> u64 {
+                self.page_root()
+            }
+
+            /// The privilege level, 0 to 3 (Intel SDM vol. 3, 5.5).
+            #[getter]
+            fn cpl(&self) -> u8 {
+                self.ring()
+            }
+
+            /// Every register by name, in the order above; without the derived `root` and `cpl`.
+            fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+                let dict = PyDict::new(py);
+                for (name, value) in self.named() {
+                    dict.set_item(name, value)?;
+                }
+                Ok(dict)
+            }
+
+            fn __repr__(&self) -> String {
+                let shown: Vec<_> = self.named().iter().take(18).map(|(name, value)| format!("{name}={value:#x}")).collect();
+                format!("<Registers {}>", shown.join(" "))
+            }
+
+            fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyTuple>,))> {
+                let py = slf.py();
+                let values = PyTuple::new(py, slf.get().named().map(|(_, value)| value))?;
+                Ok((py.import("vmitap._native")?.getattr("_registers")?, (values,)))
+            }
+        }
     };
 }
 
@@ -47,61 +141,6 @@ registers! {
     kernel_gs_base = kernel_gs_base, tr_base = tr.base,
     gdtr_base = gdtr.base, gdtr_limit = gdtr.limit, idtr_base = idtr.base, idtr_limit = idtr.limit,
     star = star, lstar = lstar, sfmask = sfmask,
-}
-
-impl Registers {
-    /// The page-table root: CR3 without PCID and flag bits.
-    pub const fn page_root(&self) -> u64 {
-        self.cr3 & 0x000f_ffff_ffff_f000
-    }
-
-    /// The privilege level.
-    pub const fn ring(&self) -> u8 {
-        (self.cs & 3) as u8
-    }
-}
-
-#[pymethods]
-impl Registers {
-    /// The page-table root: CR3 without PCID and flag bits.
-    #[getter]
-    fn root(&self) -> u64 {
-        self.page_root()
-    }
-
-    /// The privilege level, 0 to 3 (Intel SDM vol. 3, 5.5).
-    #[getter]
-    fn cpl(&self) -> u8 {
-        self.ring()
-    }
-
-    /// Every register by name, in the order above; without the derived `root` and `cpl`.
-    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let dict = PyDict::new(py);
-        for (name, value) in self.named() {
-            dict.set_item(name, value)?;
-        }
-        Ok(dict)
-    }
-
-    fn __eq__(&self, other: &Bound<'_, PyAny>) -> bool {
-        other.cast::<Self>().is_ok_and(|other| other.get().named() == self.named())
-    }
-
-    fn __hash__(&self) -> u64 {
-        self.named().iter().fold(0, |hash: u64, (_, value)| hash.rotate_left(5) ^ value)
-    }
-
-    fn __repr__(&self) -> String {
-        let shown: Vec<_> = self.named().iter().take(18).map(|(name, value)| format!("{name}={value:#x}")).collect();
-        format!("<Registers {}>", shown.join(" "))
-    }
-
-    fn __reduce__<'py>(slf: &Bound<'py, Self>) -> PyResult<(Bound<'py, PyAny>, (Bound<'py, PyTuple>,))> {
-        let py = slf.py();
-        let values = PyTuple::new(py, slf.get().named().map(|(_, value)| value))?;
-        Ok((py.import("vmitap._native")?.getattr("_registers")?, (values,)))
-    }
 }
 
 /// Makes registers from what `__reduce__` gave.

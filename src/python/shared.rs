@@ -74,6 +74,8 @@ pub struct Shared {
     pub keys: Py<PyDict>,
     key_count: AtomicU64,
     pub listeners: Mutex<Vec<Arc<Listener>>>,
+    /// There may be one: hits are not to take that lock for nothing.
+    pub has_listeners: AtomicBool,
     /// A listener came or went: who wants which hits is to be told to the session.
     pub listeners_changed: AtomicBool,
     pub stop: AtomicBool,
@@ -118,6 +120,7 @@ impl Shared {
             keys: PyDict::new(py).unbind(),
             key_count: AtomicU64::new(0),
             listeners: Mutex::default(),
+            has_listeners: AtomicBool::new(false),
             listeners_changed: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             lost: AtomicU64::new(0),
@@ -150,10 +153,10 @@ impl Shared {
     ///
     /// Getting the interpreter back after every hit costs more than the hit, and milliseconds beside a busy thread.
     pub fn briefly<T>(&self, work: impl FnOnce(&mut Inner) -> T) -> Option<T> {
-        let turn = self.turn.try_lock()?;
-        let mut inner = self.inner.try_lock()?;
-        drop(turn);
-        Some(work(&mut inner))
+        if self.turn.is_locked() {
+            return None;
+        }
+        self.inner.try_lock().map(|mut inner| work(&mut inner))
     }
 
     /// For what takes no time: keeps the interpreter if the lock is free. Getting it back can take milliseconds beside a busy
@@ -208,9 +211,32 @@ impl Shared {
         keys.as_any().call_method1("setdefault", (key, number))?.extract()
     }
 
+    /// The number of the next moment in which a `hit.vm` is valid, or in which none is. By the thread that runs the loop only.
+    pub fn next_generation(&self) -> u64 {
+        let next = self.generation.load(Ordering::Relaxed) + 1;
+        self.generation.store(next, Ordering::Release);
+        next
+    }
+
     /// Whether an open `Events` wants the hits of a tap.
     pub fn is_listened_to(&self, tap: TapId) -> bool {
         self.listeners.lock().iter().any(|listener| listener.wants(tap))
+    }
+
+    pub fn add_listener(&self, listener: Arc<Listener>) {
+        let mut listeners = self.listeners.lock();
+        listeners.push(listener);
+        self.has_listeners.store(true, Ordering::Release);
+        drop(listeners);
+        self.listeners_changed.store(true, Ordering::Release);
+    }
+
+    pub fn remove_listener(&self, listener: &Arc<Listener>) {
+        let mut listeners = self.listeners.lock();
+        listeners.retain(|each| !Arc::ptr_eq(each, listener));
+        self.has_listeners.store(!listeners.is_empty(), Ordering::Release);
+        drop(listeners);
+        self.listeners_changed.store(true, Ordering::Release);
     }
 
     /// Tells the session which hits are wanted, if a listener came or went.
@@ -289,6 +315,11 @@ impl Shared {
         drop((taps, listeners));
         Ok(result?)
     }
+}
+
+/// Counts one more. For what one thread at a time counts, others only reading: adding at once would cost as much as five such.
+pub fn count(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }
 
 /// The loop is this thread's until this is dropped.

@@ -1,5 +1,6 @@
 //! The loop: wait, decide, answer. Each event is answered exactly once, also when something fails on the way.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
@@ -63,7 +64,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return Ok(Poll::MaxHits);
             }
             // From the last look at the clock here; the driver looks at it too.
-            let wait = self.vmi.driver_mut().wait(timeout);
+            let wait = self.wait(timeout, stop_at);
             // By reference: an event is large, and this is done once for each.
             let event = match &wait {
                 Ok(Wait::Event(event)) => event,
@@ -261,13 +262,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.sampler.in_hand = None;
         // Given back by `finish`.
         let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
-        let mut pending = Self::pending(event, home, course, (va, pa), access, wanted);
+        let mut pending = self.pending(event, home, course, (va, pa), access, wanted);
         pending.questions = questions;
         self.pending = Some(pending);
         Sorted::Wanted
     }
 
     fn pending(
+        &mut self,
         event: &VmiEvent,
         home: View,
         course: Course,
@@ -275,7 +277,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         access: MemoryAccess,
         wanted: Vec<TapId>,
     ) -> Box<Pending> {
-        Box::new(Pending {
+        let pending = Pending {
             event: *event,
             home,
             course,
@@ -293,7 +295,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             step: 0,
             received: Instant::now(),
             is_out: false,
-        })
+        };
+        match self.spare.take() {
+            Some(mut spare) => {
+                *spare = pending;
+                spare
+            }
+            None => Box::new(pending),
+        }
     }
 
     /// A write to a hidden page that no watch is for.
@@ -302,7 +311,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         match self.decide_write(event, event.view.unwrap_or(self.tap_view)) {
             (WriteDecision::Ask, Some(tap)) => {
                 let at = (va.unwrap_or_default(), pa);
-                let mut pending = Self::pending(event, home, Course::Write, at, access, Vec::new());
+                let mut pending = self.pending(event, home, Course::Write, at, access, Vec::new());
                 pending.asking = Some(tap);
                 self.pending = Some(pending);
                 Ok(Sorted::Wanted)
@@ -335,14 +344,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         walk.done += 1;
         let (tap, done) = (walk.tap, walk.done);
         let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
-        let mut pending = Self::pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
+        let mut pending = self.pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
         pending.step = done;
         self.pending = Some(pending);
         Sorted::Wanted
     }
 
     /// The next tap to be told of the event in hand.
-    fn next_hit(&mut self) -> Option<Box<Hit>> {
+    fn next_hit(&mut self) -> Option<Arc<Hit>> {
         let pending = self.pending.as_mut()?;
         loop {
             let (tap, ask) = match pending.wanted.get(pending.told) {
@@ -362,7 +371,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 flight.note(FlightOutcome::Handling, Some(tap.0));
                 flight.expect(FlightOutcome::Handled, Some(tap.0));
             }
-            return Some(Box::new(Hit {
+            return Some(Arc::new(Hit {
                 tap,
                 vcpu: pending.event.vcpu,
                 view: pending.home,
@@ -470,14 +479,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Everybody is told: carries the verdict out and answers the event.
     fn finish(&mut self) -> Result<()> {
-        let Some(pending) = self.pending.take() else { return Ok(()) };
+        let Some(mut pending) = self.pending.take() else { return Ok(()) };
         let done = self.carry_out(&pending);
         self.end_flight();
         self.note_hold(&pending);
         if done.is_err() {
             self.rescue(&pending.event, pending.home(), pending.course == Course::Deny);
         }
-        self.owners = pending.wanted;
+        self.owners = std::mem::take(&mut pending.wanted);
+        self.spare = Some(pending);
         done.and(self.settle()).and(self.enforce_budgets())
     }
 

@@ -40,6 +40,16 @@ impl Filter {
         Self { program: program.clone(), state, filtered: 0, faults: 0 }
     }
 
+    /// Whether it looks at registers and counters only.
+    pub fn is_plain(&self) -> bool {
+        !self.program.reads() && !self.program.asks()
+    }
+
+    /// For one that is plain: whether the hit counts.
+    pub fn passes<D: VmiDriver + ?Sized>(&mut self, tap: TapId, scene: &Scene<'_, D>) -> bool {
+        matches!(self.look(tap, Machine::default(), scene), Admission::Passes)
+    }
+
     fn look<D: VmiDriver + ?Sized>(&mut self, tap: TapId, mut machine: Machine, scene: &Scene<'_, D>) -> Admission {
         let outcome = machine.run(&self.program, &mut self.state, scene);
         let value = match outcome {
@@ -65,9 +75,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if program.is_some_and(|program| program.result() != crate::capture::Type::Bool) {
             return Err(VmiError::InvalidArgument { what: "where", reason: "it is a number and no condition".to_owned() });
         }
-        if let Some(rare) = self.taps.rare_or_new(id) {
-            rare.filter = program.map(|program| Box::new(Filter::new(program)));
-        }
+        self.taps.specialize(id, |rare| rare.filter = program.map(|program| Box::new(Filter::new(program))));
         Ok(())
     }
 
@@ -80,7 +88,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Self { vmi, taps, owners, questions, stats, began, .. } = self;
         questions.clear();
         let clock = || began.elapsed().as_nanos() as u64;
-        let scene = Scene { vmi, registers, vcpu: at.0, va: at.1, clock: &clock };
+        let scene = Scene { vmi: Some(vmi), registers, vcpu: at.0, va: at.1, clock: &clock };
         owners.retain(|id| {
             let Some(filter) = taps.rare_mut(*id).and_then(|rare| rare.filter.as_mut()) else { return true };
             match filter.look(*id, Machine::default(), &scene) {
@@ -116,7 +124,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         (pending.is_out, pending.is_question) = (false, false);
         let clock = || began.elapsed().as_nanos() as u64;
         let event = &pending.event;
-        let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
+        let scene = Scene { vmi: Some(vmi), registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
         let filter = taps.rare_mut(id).and_then(|rare| rare.filter.as_mut());
         let said = filter.map(|filter| filter.look(id, machine, &scene));
         let passes = matches!(said, Some(Admission::Passes));

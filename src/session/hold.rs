@@ -114,6 +114,18 @@ pub(super) struct Sampler {
     pub(super) in_hand: Option<(Instant, u32)>,
 }
 
+impl Sampler {
+    /// Whether the next hit is one that is timed.
+    pub(super) const fn is_due(&self) -> bool {
+        self.untimed + 1 >= SAMPLE || !self.has_begun
+    }
+
+    /// A hit goes by that is not.
+    pub(super) const fn pass(&mut self) {
+        self.untimed += 1;
+    }
+}
+
 /// How many events a tap may cause in a second, filtered ones included, before it is switched off.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Budget {
@@ -149,9 +161,7 @@ impl Budget {
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// Limits how many events the tap may cause in a second; with one more it is disabled. `None`: no limit.
     pub fn set_budget(&mut self, id: TapId, per_second: Option<u64>) {
-        if let Some(rare) = self.taps.rare_or_new(id) {
-            rare.budget = per_second.map(|per_second| Box::new(Budget::new(per_second)));
-        }
+        self.taps.specialize(id, |rare| rare.budget = per_second.map(|per_second| Box::new(Budget::new(per_second))));
     }
 
     /// The budget of a tap.

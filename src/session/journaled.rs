@@ -9,8 +9,8 @@ use super::journal::{Entry, Found, Journal};
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
-    VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, Trap, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection,
+    VmiRead, VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -229,6 +229,12 @@ impl<D: VmiDriver + ?Sized> VmiEvents for Journaled<D> {
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
         let wait = self.inner.wait(timeout);
+        self.journal.is_gone |= matches!(wait, Err(VmiError::DomainGone { .. }));
+        wait
+    }
+
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
+        let wait = self.inner.wait_counting(timeout, counts);
         self.journal.is_gone |= matches!(wait, Err(VmiError::DomainGone { .. }));
         wait
     }

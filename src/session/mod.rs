@@ -13,6 +13,7 @@ pub mod journal;
 mod journaled;
 mod paging;
 mod pending;
+mod quick;
 mod record;
 mod repair;
 mod returns;
@@ -95,10 +96,14 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     overdue: Vec<(VcpuId, AfterWrite)>,
     /// The event whose hits are being handed out.
     pending: Option<Box<Pending>>,
+    /// The one before, to spare an allocation a hit.
+    spare: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
     /// What the policies that look at each write say of the one in hand.
     judged: Vec<(TapId, OnWrite)>,
+    /// So many events are not tried to be counted without being raised.
+    usual: u32,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -180,8 +185,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             vcpus: vec![Vcpu::default(); count],
             overdue: Vec::new(),
             pending: None,
+            spare: None,
             owners: Vec::new(),
             judged: Vec::new(),
+            usual: 0,
             questions: Vec::new(),
             recording,
             row: Row::default(),

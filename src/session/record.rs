@@ -52,9 +52,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.flush_closed()?;
         let places = self.recording.places(columns.iter());
         let label = self.recording.label(label);
-        if let Some(rare) = self.taps.rare_or_new(id) {
-            rare.capture = Some(Box::new(Capture { entry, on_return, places, label }));
-        }
+        self.taps.specialize(id, |rare| rare.capture = Some(Box::new(Capture { entry, on_return, places, label })));
         Ok(())
     }
 
@@ -110,7 +108,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Self { vmi, taps, recording, row, began, .. } = self;
         let Some(capture) = taps.rare(id).and_then(|rare| rare.capture.as_ref()) else { return };
         let now = began.elapsed().as_nanos() as u64;
-        let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va, clock: &|| now };
+        let scene = Scene { vmi: Some(vmi), registers: &event.registers, vcpu: event.vcpu, va, clock: &|| now };
         row.clear();
         capture.entry.read(&scene, row);
         let facts = Facts { time_ns: now, vcpu: event.vcpu, tap: id.0, label: capture.label, va, root: event.registers.root() };
@@ -131,7 +129,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(capture) = taps.rare(id).and_then(|rare| rare.capture.as_ref()) else { return };
         let now = began.elapsed().as_nanos() as u64;
         if let (Some(plan), Some(event)) = (&capture.on_return, event) {
-            let scene = Scene { vmi, registers: &event.registers, vcpu: event.vcpu, va: event.registers.rip(), clock: &|| now };
+            let scene = Scene {
+                vmi: Some(vmi),
+                registers: &event.registers,
+                vcpu: event.vcpu,
+                va: event.registers.rip(),
+                clock: &|| now,
+            };
             plan.read(&scene, &mut row);
             row.push(Cell::Word(now.saturating_sub(facts.time_ns)));
         }

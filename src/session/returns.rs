@@ -52,6 +52,11 @@ pub struct Returns {
 }
 
 impl Returns {
+    /// Whether return addresses are tapped.
+    pub fn are_awaited(&self) -> bool {
+        !self.places.is_empty()
+    }
+
     /// Calls whose return was given up.
     pub const fn lost(&self) -> u64 {
         self.lost
@@ -163,7 +168,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Takes the taps of return addresses out of `self.owners`, and ends the rows of the calls that return here.
     pub(super) fn returned(&mut self, event: &VmiEvent) {
-        if self.returns.places.is_empty() {
+        if !self.returns.are_awaited() {
             return;
         }
         let mut index = 0;

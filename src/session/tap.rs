@@ -25,6 +25,10 @@ mod flag {
     pub const ONCE: u8 = 1 << 4;
     /// It is looked up under each root that is loaded.
     pub const ROAMS: u8 = 1 << 5;
+    /// It has a filter that looks at memory or asks, a capture or a budget.
+    pub const SPECIAL: u8 = 1 << 6;
+    /// It has a filter.
+    pub const FILTERED: u8 = 1 << 7;
 }
 
 /// One tap: half a cache line.
@@ -188,6 +192,18 @@ impl Taps {
         self.rare.get_mut(self.list.get(id.0 as usize)?.rare as usize)
     }
 
+    /// Changes the filter, the capture or the budget of a tap.
+    pub fn specialize(&mut self, id: TapId, change: impl FnOnce(&mut Rare)) {
+        let Some(rare) = self.rare_or_new(id) else { return };
+        change(rare);
+        let is_plain = rare.filter.as_ref().is_none_or(|filter| filter.is_plain());
+        let (is_special, is_filtered) = (!is_plain || rare.capture.is_some() || rare.budget.is_some(), rare.filter.is_some());
+        if let Some(tap) = self.get_mut(id) {
+            tap.set(flag::SPECIAL, is_special);
+            tap.set(flag::FILTERED, is_filtered);
+        }
+    }
+
     /// As [`Self::rare_mut`], made if there is none; `None` if there is no such tap.
     pub fn rare_or_new(&mut self, id: TapId) -> Option<&mut Rare> {
         let tap = self.list.get_mut(id.0 as usize)?;
@@ -196,6 +212,18 @@ impl Taps {
             self.rare.push(Rare::default());
         }
         self.rare.get_mut(tap.rare as usize)
+    }
+
+    /// The filter of a tap.
+    #[inline]
+    pub fn filter_mut(&mut self, id: TapId) -> Option<&mut Filter> {
+        if self.get(id)?.is(flag::FILTERED) { self.rare_mut(id)?.filter.as_deref_mut() } else { None }
+    }
+
+    /// Whether its hits are counted and nothing else, those that its filter lets pass.
+    #[inline]
+    pub fn is_only_counted(&self, id: TapId) -> bool {
+        self.get(id).is_some_and(|tap| !tap.is(flag::WANTED | flag::ONCE | flag::SPECIAL))
     }
 
     /// A tap as it was described; its context, and whether it is wanted and enabled, as they are now.

@@ -1,5 +1,6 @@
 //! What a session is told and what it tells: plain data.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::addr::{MemoryAccess, Pa, Va, VcpuId, View};
@@ -224,7 +225,7 @@ pub struct Limits {
 #[derive(Clone, Debug)]
 pub enum Poll {
     /// A hit of a wanted tap; to be answered before the next `poll`.
-    Hit(Box<Hit>),
+    Hit(Arc<Hit>),
     /// The time is over, 100 ms are over, or the session was woken.
     Timeout,
     /// No vCPU can run: each has halted for good or is held.

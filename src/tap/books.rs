@@ -80,6 +80,9 @@ impl Point {
     }
 }
 
+/// On a page with no more breakpoints than that they are looked at one by one.
+const FEW: usize = 16;
+
 /// The breakpoints planted on one page of a view, ascending by offset and then in the order they were planted.
 struct Page {
     gfn: Gfn,
@@ -267,7 +270,12 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     #[inline]
     pub(super) fn planted_at(&self, view: View, pa: Pa) -> &[Point] {
         let (points, offset) = (self.on_page(view, pa.gfn()), pa.page_offset() as u16);
-        let first = points.partition_point(|point| point.offset < offset);
+        let is_first = |point: &Point| point.offset >= offset;
+        let first = if points.len() <= FEW {
+            points.iter().position(is_first).unwrap_or(points.len())
+        } else {
+            points.partition_point(|point| !is_first(point))
+        };
         let rest = points.get(first..).unwrap_or_default();
         rest.get(..rest.iter().take_while(|point| point.offset == offset).count()).unwrap_or_default()
     }

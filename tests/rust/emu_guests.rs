@@ -67,6 +67,22 @@ fn each_hard_instruction_can_be_stepped_over_without_a_trace() {
 }
 
 #[test]
+fn all_hard_instructions_are_stepped_over_where_their_hits_are_only_counted() {
+    let elf = super::guest::assemble("insns.S");
+    let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+    plain.run();
+    let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+    let names = tap_names(&lab);
+    lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    lab.run_counting();
+    lab.assert_unseen();
+    assert!(truth(&lab) == truth(&plain));
+    for name in &names {
+        assert_eq!(lab.hits_at(name), executions(name), "{name}");
+    }
+}
+
+#[test]
 fn all_hard_instructions_are_stepped_over_in_one_run() {
     for report in [false, true] {
         let elf = super::guest::assemble("insns.S");

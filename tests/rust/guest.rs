@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use vmitap::driver::emu::{BootOptions, EmuDriver};
-use vmitap::driver::{Monitor, VmiEvents, VmiFrames, VmiInfo, VmiProtection, VmiRead, VmiRegisters, VmiViews, VmiWrite, Wait};
+use vmitap::driver::{
+    Monitor, Trap, VmiEvents, VmiFrames, VmiInfo, VmiProtection, VmiRead, VmiRegisters, VmiViews, VmiWrite, Wait,
+};
 use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use vmitap::image::Image;
 use vmitap::symbols::SymbolTable;
@@ -223,6 +225,30 @@ impl Lab {
 
     pub fn run(&mut self) {
         self.run_with(Self::usual);
+    }
+
+    /// As [`Self::run`], but that hits are counted before they are events.
+    pub fn run_counting(&mut self) {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let Self { vm, taps, hits, view, .. } = self;
+            let mut counts = |trap: &Trap<'_>| {
+                let pa = trap.gfn.pa(trap.rip.0);
+                let is_ours = trap.view == *view && taps.contains_key(&pa.0);
+                *hits.entry(pa.0).or_default() += u64::from(is_ours);
+                is_ours
+            };
+            match vm.wait_counting(Duration::from_millis(500), &mut counts).unwrap() {
+                Wait::Event(event) => {
+                    let is_ours = Self::at(&event).is_some_and(|pa| self.taps.contains_key(&pa.0));
+                    assert!(!is_ours || event.view == Some(View::DEFAULT), "{event:x?}");
+                    let response = self.usual(&event);
+                    self.vm.respond(event.vcpu, &response).unwrap();
+                }
+                Wait::Idle => return,
+                Wait::Timeout => assert!(Instant::now() < end, "the guest hangs: {:x?}", self.hits),
+            }
+        }
     }
 
     /// The next event, which there must be.

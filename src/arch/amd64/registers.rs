@@ -48,6 +48,8 @@ pub mod rflags {
     pub const ZF: u64 = 1 << 6;
     /// Sign.
     pub const SF: u64 = 1 << 7;
+    /// Direction of string instructions.
+    pub const DF: u64 = 1 << 10;
     /// Signed overflow.
     pub const OF: u64 = 1 << 11;
     /// Trap flag.

@@ -7,6 +7,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::arch::amd64::rflags;
 use crate::error::{Result, VmiError};
 
 use super::sys::{Access, Context, Engine, EngineKind, EngineRef, Fill, Hooks, Library, Ram, Table, code, reg};
@@ -48,6 +49,8 @@ pub struct Layout {
 pub struct Copied {
     pub all: u64,
     pub integer: u64,
+    /// Of that: the general-purpose registers, RIP, RFLAGS with what is kept of them elsewhere, and the mode flags.
+    pub core: u64,
     /// Offset in a [`Context`] of what is no integer state.
     pub rest: usize,
 }
@@ -237,6 +240,7 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         [star, lstar, sfmask, kernel_gs_base, error_code, old_exception].iter().all(|at| *at as u64 >= last),
     )?;
     let integer = last - header;
+    let core = (gp + 16 * 8).max(rip + 8).max(hflags + 4) as u64 - header;
     let mut part = engine.context()?;
     part.set_u64(gp, 1);
     part.set_u64(star, 2);
@@ -250,6 +254,24 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         state.u64(eflags)
     };
     find.expect("RFLAGS", with_if & 0x200 != 0)?;
+
+    // A run stands at an INT3 with the arithmetic flags apart, and goes on with what was restored meanwhile.
+    ram.write(KERNEL, &[0x31, 0xc0, 0x83, 0xf8, 0x01, 0xcc, 0x0f, 0x92, 0xc0, 0xcc]).ok_or_else(failed)?; // xor eax, eax; cmp eax, 1; int3; setc al; int3
+    engine.forget_code(KERNEL, KERNEL + 10);
+    engine.restore(&kernel);
+    let go = |engine: &mut Engine<Flat>, to: u64, what: &str| {
+        let ended = engine.go(KERNEL)?;
+        let mut state = engine.context()?;
+        engine.save_part(&mut state, integer);
+        find.expect(what, ended == code::OK && engine.is_standing() && state.u64(rip) == to)?;
+        Ok(state)
+    };
+    let mut state = go(&mut engine, KERNEL + 6, "a run that stands at an INT3")?;
+    find.expect("the flags of a run that stands", state.u64(eflags) & rflags::CF == 0 && state.rflags() & rflags::CF != 0)?;
+    state.set_u64(gp + 8, MARK);
+    engine.restore_part(&mut state, core);
+    let state = go(&mut engine, KERNEL + 10, "a run that goes on")?;
+    find.expect("what a run goes on with", state.u64(gp) == 1 && state.u64(gp + 8) == MARK)?;
     Ok(Layout {
         gp,
         rip,
@@ -267,6 +289,6 @@ pub fn calibrate(library: &Arc<Library>) -> Result<Layout> {
         dr6,
         old_exception,
         context_size: state.size(),
-        copied: Copied { all, integer, rest: last as usize },
+        copied: Copied { all, integer, core, rest: last as usize },
     })
 }

@@ -7,8 +7,10 @@
 //! All vCPUs run on the calling thread, in turns that are counted in basic blocks, so a run is repeatable. Time stands still
 //! for the guest while it is held.
 
+mod abi;
 mod answer;
 mod apic;
+mod asks;
 mod boot;
 mod deliver;
 mod direct;
@@ -31,8 +33,8 @@ use std::time::Duration;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead, VmiRegisters,
-    VmiRepair, VmiViews, VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, Trap, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
+    VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -264,7 +266,11 @@ impl VmiEvents for EmuDriver {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
-        self.machine.0.wait(timeout)
+        self.machine.0.wait(timeout, &mut |_| false)
+    }
+
+    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
+        self.machine.0.wait(timeout, counts)
     }
 
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {

@@ -16,6 +16,8 @@ pub(super) struct Resident {
     index: usize,
     /// The context has newer integer state.
     integer_is_old: bool,
+    /// Of that, at least the general-purpose registers, RIP and RFLAGS.
+    core_is_old: bool,
     /// The engine alone has the state that is not integer state.
     rest_is_here: bool,
 }
@@ -37,6 +39,15 @@ impl Machine {
     /// The vCPU with all of its state, to be changed in any way: the main engine's copy counts no more.
     pub fn vcpu_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
         self.unload(index);
+        let count = self.vcpus.len() as u16;
+        self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
+    }
+
+    /// The vCPU, of whose state the general-purpose registers, RIP and RFLAGS may be changed, and what is no processor state.
+    pub(super) fn core_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
+        if let Some(resident) = self.resident.as_mut().filter(|resident| resident.index == index) {
+            resident.core_is_old = true;
+        }
         let count = self.vcpus.len() as u16;
         self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
     }
@@ -73,15 +84,21 @@ impl Machine {
             self.evict();
         }
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
+        vcpu.place_flags(self.main.is_standing());
+        let clean = Resident { index, integer_is_old: false, core_is_old: false, rest_is_here: false };
         match held {
-            Some(resident) if resident.integer_is_old => {
+            Some(Resident { integer_is_old: true, rest_is_here, .. }) => {
                 self.main.restore_part(&mut vcpu.context, vcpu.layout.copied.integer);
-                self.resident = Some(Resident { integer_is_old: false, ..resident });
+                self.resident = Some(Resident { rest_is_here, ..clean });
+            }
+            Some(Resident { core_is_old: true, rest_is_here, .. }) => {
+                self.main.restore_part(&mut vcpu.context, vcpu.layout.copied.core);
+                self.resident = Some(Resident { rest_is_here, ..clean });
             }
             Some(_) => {}
             None => {
                 self.main.restore(&vcpu.context);
-                self.resident = Some(Resident { index, integer_is_old: false, rest_is_here: false });
+                self.resident = Some(clean);
             }
         }
         Ok(())
@@ -97,7 +114,8 @@ impl Machine {
         } else {
             self.main.save_part(&mut vcpu.context, vcpu.layout.copied.integer);
         }
-        self.resident = Some(Resident { index, integer_is_old: false, rest_is_here: !whole });
+        vcpu.flags_apart = self.main.is_standing();
+        self.resident = Some(Resident { index, integer_is_old: false, core_is_old: false, rest_is_here: !whole });
     }
 
     /// Sets CR0 and CR4, which change the engine's own mode flags with them.

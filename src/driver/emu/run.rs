@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashSet;
 
-use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Va, VcpuId, View};
-use crate::arch::amd64::{ControlRegister, InjectionKind, vector};
-use crate::driver::{Monitor, Wait, Waker};
+use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Pa, Va, VcpuId, View};
+use crate::arch::amd64::{ControlRegister, InjectionKind, pte, vector};
+use crate::driver::{Monitor, Trap, Wait, Waker};
 use crate::error::Result;
 use crate::event::{EventReason, VmiEvent};
 
@@ -189,6 +189,7 @@ impl Machine {
         self.vcpus.push(Vcpu {
             context: self.main.context()?,
             layout,
+            flags_apart: false,
             apic: apic::Apic::new(id as u32),
             view: View::DEFAULT,
             state: State::Running,
@@ -210,12 +211,13 @@ impl Machine {
 
     // --- the loop ---
 
-    /// Runs until an event, the end of the time, the bell, or until nothing can run.
-    pub fn wait(&mut self, timeout: Duration) -> Result<Wait> {
+    /// Runs until an event, the end of the time, the bell, or until nothing can run. INT3s that `counts` says yes to are no events.
+    pub fn wait(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
         let mut deadline = None;
         let mut turns = 0;
         loop {
-            if self.bell.0.swap(false, Ordering::Acquire) {
+            // Looked at first: a swap costs as much as a step.
+            if self.bell.0.load(Ordering::Relaxed) && self.bell.0.swap(false, Ordering::Acquire) {
                 return Ok(Wait::Timeout);
             }
             if self.pauses > 0 {
@@ -227,7 +229,10 @@ impl Machine {
                 }
                 return Ok(Wait::Idle);
             };
-            if let Some(Raised { index, view, reason }) = self.advance(index)? {
+            if let Some(raised) = self.advance(index)?
+                && !self.is_counted(&raised, counts)
+            {
+                let Raised { index, view, reason } = raised;
                 let registers = self.vcpu(index)?.registers();
                 return Ok(Wait::Event(VmiEvent { vcpu: VcpuId(index as u16), view: Some(view), registers, reason }));
             }
@@ -243,12 +248,28 @@ impl Machine {
         }
     }
 
+    /// Whether what was raised is only counted: then it is answered here.
+    fn is_counted(&mut self, raised: &Raised, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> bool {
+        let Raised { index, view, reason: EventReason::Breakpoint { gfn, insn_len: 1 } } = *raised else { return false };
+        let Some(vcpu) = self.vcpus.get_mut(index).filter(|_| view != View::DEFAULT) else { return false };
+        let root = Pa(vcpu.cr(3) & pte::ADDRESS);
+        let registers = || vcpu.registers();
+        let trap = Trap { vcpu: VcpuId(index as u16), view, gfn, rip: Va(vcpu.rip()), root, registers: &registers };
+        if !counts(&trap) {
+            return false;
+        }
+        vcpu.held = Held::No;
+        vcpu.step = Some(Step { view: View::DEFAULT, back: view, report: false, discard: [None; 2], guard: Some(view) });
+        true
+    }
+
     /// The vCPU whose turn it is: the current one until its slice is used up, then the next that can run.
     fn pick(&mut self) -> Option<usize> {
         let count = self.vcpus.len();
-        let skip = usize::from(self.slice == 0);
-        for turn in 0..count {
-            let index = (self.current + skip + turn) % count;
+        let first = self.current + usize::from(self.slice == 0);
+        for turn in first..first + count {
+            // Once round at most; dividing takes longer than all the rest here.
+            let index = if turn < count { turn } else { turn - count };
             if self.can_run(index) {
                 if index != self.current || self.slice == 0 {
                     self.current = index;
@@ -365,7 +386,7 @@ impl Machine {
         let hooks = self.main.hooks();
         hooks.budget.set(budget);
         hooks.wants_interrupts.set(wants_interrupts);
-        let ended = self.main.run(rip, 0);
+        let ended = self.main.go(rip)?;
         self.ran(index);
         let hooks = self.main.hooks();
         let used = budget - hooks.budget.get();
@@ -436,7 +457,7 @@ impl Machine {
         let at = vcpu.rip().wrapping_sub(1);
         // The engine has just fetched it, so its TLB says where from.
         let known = if which == Which::Main { self.main.hooks().fetched(at, vcpu.cpl()) } else { None };
-        let vcpu = self.integer_mut(index)?;
+        let vcpu = self.core_mut(index)?;
         let next = vcpu.rip();
         let view = step.map_or(vcpu.view, |step| step.view);
         let walk = || translate(&memory, &vcpu.mode(view), at, Access::Fetch, vcpu.cpl(), || 0).ok();
@@ -449,7 +470,7 @@ impl Machine {
         let rip = next.wrapping_sub(len.into());
         vcpu.set_rip(rip);
         if !raised {
-            deliver::software(vcpu, &memory, vector::BP, next);
+            deliver::software(self.integer_mut(index)?, &memory, vector::BP, next);
             return Ok(None);
         }
         // The two-byte form may begin on the page before; its last byte's page is as good a name for it.

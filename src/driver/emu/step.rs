@@ -89,13 +89,15 @@ impl Machine {
         });
         let Some(frame) = frame else { return false };
         let offset = rip & (PAGE_SIZE - 1);
-        let mut bytes = [0; insn::MAX_LEN];
+        let (mut bytes, pa) = ([0; insn::MAX_LEN], u64::from(frame) << PAGE_SHIFT | offset);
+        // Whole where there is room, which is one instruction and no call.
         let len = (PAGE_SIZE - offset).min(insn::MAX_LEN as u64) as usize;
-        let Some(part) = bytes.get_mut(..len) else { return false };
-        if self.memory.ram().read(u64::from(frame) << PAGE_SHIFT | offset, part).is_none() {
-            return false;
-        }
-        let Some((op, len)) = direct::decode(part) else { return false };
+        let read = if len == insn::MAX_LEN {
+            self.memory.ram().read(pa, &mut bytes)
+        } else {
+            bytes.get_mut(..len).and_then(|part| self.memory.ram().read(pa, part))
+        };
+        let Some((op, len)) = read.and_then(|()| direct::decode(bytes.get(..len)?)) else { return false };
         if let Op::Push { from } = op {
             let (rsp, value) = (vcpu.gpr(RSP).wrapping_sub(8), vcpu.gpr(from));
             let alternate = vcpu.context.u64(vcpu.layout.eflags) & rflags::AC != 0;
@@ -119,7 +121,7 @@ impl Machine {
                 return false;
             }
         }
-        let Ok(vcpu) = self.integer_mut(index) else { return false };
+        let Ok(vcpu) = self.core_mut(index) else { return false };
         direct::carry_out(op, vcpu, rip.wrapping_add(len.into()));
         vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ);
         true
@@ -216,6 +218,7 @@ impl Machine {
     fn run_stepper(&mut self, index: usize, rip: u64, count: usize, insn: Insn) -> i32 {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return code::OK };
         self.stepper.hooks().begin();
+        vcpu.place_flags(false);
         let (integer, wide) = (insn == Insn::Integer, insn == Insn::WideStore);
         if integer {
             let part = vcpu.layout.copied.integer;

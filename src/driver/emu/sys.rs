@@ -5,56 +5,23 @@
 
 #![expect(unsafe_code, reason = "the FFI boundary: every block names the invariant it rests on")]
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use corosensei::stack::DefaultStack;
+use corosensei::{Coroutine, CoroutineResult, Yielder};
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::error::{Result, VmiError};
 
+use super::abi;
+pub use super::abi::{Table, code};
+pub use super::asks::{Access, Fill, Hooks};
 pub(super) use super::reg;
-
-/// Error codes of the engine (unicorn.h, `uc_err`) that the driver tells apart.
-pub mod code {
-    pub const OK: i32 = 0;
-    pub const INSN_INVALID: i32 = 10;
-}
-
-/// The empty range of addresses, by which a hook is asked for at every address.
-const EVERYWHERE: (u64, u64) = (1, 0);
-
-const ARCH_X86: c_int = 4;
-const MODE_64: c_int = 8;
-const PROT_ALL: u32 = 7;
-
-const HOOK_INTR: c_int = 1 << 0;
-const HOOK_INSN: c_int = 1 << 1;
-const HOOK_CODE: c_int = 1 << 2;
-const HOOK_BLOCK: c_int = 1 << 3;
-const HOOK_MEM_READ_UNMAPPED: c_int = 1 << 4;
-const HOOK_MEM_WRITE_UNMAPPED: c_int = 1 << 5;
-const HOOK_MEM_WRITE: c_int = 1 << 11;
-const HOOK_TLB_FILL: c_int = 1 << 17;
-const INSN_IN: c_int = 218;
-const INSN_OUT: c_int = 500;
-
-const MEM_WRITE: c_int = 17;
-const MEM_FETCH: c_int = 18;
-const MEM_WRITE_UNMAPPED: c_int = 20;
-
-// uc_ctl's first argument: the request, how many arguments follow (from bit 26), and the direction (from bit 30).
-const CTL_WRITE: u32 = 1 << 30;
-const CTL_USE_EXITS: u32 = 4 | 1 << 26 | CTL_WRITE;
-const CTL_CPU_MODEL: u32 = 7 | 1 << 26 | CTL_WRITE;
-const CTL_REMOVE_CACHE: u32 = 9 | 2 << 26 | CTL_WRITE;
-const CTL_FLUSH_TLB: u32 = 0xb | CTL_WRITE;
-const CTL_TLB_TYPE: u32 = 0xc | 1 << 26 | CTL_WRITE;
-const CTL_TCG_BUFFER_SIZE: u32 = 0xd | 1 << 26 | CTL_WRITE;
-const TLB_VIRTUAL: c_int = 1;
-const CPU_SKYLAKE_CLIENT: c_int = 21;
 
 type Uc = c_void;
 
@@ -179,6 +146,7 @@ impl Ram {
         self.map.len()
     }
 
+    #[inline]
     fn at(&self, pa: u64, len: usize) -> Option<*mut u8> {
         let start = usize::try_from(pa).ok()?;
         if start.checked_add(len)? > self.map.len() {
@@ -189,6 +157,7 @@ impl Ram {
     }
 
     /// Copies bytes out; `None` if the range is not all inside.
+    #[inline]
     pub fn read(&self, pa: u64, buf: &mut [u8]) -> Option<()> {
         let from = self.at(pa, buf.len())?;
         // SAFETY: `at` checked the range; no engine runs while Rust code of its thread does, so nothing writes meanwhile.
@@ -197,6 +166,7 @@ impl Ram {
     }
 
     /// Copies bytes in; `None`, and nothing done, if the range is not all inside.
+    #[inline]
     pub fn write(&self, pa: u64, bytes: &[u8]) -> Option<()> {
         let to = self.at(pa, bytes.len())?;
         // SAFETY: as in `read`; references into the mapping are never made.
@@ -222,41 +192,6 @@ impl Ram {
     }
 }
 
-/// What an access is for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Access {
-    Read,
-    Write,
-    Fetch,
-}
-
-/// An answer to a TLB miss: where the page is and which accesses the entry allows (read 1, write 2, execute 4).
-#[derive(Clone, Copy, Debug)]
-pub struct Fill {
-    pub pa: u64,
-    pub rights: u8,
-}
-
-/// What an engine asks while it runs. Every method is called on the engine's own thread, inside [`Engine::run`].
-pub trait Hooks: 'static {
-    /// A TLB miss on the page at `va`. `None` ends the run before the instruction has any effect.
-    fn fill(&self, engine: EngineRef<'_>, va: u64, access: Access) -> Option<Fill>;
-    /// An exception or software interrupt. The run ends.
-    fn interrupt(&self, vector: u32);
-    /// An access to a physical address that is not mapped. The run ends before the instruction has any effect.
-    fn unmapped(&self, pa: u64, len: u32, write: bool);
-    /// A store of `len` bytes at `pa` is about to be done (only with [`EngineKind::Stepper`]).
-    fn store(&self, pa: u64, len: u32);
-    /// A basic block is entered (only with [`EngineKind::Main`]). True ends the run before it.
-    fn block(&self, engine: EngineRef<'_>) -> bool;
-    /// An instruction inside a range given to [`EngineRef::watch_code`] is about to run. True ends the run before it.
-    fn code(&self, va: u64) -> bool;
-    /// `IN`.
-    fn port_in(&self, port: u32, size: u32) -> u32;
-    /// `OUT`.
-    fn port_out(&self, port: u32, size: u32, value: u32);
-}
-
 /// Which job an engine has: that decides which hooks it gets.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum EngineKind {
@@ -266,12 +201,30 @@ pub enum EngineKind {
     Stepper,
 }
 
+/// Bytes of the stack that [`Engine::go`] runs on: as much as the engine has where it runs in a thread of its own.
+const STACK: usize = 2 << 20;
+/// The vector of INT3.
+const BREAKPOINT: u32 = 3;
+
+/// What an engine that stands at an INT3 is to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Go {
+    On,
+    Stop,
+}
+
+type Run = Coroutine<Go, (), c_int>;
+
 /// One emulated processor.
 pub struct Engine<H: Hooks> {
     uc: NonNull<Uc>,
     library: Arc<Library>,
     // Boxed: the engine holds a pointer to it.
     hooks: Box<Installed<H>>,
+    // The run that stands at an INT3. Ended before the engine is closed (`drop`), so it is never dropped half-way.
+    standing: Option<Run>,
+    // For the next run.
+    stack: Option<DefaultStack>,
     // Keeps the mapped memory alive.
     _ram: Rc<Ram>,
 }
@@ -279,6 +232,8 @@ pub struct Engine<H: Hooks> {
 struct Installed<H> {
     hooks: H,
     library: Arc<Library>,
+    /// How the run under way comes back without ending; null unless [`Engine::go`] began it. On that run's stack.
+    way_back: Cell<*const Yielder<Go, ()>>,
 }
 
 /// An engine as its hooks see it, while it runs.
@@ -312,8 +267,9 @@ impl EngineRef<'_> {
     pub fn watch_code(self, first: u64, last: u64) {
         let mut hook = 0_usize;
         // SAFETY: `uc` is open; the callback has the prototype of HOOK_CODE and `user` outlives the engine (Engine's fields).
-        let code =
-            unsafe { (self.library.uc_hook_add)(self.uc, &raw mut hook, HOOK_CODE, self.code_callback, self.user, first, last) };
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc, &raw mut hook, abi::HOOK_CODE, self.code_callback, self.user, first, last)
+        };
         if code != code::OK {
             log::error!("the engine refused a code hook at {first:#x}: error {code}");
         }
@@ -325,33 +281,35 @@ impl<H: Hooks> Engine<H> {
     pub fn new(library: &Arc<Library>, kind: EngineKind, ram: &Rc<Ram>, hooks: H) -> Result<Self> {
         let mut uc = std::ptr::null_mut();
         // SAFETY: a valid place for the handle.
-        library.check("opening the engine", unsafe { (library.uc_open)(ARCH_X86, MODE_64, &raw mut uc) })?;
+        library.check("opening the engine", unsafe { (library.uc_open)(abi::ARCH_X86, abi::MODE_64, &raw mut uc) })?;
         let uc = NonNull::new(uc).ok_or_else(|| library.error("opening the engine", code::OK))?;
-        let hooks = Box::new(Installed { hooks, library: Arc::clone(library) });
-        let engine = Self { uc, library: Arc::clone(library), hooks, _ram: Rc::clone(ram) };
+        let hooks = Box::new(Installed { hooks, library: Arc::clone(library), way_back: Cell::new(std::ptr::null()) });
+        let engine = Self { uc, library: Arc::clone(library), hooks, standing: None, stack: None, _ram: Rc::clone(ram) };
         // A quarter of the default address space is plenty for the guests this driver is for.
         let buffer: u32 = if kind == EngineKind::Main { 256 << 20 } else { 64 << 20 };
         // SAFETY: the request takes one u32.
-        library.check("sizing the engine", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_TCG_BUFFER_SIZE, buffer) })?;
+        library.check("sizing the engine", unsafe { (library.uc_ctl)(uc.as_ptr(), abi::CTL_TCG_BUFFER_SIZE, buffer) })?;
         // SAFETY: the request takes one int.
-        library.check("choosing the processor", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_CPU_MODEL, CPU_SKYLAKE_CLIENT) })?;
+        library.check("choosing the processor", unsafe {
+            (library.uc_ctl)(uc.as_ptr(), abi::CTL_CPU_MODEL, abi::CPU_SKYLAKE_CLIENT)
+        })?;
         // SAFETY: the request takes one int.
-        library.check("choosing the TLB", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_TLB_TYPE, TLB_VIRTUAL) })?;
+        library.check("choosing the TLB", unsafe { (library.uc_ctl)(uc.as_ptr(), abi::CTL_TLB_TYPE, abi::TLB_VIRTUAL) })?;
         // With exits switched on and none given, no address is special. SAFETY: the request takes one int.
-        library.check("switching exits on", unsafe { (library.uc_ctl)(uc.as_ptr(), CTL_USE_EXITS, 1 as c_int) })?;
+        library.check("switching exits on", unsafe { (library.uc_ctl)(uc.as_ptr(), abi::CTL_USE_EXITS, 1 as c_int) })?;
         // SAFETY: the mapping is `ram.len()` bytes of page-aligned memory and lives as long as the engine (`_ram`).
-        let mapped = unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), PROT_ALL, ram.map.as_mut_ptr().cast()) };
+        let mapped = unsafe { (library.uc_mem_map_ptr)(uc.as_ptr(), 0, ram.len(), abi::PROT_ALL, ram.map.as_mut_ptr().cast()) };
         library.check("mapping guest memory", mapped)?;
-        engine.add_hook(HOOK_INTR, on_interrupt::<H> as *mut c_void, EVERYWHERE)?;
-        engine.add_hook(HOOK_TLB_FILL, on_fill::<H> as *mut c_void, EVERYWHERE)?;
+        engine.add_hook(abi::HOOK_INTR, on_interrupt::<H> as *mut c_void, abi::EVERYWHERE)?;
+        engine.add_hook(abi::HOOK_TLB_FILL, on_fill::<H> as *mut c_void, abi::EVERYWHERE)?;
         // Only beyond memory: a memory hook that could fire for RAM would keep every store to it on the engine's slow path.
         let unmapped = (ram.len() as u64, u64::MAX);
-        engine.add_hook(HOOK_MEM_READ_UNMAPPED | HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void, unmapped)?;
-        engine.add_insn_hook(INSN_IN, on_in::<H> as *mut c_void)?;
-        engine.add_insn_hook(INSN_OUT, on_out::<H> as *mut c_void)?;
+        engine.add_hook(abi::HOOK_MEM_READ_UNMAPPED | abi::HOOK_MEM_WRITE_UNMAPPED, on_unmapped::<H> as *mut c_void, unmapped)?;
+        engine.add_insn_hook(abi::INSN_IN, on_in::<H> as *mut c_void)?;
+        engine.add_insn_hook(abi::INSN_OUT, on_out::<H> as *mut c_void)?;
         match kind {
-            EngineKind::Main => engine.add_hook(HOOK_BLOCK, on_block::<H> as *mut c_void, EVERYWHERE)?,
-            EngineKind::Stepper => engine.add_hook(HOOK_MEM_WRITE, on_store::<H> as *mut c_void, EVERYWHERE)?,
+            EngineKind::Main => engine.add_hook(abi::HOOK_BLOCK, on_block::<H> as *mut c_void, abi::EVERYWHERE)?,
+            EngineKind::Stepper => engine.add_hook(abi::HOOK_MEM_WRITE, on_store::<H> as *mut c_void, abi::EVERYWHERE)?,
         }
         Ok(engine)
     }
@@ -371,8 +329,9 @@ impl<H: Hooks> Engine<H> {
     fn add_insn_hook(&self, insn: c_int, callback: *mut c_void) -> Result<()> {
         let mut hook = 0_usize;
         // SAFETY: as in `add_hook`; HOOK_INSN takes the instruction as one more int.
-        let code =
-            unsafe { (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, HOOK_INSN, callback, self.user(), 1, 0, insn) };
+        let code = unsafe {
+            (self.library.uc_hook_add)(self.uc.as_ptr(), &raw mut hook, abi::HOOK_INSN, callback, self.user(), 1, 0, insn)
+        };
         self.library.check("installing a hook", code)
     }
 
@@ -388,21 +347,77 @@ impl<H: Hooks> Engine<H> {
         unsafe { (self.library.uc_emu_start)(self.uc.as_ptr(), rip, 0, 0, count) }
     }
 
+    /// As [`Self::run`] until a hook ends it, but at an INT3 it comes back with the run standing where it is: the next call goes on from
+    /// there, with the state that was restored meanwhile (RIP too). Ending a run and beginning another costs as much as all else at an INT3.
+    ///
+    /// # Errors
+    /// [`VmiError::Driver`] if there is no memory for a stack.
+    #[inline]
+    pub fn go(&mut self, rip: u64) -> Result<i32> {
+        if self.standing.is_none() {
+            self.standing = Some(self.begin(rip)?);
+        }
+        Ok(self.resume(Go::On).unwrap_or(code::OK))
+    }
+
+    /// Lets the run that stands go on. `None`: it stands again.
+    #[inline]
+    fn resume(&mut self, go: Go) -> Option<i32> {
+        let CoroutineResult::Return(ended) = self.standing.as_mut()?.resume(go) else { return None };
+        self.stack = self.standing.take().map(Run::into_stack);
+        Some(ended)
+    }
+
+    /// Whether a run stands at an INT3.
+    #[inline]
+    pub const fn is_standing(&self) -> bool {
+        self.standing.is_some()
+    }
+
+    fn begin(&mut self, rip: u64) -> Result<Run> {
+        let failed = |error: std::io::Error| VmiError::Driver {
+            op: "allocating a stack",
+            errno: error.raw_os_error().unwrap_or(0),
+            detail: error.to_string(),
+        };
+        let stack = self.stack.take().map_or_else(|| DefaultStack::new(STACK), Ok).map_err(failed)?;
+        let (uc, start, installed) = (self.uc.as_ptr(), self.library.uc_emu_start, &raw const *self.hooks);
+        Ok(Coroutine::with_stack(stack, move |way_back, _| {
+            // SAFETY: the box lives as long as the engine, which ends this run before it goes (`drop`); it is only ever shared.
+            let installed = unsafe { &*installed };
+            installed.way_back.set(way_back);
+            // SAFETY: as in `run`; the engine runs nothing else until this is over, for `standing` is resumed or ended first.
+            let ended = unsafe { start(uc, rip, 0, 0, 0) };
+            installed.way_back.set(std::ptr::null());
+            ended
+        }))
+    }
+
+    /// Ends a run that stands at an INT3. The state stays as it is.
+    fn end_standing(&mut self) {
+        // Told to stop it comes to no other INT3; should it, it is told again.
+        while self.standing.is_some() {
+            self.resume(Go::Stop);
+        }
+    }
+
     /// Forgets every translation of addresses.
     #[inline]
     pub fn flush_tlb(&mut self) {
         // SAFETY: the engine is open; the request takes nothing.
-        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_FLUSH_TLB) };
+        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), abi::CTL_FLUSH_TLB) };
     }
 
     /// Forgets code translated from the virtual range `first..end`, which must lie in one page.
     pub fn forget_code(&mut self, first: u64, end: u64) {
+        self.end_standing();
         // SAFETY: the engine is open and does not run (`&mut self`); the request takes two u64.
-        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), CTL_REMOVE_CACHE, first, end) };
+        unsafe { (self.library.uc_ctl)(self.uc.as_ptr(), abi::CTL_REMOVE_CACHE, first, end) };
     }
 
     /// Writes a 64-bit register.
     pub fn write_register(&mut self, register: i32, value: u64) -> Result<()> {
+        self.end_standing();
         // SAFETY: the engine is open; the registers used here are 8 bytes wide or less, little-endian.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), register, (&raw const value).cast()) };
         self.library.check("writing a register", code)
@@ -410,7 +425,8 @@ impl<H: Hooks> Engine<H> {
 
     /// Writes a model-specific register.
     pub fn write_msr(&mut self, msr: u32, value: u64) -> Result<()> {
-        let pair = Msr { msr, value };
+        self.end_standing();
+        let pair = abi::Msr { msr, value };
         // SAFETY: this pseudo-register takes a `uc_x86_msr`.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), reg::MSR, (&raw const pair).cast()) };
         self.library.check("writing an MSR", code)
@@ -418,6 +434,7 @@ impl<H: Hooks> Engine<H> {
 
     /// Writes GDTR, IDTR or TR.
     pub fn write_table(&mut self, register: i32, table: &Table) -> Result<()> {
+        self.end_standing();
         // SAFETY: these registers take a `uc_x86_mmr`.
         let code = unsafe { (self.library.uc_reg_write)(self.uc.as_ptr(), register, (&raw const *table).cast()) };
         self.library.check("writing a descriptor table register", code)
@@ -439,7 +456,7 @@ impl<H: Hooks> Engine<H> {
 
     /// Reads a model-specific register; 0 for one the engine does not know.
     pub fn read_msr(&self, msr: u32) -> Result<u64> {
-        let mut pair = Msr { msr, value: 0 };
+        let mut pair = abi::Msr { msr, value: 0 };
         // SAFETY: this pseudo-register takes a `uc_x86_msr`.
         let code = unsafe { (self.library.uc_reg_read)(self.uc.as_ptr(), reg::MSR, (&raw mut pair).cast()) };
         self.library.check("reading an MSR", code)?;
@@ -489,24 +506,10 @@ impl<H: Hooks> Engine<H> {
 
 impl<H: Hooks> Drop for Engine<H> {
     fn drop(&mut self) {
+        self.end_standing();
         // SAFETY: open, and closed once: here.
         unsafe { (self.library.uc_close)(self.uc.as_ptr()) };
     }
-}
-
-#[repr(C)]
-struct Msr {
-    msr: u32,
-    value: u64,
-}
-
-/// `uc_x86_mmr`: a descriptor table register, or TR.
-#[repr(C)]
-pub struct Table {
-    pub selector: u16,
-    pub base: u64,
-    pub limit: u32,
-    pub flags: u32,
 }
 
 /// A copy of one processor's state. Fields are reached by byte offsets that the calibration found.
@@ -619,7 +622,8 @@ impl Drop for Context {
 pub struct Confined<T>(pub T);
 
 // SAFETY: every `Rc`, `Cell` and engine pointer inside is reachable from this one value only, never handed out, and the engine has no
-// thread-local state between runs; so moving the whole to another thread moves all of it.
+// thread-local state between runs or while one stands at an INT3 (its stack holds its own frames and our hook's); so moving the whole to
+// another thread moves all of it.
 unsafe impl<T> Send for Confined<T> {}
 
 fn installed<'a, H: Hooks>(user: *mut c_void) -> &'a Installed<H> {
@@ -637,31 +641,33 @@ fn stop<H: Hooks>(uc: *mut Uc, user: *mut c_void) {
     unsafe { (installed::<H>(user).library.uc_emu_stop)(uc) };
 }
 
-#[repr(C)]
-struct TlbEntry {
-    paddr: u64,
-    perms: u32,
-}
-
-extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mut TlbEntry, user: *mut c_void) -> bool {
+extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mut abi::TlbEntry, user: *mut c_void) -> bool {
     let access = match access {
-        MEM_FETCH => Access::Fetch,
-        MEM_WRITE => Access::Write,
+        abi::MEM_FETCH => Access::Fetch,
+        abi::MEM_WRITE => Access::Write,
         _ => Access::Read,
     };
     let Some(fill) = installed::<H>(user).hooks.fill(engine_ref::<H>(uc, user), va, access) else { return false };
     // SAFETY: the engine passes a valid place for the entry.
-    unsafe { result.write(TlbEntry { paddr: fill.pa, perms: u32::from(fill.rights) }) };
+    unsafe { result.write(abi::TlbEntry { paddr: fill.pa, perms: u32::from(fill.rights) }) };
     true
 }
 
 extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void) {
-    installed::<H>(user).hooks.interrupt(vector);
+    let installed = installed::<H>(user);
+    installed.hooks.interrupt(vector);
+    if vector == BREAKPOINT {
+        // SAFETY: null, or on the stack of the run that calls this, which has not ended.
+        let way_back = unsafe { installed.way_back.get().as_ref() };
+        if way_back.is_some_and(|way_back| way_back.suspend(()) == Go::On) {
+            return;
+        }
+    }
     stop::<H>(uc, user);
 }
 
 extern "C" fn on_unmapped<H: Hooks>(_: *mut Uc, kind: c_int, pa: u64, len: c_int, _: i64, user: *mut c_void) -> bool {
-    installed::<H>(user).hooks.unmapped(pa, len.unsigned_abs(), kind == MEM_WRITE_UNMAPPED);
+    installed::<H>(user).hooks.unmapped(pa, len.unsigned_abs(), kind == abi::MEM_WRITE_UNMAPPED);
     false
 }
 

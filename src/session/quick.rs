@@ -1,0 +1,60 @@
+//! Hits that nobody looks at but a filter that needs registers alone: counted where the driver stands, before there is an event.
+
+use std::time::Duration;
+
+use crate::capture::Scene;
+use crate::driver::{Trap, VmiDriver, Wait};
+use crate::error::Result;
+
+use super::Session;
+
+/// So many events go the usual way after one that somebody looks at: more of those come, and it is not to be found out each time.
+const USUAL: u32 = 15;
+
+impl<D: VmiDriver + ?Sized> Session<D> {
+    /// Waits for the next event. Hits of taps that are only counted are none, but for each that is timed and for the one at which `stop_at`
+    /// is reached.
+    pub(super) fn wait(&mut self, timeout: Duration, stop_at: Option<u64>) -> Result<Wait> {
+        let Self { vmi, manager, tables, taps, vcpus, owners, sampler, stats, returns, spent, usual, flight, began, .. } = self;
+        *usual = usual.saturating_sub(1);
+        // Whoever keeps a journal of events wants each of them.
+        if *usual > 0 || flight.is_some() || returns.are_awaited() || !spent.is_empty() {
+            return vmi.driver_mut().wait(timeout);
+        }
+        let clock = || began.elapsed().as_nanos() as u64;
+        vmi.driver_mut().wait_counting(timeout, &mut |trap: &Trap<'_>| {
+            let Some(vcpu) = vcpus.get_mut(usize::from(trap.vcpu.0)) else { return false };
+            // Something is to be done first, or the hit is the one to be timed.
+            if vcpu.after_write.is_some() || vcpu.walk.is_some() || tables.is_dirty(Some(trap.vcpu)) || sampler.is_due() {
+                return false;
+            }
+            owners.clear();
+            manager.for_each_at(trap.view, trap.gfn.pa(trap.rip.0), trap.rip, trap.root, |tap, ()| owners.push(*tap));
+            if owners.is_empty() || !owners.iter().all(|id| taps.is_only_counted(*id)) {
+                *usual = USUAL;
+                return false;
+            }
+            if stop_at.is_some_and(|stop_at| stats.hits + owners.len() as u64 >= stop_at) {
+                return false;
+            }
+            sampler.pass();
+            for id in &*owners {
+                if let Some(filter) = taps.filter_mut(*id) {
+                    let registers = (trap.registers)();
+                    let scene = Scene::<D> { vmi: None, registers: &registers, vcpu: trap.vcpu, va: trap.rip, clock: &clock };
+                    if !filter.passes(*id, &scene) {
+                        stats.filtered += 1;
+                        continue;
+                    }
+                }
+                if let Some(tap) = taps.get_mut(*id) {
+                    tap.hits += 1;
+                }
+                stats.hits += 1;
+            }
+            stats.events += 1;
+            vcpu.home = Some(trap.view);
+            true
+        })
+    }
+}
