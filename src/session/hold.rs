@@ -124,6 +124,13 @@ impl Sampler {
     pub(super) const fn pass(&mut self) {
         self.untimed += 1;
     }
+
+    /// A hit goes by that is: how many it stands for.
+    pub(super) const fn restart(&mut self) -> u32 {
+        let times = self.untimed + 1;
+        (self.untimed, self.has_begun) = (0, true);
+        times
+    }
 }
 
 /// How many events a tap may cause in a second, filtered ones included, before it is switched off.
@@ -212,9 +219,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn count_hold_times(&mut self, ids: &[TapId], held_ns: u64, times: u32) {
         for id in ids {
             self.holds.add_times(held_ns, times);
-            if let Some(rare) = self.taps.rare_or_new(*id) {
-                rare.holds.get_or_insert_default().add_times(held_ns, times);
-            }
+            self.taps.add_hold(*id, held_ns, times);
         }
     }
 
@@ -222,10 +227,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     #[inline]
     pub(super) fn begin_hold(&mut self) {
         let sampler = &mut self.sampler;
-        sampler.untimed += 1;
-        if sampler.untimed >= SAMPLE || !sampler.has_begun {
-            sampler.in_hand = Some((Instant::now(), sampler.untimed));
-            (sampler.untimed, sampler.has_begun) = (0, true);
+        if sampler.is_due() {
+            sampler.in_hand = Some((Instant::now(), sampler.restart()));
+        } else {
+            sampler.pass();
         }
     }
 

@@ -226,6 +226,13 @@ impl Taps {
         self.get(id).is_some_and(|tap| !tap.is(flag::WANTED | flag::ONCE | flag::SPECIAL))
     }
 
+    /// Counts how long a vCPU stood still for a hit, which stands for so many.
+    pub fn add_hold(&mut self, id: TapId, held_ns: u64, times: u32) {
+        if let Some(rare) = self.rare_or_new(id) {
+            rare.holds.get_or_insert_default().add_times(held_ns, times);
+        }
+    }
+
     /// A tap as it was described; its context, and whether it is wanted and enabled, as they are now.
     pub fn spec(&self, id: TapId) -> Option<TapSpec> {
         let (tap, rare) = (self.get(id)?, self.rare(id));
