@@ -15,11 +15,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Waits for the next event. Hits of taps that are only counted are none, but for the one at which `stop_at` is reached.
     pub(super) fn wait(&mut self, timeout: Duration, stop_at: Option<u64>) -> Result<Wait> {
         let Self {
-            vmi, manager, tables, taps, vcpus, owners, sampler, stats, returns, spent, usual, flight, began, holds, ..
+            vmi, manager, tables, taps, vcpus, owners, sampler, stats, returns, spent, usual, began, holds, flight, ..
         } = self;
         *usual = usual.saturating_sub(1);
-        // Whoever keeps a journal of events wants each of them.
-        if *usual > 0 || flight.is_some() || returns.are_awaited() || !spent.is_empty() {
+        if *usual > 0 || returns.are_awaited() || !spent.is_empty() || flight.is_some() {
             return vmi.driver_mut().wait(timeout);
         }
         let clock = || began.elapsed().as_nanos() as u64;
