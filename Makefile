@@ -78,12 +78,12 @@ wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries chec
 	@$(BIN)/maturin build --release --out dist
 	@VMITAP_WHEEL=$$(ls dist/*.whl) $(BIN)/python -m pytest -q tests/python/test_package.py -k wheel
 
-# XEN=4.17|4.20|all, VCPUS=n, FILTER=pytest's -k, COVERAGE=1, ARGS=further options (docs/xen-lab.md).
+# XEN=4.17|4.20|all, VCPUS=n, FILTER=pytest's -k, LONG=1, COVERAGE=1, ARGS=further options (docs/xen-lab.md).
 xen-lab: COVERED := $(if $(COVERAGE),target/coverage)
 xen-lab: $(VENV)/.dev ## the tests on real Xen, in an emulated machine
 	@rm -rf target/xen-lab
 	@$(if $(COVERAGE),RUSTFLAGS='-C instrument-coverage' CARGO_TARGET_DIR=$(COVERED)) $(BIN)/maturin build --release --quiet --out target/xen-lab
-	@PYTHONPATH=tests/xen $(BIN)/python -m lab --wheel target/xen-lab/*.whl --xen '$(or $(XEN),all)' --vcpus '$(or $(VCPUS),2)' --filter '$(FILTER)' $(if $(COVERAGE),--coverage $(COVERED)/release/libvmitap.so) $(ARGS)
+	@PYTHONPATH=tests/xen $(BIN)/python -m lab --wheel target/xen-lab/*.whl --xen '$(or $(XEN),all)' --vcpus '$(or $(VCPUS),2)' --filter '$(FILTER)' $(if $(LONG),--long) $(if $(COVERAGE),--coverage $(COVERED)/release/libvmitap.so) $(ARGS)
 
 clean: ## remove everything that make has made
 	rm -rf $(VENV) dist target .pytest_cache .mypy_cache .ruff_cache python/vmitap/*.so

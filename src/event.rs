@@ -69,12 +69,31 @@ pub enum EventReason {
         /// Length of the instruction in bytes.
         insn_len: u8,
     },
+    /// A descriptor-table register or TR is about to be loaded or stored.
+    DescriptorAccess {
+        /// Which.
+        register: DescriptorRegister,
+        /// It is loaded; else it is stored to memory or to a register.
+        is_load: bool,
+    },
+    /// The guest has asked for whoever listens; what it wants is in its registers. The call is done when it goes on.
+    GuestRequest,
+}
+
+/// A register that is loaded and stored by instructions of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[expect(missing_docs, reason = "the names are the manual's")]
+pub enum DescriptorRegister {
+    Gdtr,
+    Idtr,
+    Ldtr,
+    Tr,
 }
 
 /// What is to happen to the vCPU of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum EventAction {
-    /// Go on: retry the instruction, or carry out the register write or the CPUID that was announced.
+    /// Go on: retry the instruction, or carry out the register write, the CPUID or the load or store of a descriptor table that was announced.
     #[default]
     Continue,
     /// Deliver the INT3 to the guest through its own IDT, as if nobody had looked.

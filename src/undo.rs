@@ -22,6 +22,7 @@ impl Left {
     pub(crate) fn after(self, cause: VmiError) -> VmiError {
         match self.first {
             Some(gone @ VmiError::DomainGone { .. }) => gone,
+            _ if matches!(cause, VmiError::DomainGone { .. }) => cause,
             _ => cause.and_left(&self.what),
         }
     }

@@ -8,7 +8,7 @@ struct boot_info {
 };
 
 static char command_line[256];
-static u64 vcpus, tick, checking, callers_done;
+static u64 vcpus, tick, checking, callers_done, paced;
 
 /* Where the value of `name` (with its "=") begins on the command line; null if it is not there. */
 static const char *option(const char *name)
@@ -98,25 +98,34 @@ static void checker(void)
 	}
 }
 
-/* wait=1: sleeps until the host has written to `go`, so that it can prepare what it likes before anything is counted. */
+/* Sleeps until the host has written at least `turn` to `go`. */
+static void wait_for_turn(u64 turn)
+{
+	timer_start(tick);
+	while (__atomic_load_n(&truth.go, __ATOMIC_ACQUIRE) < turn)
+		__asm__ volatile("sti; hlt" ::: "memory");
+	timer_start(0);
+}
+
+/* wait=1: so that the host can prepare what it likes before anything is counted. */
 static void wait_for_host(void)
 {
 	if (!number("wait=", 0))
 		return;
 	if (this_cpu()->index == 0)
 		print("waiting\n");
-	timer_start(tick);
-	while (!__atomic_load_n(&truth.go, __ATOMIC_ACQUIRE))
-		__asm__ volatile("sti; hlt" ::: "memory");
+	wait_for_turn(1);
 	__asm__ volatile("cli" ::: "memory");
-	timer_start(0);
 }
 
 /* mode=calls: nothing but calls of one function, in a loop as tight as it can be. */
 TRACEABLE void call_loop(u64 calls)
 {
-	for (u64 i = 0; i < calls; i++)
+	for (u64 i = 0; i < calls; i++) {
+		if (paced && i % paced == 0)
+			wait_for_turn(i / paced + 1);
 		open_file("/etc/hostname", OPEN_CHECK | i << 32);
+	}
 }
 
 static void calls_mode(u64 calls)
@@ -171,6 +180,7 @@ void kernel_main(u64 info_pa)
 	cpu_init(0);
 	checking = number("check=", 1);
 	tick = number("tick=", 20000);
+	paced = number("paced=", 0);
 	truth.rounds_wanted = number("rounds=", 20);
 	check_init(number("kinds=", (1 << READ_KINDS) - 1));
 

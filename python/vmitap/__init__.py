@@ -227,7 +227,7 @@ def attach(
     import sys
 
     path = str(libunicorn) if libunicorn is not None else find_libunicorn()
-    guard = [sys.executable, "-m", "vmitap", "repair", target, "--when-input-ends"] if watchdog and sys.executable else None
+    guard = [sys.executable, "-m", "vmitap.watchdog", target] if watchdog and sys.executable else None
     return _native.open(
         target,
         memory=memory,

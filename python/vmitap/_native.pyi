@@ -1379,7 +1379,16 @@ class JournalEvent:
     @property
     def reason(
         self,
-    ) -> Literal["breakpoint", "memory-access", "single-step", "write-control-register", "write-msr", "cpuid"]:
+    ) -> Literal[
+        "breakpoint",
+        "memory-access",
+        "single-step",
+        "write-control-register",
+        "write-msr",
+        "cpuid",
+        "descriptor-access",
+        "guest-request",
+    ]:
         """What happened, as `VmiEvent.reason`."""
     @property
     def access(self) -> Access | None:
@@ -2140,7 +2149,16 @@ class VmiEvent:
     @property
     def reason(
         self,
-    ) -> Literal["breakpoint", "memory-access", "single-step", "write-control-register", "write-msr", "cpuid"]:
+    ) -> Literal[
+        "breakpoint",
+        "memory-access",
+        "single-step",
+        "write-control-register",
+        "write-msr",
+        "cpuid",
+        "descriptor-access",
+        "guest-request",
+    ]:
         """What happened.
 
         "breakpoint": an INT3 was executed; "memory-access": the view denied an access, which has not taken effect;
@@ -2171,7 +2189,7 @@ class VmiEvent:
         """Bytes of the instruction, for "breakpoint" and "cpuid"."""
     @property
     def register(self) -> str | int | None:
-        """The control register ("cr3") or the number of the MSR about to be written."""
+        """The control register ("cr3") or the number of the MSR about to be written; the register ("gdtr") about to be loaded or stored."""
     @property
     def old(self) -> int | None:
         """Its value now."""

@@ -61,6 +61,8 @@ pub enum FlightKind {
     WriteControlRegister,
     WriteMsr,
     Cpuid,
+    DescriptorAccess,
+    GuestRequest,
 }
 
 /// What became of an event.
@@ -86,8 +88,16 @@ pub enum FlightOutcome {
 }
 
 impl FlightKind {
-    const ALL: [Self; 6] =
-        [Self::Breakpoint, Self::MemoryAccess, Self::SingleStep, Self::WriteControlRegister, Self::WriteMsr, Self::Cpuid];
+    const ALL: [Self; 8] = [
+        Self::Breakpoint,
+        Self::MemoryAccess,
+        Self::SingleStep,
+        Self::WriteControlRegister,
+        Self::WriteMsr,
+        Self::Cpuid,
+        Self::DescriptorAccess,
+        Self::GuestRequest,
+    ];
 
     /// The name that Python's `VmiEvent.reason` has for it.
     pub const fn name(self) -> &'static str {
@@ -98,6 +108,8 @@ impl FlightKind {
             Self::WriteControlRegister => "write-control-register",
             Self::WriteMsr => "write-msr",
             Self::Cpuid => "cpuid",
+            Self::DescriptorAccess => "descriptor-access",
+            Self::GuestRequest => "guest-request",
         }
     }
 }
@@ -237,6 +249,8 @@ impl FlightRecorder {
             EventReason::WriteControlRegister { new, .. } => (FlightKind::WriteControlRegister, new, MemoryAccess::NONE),
             EventReason::WriteMsr { msr, .. } => (FlightKind::WriteMsr, msr.into(), MemoryAccess::NONE),
             EventReason::Cpuid { leaf, .. } => (FlightKind::Cpuid, leaf.into(), MemoryAccess::NONE),
+            EventReason::DescriptorAccess { .. } => (FlightKind::DescriptorAccess, rip, MemoryAccess::NONE),
+            EventReason::GuestRequest => (FlightKind::GuestRequest, rip, MemoryAccess::NONE),
         };
         let at = SLOTS_AT + (self.total % self.slots) as usize * SLOT;
         self.total += 1;

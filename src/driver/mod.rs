@@ -75,6 +75,10 @@ pub enum Monitor {
     Msr(u32),
     /// CPUID.
     Cpuid,
+    /// Loads and stores of GDTR, IDTR, LDTR and TR: LGDT, SGDT, LIDT, SIDT, LLDT, SLDT, LTR, STR.
+    DescriptorAccess,
+    /// What the guest itself asks of whoever listens, where its hypervisor has a call for that.
+    GuestRequest,
 }
 
 /// Why [`VmiEvents::wait`] came back.

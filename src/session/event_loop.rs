@@ -211,7 +211,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 Ok(Sorted::Answer(Course::Retry))
             }
-            EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => Ok(Sorted::Answer(Course::Retry)),
+            EventReason::WriteMsr { .. }
+            | EventReason::Cpuid { .. }
+            | EventReason::DescriptorAccess { .. }
+            | EventReason::GuestRequest => Ok(Sorted::Answer(Course::Retry)),
         }
     }
 

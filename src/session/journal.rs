@@ -171,6 +171,8 @@ fn name_of(monitor: Monitor) -> String {
     match monitor {
         Monitor::Breakpoint => "int3".to_owned(),
         Monitor::Cpuid => "cpuid".to_owned(),
+        Monitor::DescriptorAccess => "descriptors".to_owned(),
+        Monitor::GuestRequest => "requests".to_owned(),
         Monitor::ControlRegister(ControlRegister::Cr0) => "cr0".to_owned(),
         Monitor::ControlRegister(ControlRegister::Cr3) => "cr3".to_owned(),
         Monitor::ControlRegister(ControlRegister::Cr4) => "cr4".to_owned(),
@@ -182,6 +184,8 @@ fn monitor_of(name: &str) -> Option<Monitor> {
     Some(match name {
         "int3" => Monitor::Breakpoint,
         "cpuid" => Monitor::Cpuid,
+        "descriptors" => Monitor::DescriptorAccess,
+        "requests" => Monitor::GuestRequest,
         "cr0" => Monitor::ControlRegister(ControlRegister::Cr0),
         "cr3" => Monitor::ControlRegister(ControlRegister::Cr3),
         "cr4" => Monitor::ControlRegister(ControlRegister::Cr4),

@@ -60,8 +60,11 @@ fn left_in(there: &Additions, memory_size: u64, remains: &Remains) -> Result<Add
 pub fn repair<D: VmiDriver + ?Sized>(driver: &mut D, remains: &Remains) -> Result<Repaired> {
     let there = driver.additions()?;
     let left = left_in(&there, driver.info().memory_size, remains)?;
-    // Of one pause it may not be known whether it was made, or taken back.
-    let most = remains.pauses + u32::from(remains.wanted() == Some(Wanted::Pause));
+    let was_paused = remains.found.as_ref().is_some_and(|found| found.additions.is_paused);
+    // Of one pause it may not be known whether it was made, or taken back. And a driver may have held the guest inside of a call, of which
+    // nothing is written: one that ran when the session began is let go on once more.
+    let is_one_more = remains.wanted() == Some(Wanted::Pause) || remains.found.is_some() && !was_paused;
+    let most = remains.pauses + u32::from(is_one_more);
     let least = remains.pauses - u32::from(remains.wanted() == Some(Wanted::Resume) && remains.pauses > 0);
     let mut done = Repaired::default();
     driver.adopt(&left, most)?;
@@ -79,7 +82,6 @@ pub fn repair<D: VmiDriver + ?Sized>(driver: &mut D, remains: &Remains) -> Resul
     for frame in &left.frames {
         done.frames += usize::from(undo(&|| format!("frame {frame}"), driver.free_frame(*frame)));
     }
-    let was_paused = remains.found.as_ref().is_some_and(|found| found.additions.is_paused);
     for pause in 0..most {
         let is_paused = driver.additions().map(|there| there.is_paused);
         // Where somebody else holds the guest too, the one that is not certain stays: letting it run would be worse.

@@ -310,7 +310,7 @@ def test_the_watchdog_repairs_at_once_when_the_tool_is_killed(library: Path, sta
 
 def test_a_watchdog_has_no_privileges_beyond_its_users_files(library: Path, state: Path) -> None:
     environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
-    command = [sys.executable, "-m", "vmitap", "repair", "xen:guest", "--when-input-ends"]
+    command = [sys.executable, "-m", "vmitap.watchdog", "xen:guest"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as watchdog:
         end = time.monotonic() + 20
         wanted = {"NoNewPrivs": "1", "CapEff": "0" * 16, "CapPrm": "0" * 16, "CapInh": "0" * 16}

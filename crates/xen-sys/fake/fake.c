@@ -27,7 +27,7 @@
 #define X 4
 #define ERR(number) (errno = (number), -1)
 
-enum { MEM_ACCESS = 1, WRITE_CTRLREG = 4, BREAKPOINT = 6, SINGLESTEP = 7, CPUID = 10, UNIMPLEMENTED = 14, VMEXIT = 15 };
+enum { MEM_ACCESS = 1, WRITE_CTRLREG = 4, BREAKPOINT = 6, SINGLESTEP = 7, CPUID = 10, DESCRIPTOR = 13, UNIMPLEMENTED = 14, VMEXIT = 15 };
 enum { PAUSED = 1, EMULATE = 4, NOWRITE = 8, TOGGLE = 16, DENY = 64, ALTP2M = 128, SET_REGS = 256, INSN_DATA = 512, FAST = 2048 };
 
 /* vm_event.h */
@@ -80,9 +80,11 @@ static struct {
     uint32_t req_prod, rsp_cons;
     struct event answers[256];
     int answer_count, bound;
-    int bp, step, cpuid, unimplemented, cr, param_set, altp2m_on, unsupported_insn;
+    uint64_t ignored;
+    int bp, step, cpuid, unimplemented, cr, descriptors, requests, param_set, altp2m_on, unsupported_insn;
+    bool was_there[GFNS];                                      /* max_mapped_pfn never shrinks */
     long wiped, ring_full, exposures;
-    int automatic;
+    int automatic, always;
 } d;
 
 /* --- what a test sets, asks and breaks --- */
@@ -92,6 +94,9 @@ static struct knob knobs[] = {
     {"version_errno", 0}, {"open_errno", 0}, {"vcpus", 1}, {"named", 1}, {"emul_monitor", 1}, {"shutdown", 0}, {"version", VM_EVENT}, {0, 0},
 };
 static struct { const char *name; long count, fail_at; int error; } calls[128];
+/* Of all calls, whatever they are: at one of them something happens. */
+#define MOST_CALLS 4096
+static struct { long total, fail_at, set_at, value, die_at; int error, dead; const char *knob, *names[MOST_CALLS]; void (*last_will)(void); } every;
 
 long *fake_knob(const char *name) { for (struct knob *k = knobs; k->name; k++) if (!strcmp(k->name, name)) return &k->value; abort(); }
 static long knob(const char *name) { return *fake_knob(name); }
@@ -100,12 +105,32 @@ static int find(const char *name) { int i = 0; while (calls[i].name && strcmp(ca
 long fake_calls(const char *name) { return calls[find(name)].count; }
 void fake_forget_calls(void) { for (int i = 0; calls[i].name; i++) calls[i].count = 0; }
 void fake_fail(const char *name, long nth, int error) { int i = find(name); calls[i].fail_at = calls[i].count + nth; calls[i].error = error; }
-static int enter(const char *name)
+long fake_total(void) { return every.total; }
+const char *fake_name(long nth) { return nth > 0 && nth <= every.total && nth < MOST_CALLS ? every.names[nth] : 0; }
+void fake_fail_call(long nth, int error) { every.fail_at = nth; every.error = error; }
+void fake_set_at(long nth, const char *name, long value) { every.set_at = nth; every.knob = strdup(name); every.value = value; }
+int fake_run(int v, int n);
+/* From a call on nothing is done any more, as by a process that has ended; `last_will` is called when it ends. 0: it lives (again). */
+void fake_die_at(long nth, void (*last_will)(void)) { every.die_at = nth; every.last_will = last_will; every.dead = 0; }
+/* 0, or -1 if the call is to fail. */
+static int count(const char *name)
 {
     int i = find(name);
     calls[i].count++;
-    if (knob("gone") && strncmp(name, "xenforeignmemory_unmap", 22) && strncmp(name, "xenevtchn", 9)) return ERR(ESRCH);
+    if (++every.total < MOST_CALLS) every.names[every.total] = calls[i].name;
+    /* The guest runs all the time, not only while the tool waits. */
+    for (int v = 0; v < VCPUS; v++) if (d.always) fake_run(v, d.always);
+    if (every.total == every.set_at) *fake_knob(every.knob) = every.value;
+    if (every.total == every.die_at) { every.dead = 1; every.last_will(); }
+    if (every.dead) return ERR(EIO);
+    if (every.total == every.fail_at) return ERR(every.error);
     return calls[i].count == calls[i].fail_at ? ERR(calls[i].error) : 0;
+}
+static int enter(const char *name)
+{
+    if (count(name)) return -1;
+    if (knob("gone") && strncmp(name, "xenforeignmemory_unmap", 22) && strncmp(name, "xenevtchn", 9)) return ERR(ESRCH);
+    return 0;
 }
 #define ENTER() do { if (enter(__func__)) return -1; } while (0)
 
@@ -138,7 +163,8 @@ long fake_state(const char *what, long i)
     if (!strcmp(what, "maps")) return d.maps;
     if (!strcmp(what, "listening")) return d.ring != 0;
     if (!strcmp(what, "altp2m")) return d.altp2m_on;
-    if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr;
+    if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr + d.descriptors + d.requests;
+    if (!strcmp(what, "ignored")) return d.ignored;
     if (!strcmp(what, "wiped")) return d.wiped;
     if (!strcmp(what, "exposures")) return d.exposures;
     if (!strcmp(what, "bound")) return d.bound;
@@ -153,6 +179,7 @@ long fake_state(const char *what, long i)
 const struct event *fake_answer(int i) { return &d.answers[i]; }
 void fake_ring(uint32_t req_prod) { __atomic_store_n(&d.ring->req_prod, req_prod, __ATOMIC_RELEASE); }
 void fake_automatic(int instructions) { d.automatic = instructions; }
+void fake_always(int instructions) { d.always = instructions; }
 void fake_lose_emulator(int lost) { d.unsupported_insn = lost; }
 
 /* --- the machine --- */
@@ -192,6 +219,8 @@ static int denied(int v, long va, int access)
 {
     struct entry *e = effective(d.vcpu[v].view, va >> 12);
     if (e && (e->access & access) == access) return 0;
+    /* Nobody listens: Xen takes the restriction away (p2m_mem_access_check). */
+    if (e && !d.ring) { e->access = 7; if (!d.vcpu[v].view) d.host_access[va >> 12] = 7; d.exposures++; return 0; }
     struct event event = {.reason = MEM_ACCESS, .u.access = {va >> 12, va & 4095, va, access | 8 | 16, 0}};
     push(v, &event, 1);
     return 1;
@@ -262,7 +291,7 @@ int fake_run(int v, int n)
 {
     struct vcpu *c = &d.vcpu[v]; int done = 0;
     boot();
-    while (done < n && !c->held && !d.pauses && !c->down) {
+    while (done < n && !c->held && !d.pauses && !c->down && !knob("gone") && !knob("shutdown")) {
         if (c->emulate) { uint32_t f = c->emulate; c->emulate = 0; c->misplaced += c->regs.rip != c->event_rip; execute(v, f & INSN_DATA && !(f & NOWRITE) ? c->insn : 0, 1, !!(f & NOWRITE)); done++; continue; }
         if (!execute(v, 0, 0, 0)) break;
         done++;
@@ -288,6 +317,7 @@ static void resume(void)
         if (a.flags & EMULATE) {
             struct entry *e = effective(c->view, a.u.access.gfn);
             if (a.reason == MEM_ACCESS && e && (a.u.access.flags & 7 & ~e->access)) c->emulate = a.flags;
+            if (a.reason == DESCRIPTOR) c->emulate = a.flags;
             if (a.reason == BREAKPOINT && a.flags & INSN_DATA) { c->emulate = a.flags; memcpy(c->insn, a.data.insn, 16); }
         }
         if (a.flags & TOGGLE) c->single_step = knob("single_step") ? !c->single_step : 0;
@@ -309,8 +339,7 @@ int xc_vm_event_get_version(void *x) { (void)x; ENTER(); if (knob("version_errno
 struct info { uint16_t domain, pad; uint32_t flags; uint64_t tot, max, out, shr, paged, shared, time; uint32_t online, max_vcpu, ssid; uint8_t handle[16]; uint32_t pool; uint64_t rest[MINOR >= 16 ? 2 : 1]; };
 int xc_domain_getinfolist(void *x, uint32_t first, unsigned max, struct info *out)
 {
-    (void)x; int i = find(__func__); calls[i].count++;
-    if (calls[i].count == calls[i].fail_at) return ERR(calls[i].error);
+    (void)x; if (count(__func__)) return -1;
     if (!max || first > DOMAIN || (first && knob("gone"))) return 0;
     memset(out, 0, sizeof *out);
     if (!first) { out->max_vcpu = 0; return 1; }
@@ -320,7 +349,7 @@ int xc_domain_getinfolist(void *x, uint32_t first, unsigned max, struct info *ou
 }
 int xc_domain_pause(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); d.pauses++; return 0; }
 int xc_domain_unpause(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); if (!d.pauses) return ERR(EINVAL); d.pauses--; return 0; }
-int xc_domain_maximum_gpfn(void *x, uint32_t dom, unsigned long *out) { (void)x; (void)dom; ENTER(); for (int g = 0; g < GFNS; g++) if (d.host[g] >= 0) *out = g; return 0; }
+int xc_domain_maximum_gpfn(void *x, uint32_t dom, unsigned long *out) { (void)x; (void)dom; ENTER(); *out = GUEST_PAGES - 1; for (int g = 0; g < GFNS; g++) if (d.host[g] >= 0 || d.was_there[g]) *out = g; return 0; }
 int xc_domain_setmaxmem(void *x, uint32_t dom, uint64_t kib) { (void)x; (void)dom; ENTER(); d.max_pages = kib / 4; return 0; }
 int xc_domain_populate_physmap_exact(void *x, uint32_t dom, unsigned long n, unsigned order, unsigned f, unsigned long *g)
 {
@@ -334,7 +363,8 @@ int xc_domain_decrease_reservation_exact(void *x, uint32_t dom, unsigned long n,
 {
     (void)x; (void)dom; (void)order; ENTER();
     for (unsigned long i = 0; i < n; i++) {
-        d.host[g[i]] = -1;
+        if (d.host[g[i]] < 0) return ERR(EINVAL);
+        d.host[g[i]] = -1; d.was_there[g[i]] = true;
         /* p2m_altp2m_propagate_change: a frame in the range of what a view shows resets the view. */
         for (int k = 1; k < MAX_VIEWS; k++) if (d.view_used[k]) { d.views[k][g[i]].valid = 0; if ((long)g[i] >= d.low[k] && (long)g[i] <= d.high[k]) { memset(d.views[k], 0, sizeof d.views[k]); d.wiped++; } }
     }
@@ -433,7 +463,7 @@ void *xc_monitor_enable(void *x, uint32_t dom, uint32_t *port)
     d.req_prod = d.rsp_cons = 0; *port = 42; d.maps++;
     return d.ring;
 }
-int xc_monitor_disable(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); *fake_knob("busy") = 0; d.ring = 0; d.bp = d.step = d.cpuid = d.unimplemented = d.cr = 0; return 0; }
+int xc_monitor_disable(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); *fake_knob("busy") = 0; d.ring = 0; d.bp = d.step = d.cpuid = d.unimplemented = d.cr = d.descriptors = d.requests = 0; return 0; }
 int xc_monitor_get_capabilities(void *x, uint32_t dom, uint32_t *out) { (void)x; (void)dom; ENTER(); *out = 0x1b7b | (knob("single_step") ? 4 : 0) | (knob("emul_monitor") ? 1 << 10 : 0); return 0; }
 #define SWITCH(field) do { if (field == on) return ERR(EEXIST); field = on; return 0; } while (0)
 int xc_monitor_singlestep(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.step); }
@@ -442,7 +472,9 @@ int xc_monitor_cpuid(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER
 #ifndef WITHOUT_xc_monitor_emul_unimplemented
 int xc_monitor_emul_unimplemented(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.unimplemented); }
 #endif
-int xc_monitor_write_ctrlreg(void *x, uint32_t dom, uint16_t i, bool on, bool sync, uint64_t mask, bool change) { (void)x; (void)dom; (void)i; (void)sync; (void)mask; (void)change; ENTER(); SWITCH(d.cr); }
+int xc_monitor_descriptor_access(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.descriptors); }
+int xc_monitor_guest_request(void *x, uint32_t dom, bool on, bool sync, bool user) { (void)x; (void)dom; (void)sync; (void)user; ENTER(); SWITCH(d.requests); }
+int xc_monitor_write_ctrlreg(void *x, uint32_t dom, uint16_t i, bool on, bool sync, uint64_t mask, bool change) { (void)x; (void)dom; (void)i; (void)sync; (void)change; ENTER(); d.ignored = mask; SWITCH(d.cr); }
 int xc_monitor_mov_to_msr(void *x, uint32_t dom, uint32_t msr, bool on, bool change) { (void)x; (void)dom; (void)msr; (void)on; (void)change; ENTER(); return 0; }
 int xc_domctl(void *x, void *c) { (void)x; (void)c; ENTER(); return 0; }
 #if MINOR >= 17
@@ -454,7 +486,7 @@ void *xenevtchn_open(void *l, unsigned f) { (void)l; (void)f; return enter(__fun
 int xenevtchn_close(void *x) { (void)x; return 0; }
 int xenevtchn_fd(void *x)
 {
-    (void)x;
+    (void)x; if (count(__func__)) return -1;
     /* The tool is about to wait: now the guest runs. */
     for (int v = 0; v < VCPUS; v++) if (d.automatic) fake_run(v, d.automatic);
     return d.event_fd;
@@ -492,7 +524,7 @@ void *xs_open(unsigned long f) { (void)f; return enter(__func__) ? 0 : &d; }
 void xs_close(void *x) { (void)x; }
 void *xs_read(void *x, uint32_t t, const char *path, unsigned *len)
 {
-    (void)x; (void)t;
+    (void)x; (void)t; if (count(__func__)) return 0;
     const char *name = !strcmp(path, "/local/domain/0/name") ? "Domain-0" : !strcmp(path, "/local/domain/7/name") && knob("named") ? "guest" : 0;
     if (!name) { errno = ENOENT; return 0; }
     *len = strlen(name); return strdup(name);

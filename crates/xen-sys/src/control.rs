@@ -95,6 +95,10 @@ calls! {
     monitor_software_breakpoint = xc_monitor_software_breakpoint(on: bool);
     /// Has CPUIDs told.
     monitor_cpuid = xc_monitor_cpuid(on: bool);
+    /// Has loads and stores of descriptor-table registers told.
+    monitor_descriptor_access = xc_monitor_descriptor_access(on: bool);
+    /// Has HVMOP_guest_request_vm_event told; from the guest's user mode too if `allow_userspace`.
+    monitor_guest_request = xc_monitor_guest_request(on: bool, sync: bool, allow_userspace: bool);
     /// Has instructions told that the emulator does not know.
     monitor_emul_unimplemented = xc_monitor_emul_unimplemented(on: bool);
 }

@@ -3,7 +3,7 @@
 //! [`Fake`] is a library file of its own with a state of its own.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_char, c_int, c_long};
+use std::ffi::{CStr, CString, c_char, c_int, c_long};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -136,6 +136,8 @@ functions! {
     pub run = fake_run(vcpu: c_int, instructions: c_int) -> c_int;
     /// Lets every vCPU execute up to so many instructions whenever the tool is about to wait.
     pub automatic = fake_automatic(instructions: c_int) -> ();
+    /// Lets every vCPU execute up to so many instructions before each call of any function.
+    pub always = fake_always(instructions: c_int) -> ();
     /// Sends a request of any kind.
     pub push = fake_push(vcpu: c_int, reason: u32, paused: c_int) -> ();
     /// The rights of a page in a view; -1 for a hole.
@@ -146,6 +148,12 @@ functions! {
     pub ring = fake_ring(producer: u32) -> ();
     /// The emulator knows no instruction (1), or those it should (0).
     pub lose_emulator = fake_lose_emulator(lost: c_int) -> ();
+    /// How many calls there were, of all functions.
+    pub total = fake_total() -> c_long;
+    /// Has a call fail by its number, of all functions' calls; the first is 1.
+    pub fail_call = fake_fail_call(nth: c_long, errno: c_int) -> ();
+    /// From a call on, by its number, nothing is done any more, as by a process that has ended; `last_will` is called at that moment. 0: it lives again.
+    pub die_at = fake_die_at(nth: c_long, last_will: extern "C" fn()) -> ();
     /// Forgets how often functions were called.
     pub forget_calls = fake_forget_calls() -> ();
 }
@@ -154,6 +162,8 @@ functions! {
     raw_knob = fake_knob(name: *const c_char) -> *mut c_long;
     raw_calls = fake_calls(name: *const c_char) -> c_long;
     raw_fail = fake_fail(name: *const c_char, nth: c_long, errno: c_int) -> ();
+    raw_name = fake_name(nth: c_long) -> *const c_char;
+    raw_set_at = fake_set_at(nth: c_long, knob: *const c_char, value: c_long) -> ();
     raw_state = fake_state(what: *const c_char, index: c_long) -> c_long;
     raw_memory = fake_memory(gfn: c_long) -> *mut u8;
     raw_regs = fake_regs(vcpu: c_int) -> *mut u64;
@@ -197,6 +207,13 @@ impl Fake {
         unsafe { place.write(value) };
     }
 
+    /// What one of the knobs of fake.c is set to.
+    pub fn knob(&self, knob: &str) -> i64 {
+        let place = self.raw_knob(text(knob).as_ptr());
+        // SAFETY: as in `set`.
+        unsafe { place.read() }
+    }
+
     /// How often a function was called.
     pub fn calls(&self, function: &str) -> i64 {
         self.raw_calls(text(function).as_ptr())
@@ -205,6 +222,21 @@ impl Fake {
     /// Has the n-th call of a function from now on fail.
     pub fn fail(&self, function: &str, nth: i64, errno: i32) {
         self.raw_fail(text(function).as_ptr(), nth, errno);
+    }
+
+    /// The function of a call, by the call's number; empty if there was no such call.
+    pub fn name(&self, nth: i64) -> String {
+        let name = self.raw_name(nth);
+        if name.is_null() {
+            return String::new();
+        }
+        // SAFETY: not null, so it is one of the strings that fake.c keeps for good.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    }
+
+    /// Sets a knob at the begin of a call, by the call's number.
+    pub fn set_at(&self, nth: i64, knob: &str, value: i64) {
+        self.raw_set_at(nth, text(knob).as_ptr(), value);
     }
 
     /// Something of the machine's state (see `fake_state` in fake.c).

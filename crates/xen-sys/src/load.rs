@@ -108,6 +108,8 @@ table! {
         xc_monitor_software_breakpoint: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
         xc_monitor_cpuid: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
         xc_monitor_emul_unimplemented: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
+        xc_monitor_descriptor_access: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
+        xc_monitor_guest_request: unsafe extern "C" fn(Handle, Domid, bool, bool, bool) -> c_int,
     } optional {
         xc_domctl: unsafe extern "C" fn(Handle, *mut c_void) -> c_int,
         // 4.17.

@@ -85,7 +85,9 @@ pub mod monitor_event {
     pub const MOV_TO_MSR: u32 = 1;
     pub const SINGLESTEP: u32 = 2;
     pub const SOFTWARE_BREAKPOINT: u32 = 3;
+    pub const GUEST_REQUEST: u32 = 4;
     pub const CPUID: u32 = 6;
+    pub const DESC_ACCESS: u32 = 9;
     pub const EMUL_UNIMPLEMENTED: u32 = 10;
 }
 
@@ -284,6 +286,28 @@ pub struct Cpuid {
     pub leaf: u32,
     pub subleaf: u32,
     pub pad: u32,
+}
+
+/// vm_event.h: `vm_event_desc_access`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Debug)]
+#[expect(missing_docs, reason = "the names are the header's")]
+pub struct DescAccess {
+    pub instr_info: u32,
+    pub pad1: u32,
+    pub exit_qualification: u64,
+    pub descriptor: u8,
+    pub is_write: u8,
+    pub pad: [u8; 6],
+}
+
+/// vm_event.h: VM_EVENT_DESC_*.
+#[expect(missing_docs, reason = "the names are the header's")]
+pub mod descriptor {
+    pub const IDTR: u8 = 1;
+    pub const GDTR: u8 = 2;
+    pub const LDTR: u8 = 3;
+    pub const TR: u8 = 4;
 }
 
 /// vm_event.h: what `vm_event_st` has in front of the registers, in every version.

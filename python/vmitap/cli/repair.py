@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 import vmitap
-from vmitap._native import _drop_privileges
 from vmitap.cli.options import json_option
 from vmitap.cli.output import Output
 
 
 @click.command()
 @click.argument("target")
-@click.option("--when-input-ends", is_flag=True, help="Wait until standard input ends, as the watchdog of a session does.")
 @json_option
-def repair(target: str, when_input_ends: bool, as_json: bool) -> None:
+def repair(target: str, as_json: bool) -> None:
     """Undo what a session has left in TARGET that was killed: views, breakpoints, held vCPUs, pauses."""
-    if when_input_ends:
-        # It waits for as long as a session lives, and a repair takes root's device files and nothing more.
-        _drop_privileges()
-        while sys.stdin.buffer.read(4096):
-            pass
     out = Output(as_json=as_json)
     done = vmitap.repair(target)
     counts = {} if done is None else {"vcpus": done.vcpus, "views": done.views, "frames": done.frames, "pauses": done.pauses}

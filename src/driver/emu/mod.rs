@@ -261,6 +261,12 @@ impl VmiFrames for EmuDriver {
 
 impl VmiEvents for EmuDriver {
     fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
+        if matches!(monitor, Monitor::DescriptorAccess | Monitor::GuestRequest) {
+            return Err(VmiError::NotSupported {
+                driver: "emu",
+                capability: "monitoring descriptor tables, and requests of the guest",
+            });
+        }
         self.machine.0.monitors.set(monitor, on);
         Ok(())
     }

@@ -74,6 +74,8 @@ impl Monitors {
         match monitor {
             Monitor::Breakpoint => self.breakpoint = on,
             Monitor::Cpuid => self.cpuid = on,
+            // Refused before.
+            Monitor::DescriptorAccess | Monitor::GuestRequest => {}
             Monitor::ControlRegister(register) => {
                 if let Some(flag) = self.cr.get_mut(cr_number(register)) {
                     *flag = on;

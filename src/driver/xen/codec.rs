@@ -3,12 +3,13 @@
 use std::mem::offset_of;
 
 use xen_sys::types::{
-    Cpuid, Debug, EventHead, HvmHwCpu, MemAccess, MovToMsr, RegsV6, SelectorReg, WriteCtrlreg, ctrlreg, flag, mem_access, reason,
+    Cpuid, Debug, DescAccess, EventHead, HvmHwCpu, MemAccess, MovToMsr, RegsV6, SelectorReg, WriteCtrlreg, ctrlreg, descriptor,
+    flag, mem_access, reason,
 };
 
 use crate::addr::{Gfn, MemoryAccess, Va, VcpuId, View};
 use crate::arch::amd64::{ControlRegister, DescriptorTable, GpRegisters, Registers, Segment};
-use crate::event::{EventReason, VmiEvent};
+use crate::event::{DescriptorRegister, EventReason, VmiEvent};
 
 use super::abi::{Layout, MAX_EVENT};
 
@@ -54,6 +55,11 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
 impl Request {
     pub const fn new(bytes: &[u8; MAX_EVENT], layout: Layout) -> Self {
         Self { bytes: *bytes, layout }
+    }
+
+    fn u8(&self, at: usize) -> u8 {
+        let [byte] = array(&self.bytes, at);
+        byte
     }
 
     fn u16(&self, at: usize) -> u16 {
@@ -211,6 +217,17 @@ impl Request {
                 registers.gp.rcx = subleaf.into();
                 EventReason::Cpuid { leaf, subleaf, insn_len: self.u32(U + offset_of!(Cpuid, insn_length)) as u8 }
             }
+            reason::DESCRIPTOR_ACCESS => EventReason::DescriptorAccess {
+                register: match self.u8(U + offset_of!(DescAccess, descriptor)) {
+                    descriptor::IDTR => DescriptorRegister::Idtr,
+                    descriptor::GDTR => DescriptorRegister::Gdtr,
+                    descriptor::LDTR => DescriptorRegister::Ldtr,
+                    descriptor::TR => DescriptorRegister::Tr,
+                    _ => return Asked::Unknown,
+                },
+                is_load: self.u8(U + offset_of!(DescAccess, is_write)) != 0,
+            },
+            reason::GUEST_REQUEST => EventReason::GuestRequest,
             reason::EMUL_UNIMPLEMENTED => return Asked::Unimplemented,
             _ => return Asked::Unknown,
         };

@@ -2,15 +2,16 @@
 
 use std::time::Duration;
 
+use xen_sys::errno;
 use xen_sys::types::flag;
 
-use super::XenDriver;
 use super::codec::with_cpuid_results;
 use super::run::{Held, Taken};
 use super::step::STEP_OFF;
+use super::{XenDriver, monitored};
 use crate::addr::{VcpuId, View};
 use crate::arch::amd64::GpRegisters;
-use crate::error::Result;
+use crate::error::{Result, VmiError};
 use crate::event::EventReason;
 
 /// INT3 (Intel SDM vol. 2).
@@ -20,63 +21,92 @@ const ROUNDS: u32 = 200;
 /// Looks in a row that must find nothing to do.
 const QUIET: u32 = 2;
 
+/// Something that could not be taken back.
+pub(super) struct LeftBehind {
+    what: String,
+    errno: i32,
+}
+
+/// As one error; `None` if nothing is left.
+pub(super) fn left_behind(left: &[LeftBehind]) -> Option<VmiError> {
+    let first = left.first()?;
+    let detail: Vec<&str> = left.iter().map(|each| each.what.as_str()).collect();
+    Some(VmiError::Driver { op: "letting go of the domain", errno: first.errno, detail: detail.join(", ") })
+}
+
 impl XenDriver {
     /// Takes everything back, in the order that was seen to leave guests well: first let steps end, then pause. Everything is tried; what is left
-    /// behind is returned.
-    pub(super) fn end(&mut self) -> Vec<String> {
-        let mut left: Vec<String> = Vec::new();
-        if self.gone.is_none() && self.ring.is_some() {
+    /// behind is returned, and tried again the next time.
+    pub(super) fn end(&mut self) -> Vec<LeftBehind> {
+        let mut left: Vec<LeftBehind> = Vec::new();
+        self.has_ended = true;
+        if self.gone.is_none() && self.is_listening {
             // A domain that has gone meanwhile needs nothing of this.
             let _ = self.look();
         }
-        // Without a ring it is somebody else who listens, or nobody.
-        let has_domain = self.gone.is_none() && self.ring.is_some();
+        let has_domain = self.gone.is_none();
         if has_domain {
-            self.quiesce(&mut left);
+            // Without a ring it is somebody else who listens, or nobody; or this is the second time.
+            if self.ring.is_some() {
+                self.quiesce(&mut left);
+            }
             self.take_back(&mut left);
         }
         self.pages.clear();
         self.ring = None;
+        if has_domain && self.is_listening {
+            let ended = self.xen.control().monitor_disable(self.domain);
+            self.is_listening = ended.is_err();
+            note(&mut left, "a listener", ended);
+        }
+        if let Some(port) = self.port {
+            match self.events.unbind(port) {
+                Ok(()) => self.port = None,
+                Err(error) => note(&mut left, "an event channel", Err(error)),
+            }
+        }
         if has_domain {
-            self.stop_listening(&mut left);
+            note(&mut left, "the domain paused", self.let_run());
         }
-        if let Some(port) = self.port.take()
-            && let Err(error) = self.events.unbind(port)
-        {
-            log::debug!("{error}");
+        if !left.is_empty() && matches!(self.look(), Err(VmiError::DomainGone { .. })) {
+            left.clear();
         }
-        if has_domain {
-            note(&mut left, "the domain paused", self.xen.control().unpause(self.domain));
-        }
-        self.gone.get_or_insert_with(|| "the session has ended".to_owned());
         left
     }
 
     /// Answers everything and moves every vCPU to the default view, until nothing comes any more. Ends with the domain paused.
-    fn quiesce(&mut self, left: &mut Vec<String>) {
+    fn quiesce(&mut self, left: &mut Vec<LeftBehind>) {
         let domain = self.domain;
         if self.pauses > 0 {
             // What is paused does not end its steps.
             self.pauses = 0;
-            note(left, "the domain paused", self.xen.control().unpause(domain));
+            // Those of a session before us were taken back as far as they are known.
+            if !self.has_deposed {
+                note(left, "the domain paused", self.xen.control().unpause(domain));
+            }
         }
+        note(left, "the domain paused", self.let_run());
         self.settle_emulations();
         let mut quiet = 0;
         for _ in 0..ROUNDS {
             let is_away = (0..u32::from(self.info.vcpus))
                 .any(|vcpu| self.xen.control().altp2m_vcpu_view(domain, vcpu).is_ok_and(|view| view != View::DEFAULT.0));
             if is_away && let Err(error) = self.xen.control().altp2m_switch_to_view(domain, View::DEFAULT.0) {
-                left.push(format!("vCPUs in another view ({error})"));
+                note(left, "vCPUs in another view", Err(error));
                 break;
             }
-            let answered = self.drain();
+            let answered = self.drain() + usize::from(self.tell().is_err());
             quiet = if is_away || answered > 0 { 0 } else { quiet + 1 };
             if quiet >= QUIET || self.gone.is_some() {
                 break;
             }
             let _ = self.sleep(Duration::from_millis(1));
         }
-        note(left, "the domain running while it was taken apart", self.xen.control().pause(domain));
+        if !self.owes_unpause.get() {
+            let paused = self.xen.control().pause(domain);
+            self.owes_unpause.set(paused.is_ok());
+            note(left, "the domain running while it was taken apart", paused);
+        }
         self.drain();
     }
 
@@ -124,7 +154,10 @@ impl XenDriver {
                 let own = self.pages.read(gfn.pa(held.event.registers.gp.rip), &mut byte).is_ok() && byte == [INT3];
                 if own {
                     let (len, kind) = held.request.breakpoint();
-                    self.inject_event(vcpu, 3, kind, xen_sys::types::NO_ERROR_CODE, len, 0)?;
+                    if let Err(error) = self.inject_event(vcpu, 3, kind, xen_sys::types::NO_ERROR_CODE, len, 0) {
+                        // It is executed again, and told again or delivered by the processor.
+                        log::debug!("{error}");
+                    }
                 }
             }
             EventReason::Cpuid { insn_len, .. } => gp = Some(after_cpuid(&held, insn_len)),
@@ -144,37 +177,39 @@ impl XenDriver {
     }
 
     /// Stepping, monitors, views and frames, with the domain paused.
-    fn take_back(&mut self, left: &mut Vec<String>) {
+    fn take_back(&mut self, left: &mut Vec<LeftBehind>) {
         let (domain, control) = (self.domain, self.xen.control());
         for vcpu in 0..u32::from(self.info.vcpus) {
             note(left, "a vCPU that steps", control.debug_control(domain, STEP_OFF, vcpu));
         }
         let monitors: Vec<_> = self.monitors.iter().copied().collect();
         for monitor in monitors {
-            if let Err(error) = crate::driver::VmiEvents::monitor(self, monitor, false) {
-                left.push(format!("a monitor ({error})"));
+            if let Err(error) = self.switch_monitor(monitor, false) {
+                let errno = if let VmiError::Driver { errno, .. } = &error { *errno } else { errno::ESRCH };
+                left.push(LeftBehind { what: format!("a monitor ({error})"), errno });
             }
         }
         let control = self.xen.control();
         if self.knows(xen_sys::types::monitor_event::EMUL_UNIMPLEMENTED) {
-            note(left, "a monitor", control.monitor_emul_unimplemented(domain, false));
+            note(left, "a monitor", monitored(control.monitor_emul_unimplemented(domain, false)));
         }
-        note(left, "a monitor", control.monitor_singlestep(domain, false));
-        for view in std::mem::take(&mut self.views).into_keys() {
-            note(left, "a view", control.altp2m_destroy_view(domain, view));
-        }
+        note(left, "a monitor", monitored(control.monitor_singlestep(domain, false)));
+        self.views.retain(|view, _| {
+            let destroyed = control.altp2m_destroy_view(domain, *view);
+            let stays = destroyed.is_err();
+            note(left, "a view", destroyed);
+            stays
+        });
         if self.switched_on {
-            note(left, "views switched on", control.altp2m_set_state(domain, false));
+            let off = control.altp2m_set_state(domain, false);
+            self.switched_on = off.is_err();
+            note(left, "views switched on", off);
         }
         // A mapping would keep a frame that is given back.
         self.pages.clear();
         for error in self.frames.release(self.xen.control()) {
-            left.push(format!("memory of shadow pages ({error})"));
+            note(left, "memory of shadow pages", Err(error));
         }
-    }
-
-    fn stop_listening(&self, left: &mut Vec<String>) {
-        note(left, "a listener", self.xen.control().monitor_disable(self.domain));
     }
 }
 
@@ -185,8 +220,8 @@ fn after_cpuid(held: &Held, insn_len: u8) -> GpRegisters {
     GpRegisters { rip: own.rip.wrapping_add(insn_len.into()), ..new }
 }
 
-fn note(left: &mut Vec<String>, what: &str, result: xen_sys::Result<()>) {
+fn note(left: &mut Vec<LeftBehind>, what: &str, result: xen_sys::Result<()>) {
     if let Err(error) = result {
-        left.push(format!("{what} ({error})"));
+        left.push(LeftBehind { what: format!("{what} ({error})"), errno: error.errno });
     }
 }

@@ -39,6 +39,8 @@ pub struct Frames {
     adopted: BTreeSet<u64>,
     /// The memory the domain might have before, in KiB.
     limit_kib: u64,
+    /// It may have more now.
+    is_limit_raised: bool,
     /// The rights frames have in views, where these are not all.
     rights: FxHashMap<(u16, u64), u8>,
 }
@@ -54,6 +56,7 @@ impl Frames {
             used: FxHashSet::default(),
             adopted: BTreeSet::new(),
             limit_kib,
+            is_limit_raised: false,
             rights: FxHashMap::default(),
         }
     }
@@ -68,12 +71,13 @@ impl Frames {
         self.free.contains(&gfn.0)
     }
 
-    /// Takes a pool over that another program has made, in which some frames are taken.
+    /// Takes a pool over that another program has made: the frames that are there, and those that count as taken, which may be gone already.
     pub fn adopt(&mut self, taken: &[Gfn], pool: &[Gfn]) {
         self.used.extend(taken.iter().map(|frame| frame.0));
         let before = self.adopted.len();
-        self.adopted.extend(pool.iter().chain(taken).map(|frame| frame.0).filter(|frame| *frame < self.first));
+        self.adopted.extend(pool.iter().map(|frame| frame.0).filter(|frame| *frame < self.first));
         // That program has raised the domain's limit by as much as it added.
+        self.is_limit_raised = true;
         self.limit_kib = self.limit_kib.saturating_sub((self.adopted.len() - before) as u64 * PAGE_KIB);
     }
 
@@ -100,6 +104,7 @@ impl Frames {
         let (granted, mut count) = (self.next - self.first, count);
         loop {
             let frames: Vec<u64> = (self.next..self.next + count).collect();
+            self.is_limit_raised = true;
             let populated = control
                 .set_max_memory(self.domain, self.limit_kib + (granted + count) * PAGE_KIB)
                 .and_then(|()| control.populate(self.domain, &frames));
@@ -175,18 +180,25 @@ impl Frames {
         self.rights.retain(|(in_view, _), _| *in_view != view);
     }
 
-    /// Gives all memory back. To be called when no view is left; what fails is returned, and everything is tried.
+    /// Gives all memory back. To be called when no view is left; what fails is returned, and tried again the next time.
     pub fn release(&mut self, control: &Control) -> Vec<xen_sys::Error> {
         let frames: Vec<u64> = self.adopted.iter().copied().chain(self.first..self.next).collect();
-        if frames.is_empty() {
-            return Vec::new();
+        if !frames.is_empty() {
+            if let Err(error) = control.depopulate(self.domain, &frames) {
+                return vec![error];
+            }
+            self.next = self.first;
+            self.adopted.clear();
+            self.free.clear();
+            self.used.clear();
+            self.rights.clear();
         }
-        self.next = self.first;
-        self.adopted.clear();
-        self.free.clear();
-        self.used.clear();
-        self.rights.clear();
-        let results = [control.depopulate(self.domain, &frames), control.set_max_memory(self.domain, self.limit_kib)];
-        results.into_iter().filter_map(xen_sys::Result::err).collect()
+        if self.is_limit_raised
+            && let Err(error) = control.set_max_memory(self.domain, self.limit_kib)
+        {
+            return vec![error];
+        }
+        self.is_limit_raised = false;
+        Vec::new()
     }
 }

@@ -16,6 +16,7 @@ mod run;
 mod step;
 mod views;
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -34,10 +35,11 @@ use super::{
 use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE, Pa, VcpuId};
 use crate::arch::amd64::{ControlRegister, Injection, InjectionKind, Registers, vector};
 use crate::error::{Result, VmiError};
-use crate::event::VmiEventResponse;
+use crate::event::{VmiEvent, VmiEventResponse};
 
 pub use abi::{Abi, Layout, MAX_EVENT};
 pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
+use end::left_behind;
 use frames::Frames;
 use pages::Pages;
 use ring::Ring;
@@ -82,6 +84,14 @@ fn failed(error: &xen_sys::Error) -> VmiError {
     VmiError::Driver { op: error.op, errno: error.errno, detail: error.text() }
 }
 
+/// What a request of the ring asks for, if it is an event that is handed out. Its bytes may be anything.
+pub fn decode(request: &[u8; MAX_EVENT], layout: Layout) -> Option<VmiEvent> {
+    match codec::Request::new(request, layout).asked() {
+        codec::Asked::Event(event) => Some(event),
+        _ => None,
+    }
+}
+
 /// Wakes a wait: a flag, and a descriptor that a poll sees.
 #[derive(Debug)]
 struct Bell {
@@ -111,6 +121,7 @@ impl Waker for Bell {
 }
 
 /// A domain of a Xen machine.
+#[expect(clippy::struct_excessive_bools, reason = "each is one thing that was done to the domain, and is undone by itself")]
 pub struct XenDriver {
     xen: Xen,
     pages: Pages,
@@ -122,12 +133,18 @@ pub struct XenDriver {
     /// Bits of what can be monitored.
     bits: u32,
     ring: Option<Ring>,
+    /// Xen has a ring of ours.
+    is_listening: bool,
     /// Our port of the event channel.
     port: Option<u32>,
+    /// There are answers in the ring of which Xen was not told.
+    untold: bool,
     /// We switched views on.
     switched_on: bool,
     /// Register writes wait for their answer.
     decides_writes: bool,
+    /// Bits of CR0, CR3 and CR4 whose changes alone are not told.
+    ignored_bits: [u64; 3],
     vcpus: Vec<Vcpu>,
     /// vCPUs with an event that was not handed out yet.
     ready: VecDeque<VcpuId>,
@@ -135,14 +152,20 @@ pub struct XenDriver {
     frames: Frames,
     monitors: FxHashSet<Monitor>,
     pauses: u32,
+    /// A pause of the driver's own could not be taken back yet.
+    owes_unpause: Cell<bool>,
     bell: Arc<Bell>,
     stepping: Stepping,
+    /// Another program listened before us, and may have left vCPUs that stand still.
+    has_deposed: bool,
     /// When the domain was last looked at.
     looked_at: Instant,
     /// Why the domain is gone, once it is.
     gone: Option<String>,
     /// Why the ring cannot be used any more, although the domain may be there.
     broken: Option<String>,
+    /// It has let go of the domain, or tried to.
+    has_ended: bool,
 }
 
 impl std::fmt::Debug for XenDriver {
@@ -186,46 +209,33 @@ impl XenDriver {
             abi,
             bits,
             ring: None,
+            is_listening: false,
             port: None,
+            untold: false,
             switched_on: false,
             decides_writes: false,
+            ignored_bits: [0; 3],
             vcpus: (0..vcpus).map(|_| Vcpu::default()).collect(),
             ready: VecDeque::new(),
             views: BTreeMap::new(),
             frames,
             monitors: FxHashSet::default(),
             pauses: 0,
+            owes_unpause: Cell::new(false),
             bell: Arc::new(Bell { rung: AtomicBool::new(false), fd }),
             stepping: options.stepping,
+            has_deposed: options.take_over,
             looked_at: Instant::now(),
             gone: None,
             broken: None,
+            has_ended: false,
         };
-        if options.take_over
-            && let Err(error) = driver.xen.control().monitor_disable(domain)
-        {
-            log::debug!("nobody listened: {error}");
+        if options.take_over {
+            driver.depose().map_err(call)?;
         }
         // Whatever fails from here on, dropping the driver takes back what was done.
         driver.listen().map_err(refuse)?;
         Ok(driver)
-    }
-
-    /// Ends the listening and begins it anew, with an empty ring.
-    fn listen_anew(&mut self) -> Result<()> {
-        self.ring = None;
-        if let Some(port) = self.port.take() {
-            self.events.unbind(port).map_err(|error| failed(&error))?;
-        }
-        self.xen.control().monitor_disable(self.domain).map_err(|error| failed(&error))?;
-        let switched_on = self.switched_on;
-        self.listen().map_err(|obstacle| obstacle.error(&self.info.name))?;
-        self.switched_on |= switched_on;
-        self.decides_writes = false;
-        for monitor in std::mem::take(&mut self.monitors) {
-            VmiEvents::monitor(self, monitor, true)?;
-        }
-        Ok(())
     }
 
     fn listen(&mut self) -> Result<(), Obstacle> {
@@ -235,6 +245,7 @@ impl XenDriver {
             .monitor_enable(self.domain, self.pages.foreign())
             .map_err(|error| attach::cannot_listen(&error, self.domain))?;
         self.ring = Some(Ring::new(page, self.abi.layout));
+        self.is_listening = true;
         self.port = Some(self.events.bind_interdomain(self.domain, port).map_err(explain)?);
         self.switched_on = attach::switch_views_on(control, self.domain)?;
         // Up to 4.18 a fast step never ends without this monitor.
@@ -266,6 +277,17 @@ impl XenDriver {
         })
     }
 
+    /// Writes to a control register that change nothing but `bits` are not told from the next [`VmiEvents::monitor`] of it on. 0, as it begins:
+    /// every change is (`hvm_monitor_cr` in arch/x86/hvm/monitor.c).
+    pub const fn ignore_bits(&mut self, register: ControlRegister, bits: u64) {
+        let [cr0, cr3, cr4] = &mut self.ignored_bits;
+        match register {
+            ControlRegister::Cr0 => *cr0 = bits,
+            ControlRegister::Cr3 => *cr3 = bits,
+            ControlRegister::Cr4 => *cr4 = bits,
+        }
+    }
+
     fn vcpu(&self, vcpu: VcpuId) -> Result<&Vcpu> {
         let count = self.info.vcpus;
         self.vcpus.get(usize::from(vcpu.0)).ok_or(VmiError::VcpuNotFound { vcpu, count })
@@ -288,8 +310,11 @@ impl XenDriver {
         if is_ours { Ok(()) } else { Err(out()) }
     }
 
-    /// An error once the domain is gone, or the ring to it is.
+    /// An error once the domain is gone, or the ring to it is, or the session has ended.
     fn check_alive(&self) -> Result<()> {
+        if self.has_ended && self.gone.is_none() {
+            return Err(VmiError::DomainGone { reason: "the session has ended".to_owned() });
+        }
         match self.gone.as_ref().or(self.broken.as_ref()) {
             None => Ok(()),
             Some(reason) => Err(VmiError::DomainGone { reason: reason.clone() }),
@@ -441,15 +466,38 @@ const fn sets(registers: &Registers) -> Registers {
 
 impl XenDriver {
     fn load_registers(&self, vcpu: VcpuId, registers: &Registers) -> Result<()> {
-        let control = self.xen.control();
-        control.pause(self.domain).map_err(|error| failed(&error))?;
-        let loaded = control.hvm_context(self.domain).and_then(|context| {
+        let loaded = self.paused(|driver| {
+            let context = driver.xen.control().hvm_context(driver.domain)?;
             let mut new = codec::context_with(&context, vcpu.0, registers)
                 .ok_or(xen_sys::Error { op: "xc_domain_hvm_getcontext", errno: errno::ENOENT })?;
-            control.set_hvm_context(self.domain, &mut new)
+            driver.xen.control().set_hvm_context(driver.domain, &mut new)
         });
-        let resumed = control.unpause(self.domain);
-        loaded.and(resumed).map_err(|error| failed(&error))
+        loaded.map_err(|error| failed(&error))
+    }
+
+    /// Does something while no vCPU runs. If they cannot be let go on afterwards it is done all the same: the next wait tries again.
+    fn paused<T>(&self, what: impl FnOnce(&Self) -> xen_sys::Result<T>) -> xen_sys::Result<T> {
+        if self.owes_unpause.get() {
+            // It is paused still.
+            self.owes_unpause.set(false);
+        } else {
+            self.xen.control().pause(self.domain)?;
+        }
+        let result = what(self);
+        self.owes_unpause.set(true);
+        if let Err(error) = self.let_run() {
+            log::debug!("{error}");
+        }
+        result
+    }
+
+    /// Takes back a pause of the driver's own that could not be taken back before.
+    fn let_run(&self) -> xen_sys::Result<()> {
+        if self.owes_unpause.get() {
+            self.xen.control().unpause(self.domain)?;
+            self.owes_unpause.set(false);
+        }
+        Ok(())
     }
 }
 
@@ -479,46 +527,7 @@ impl VmiFrames for XenDriver {
 impl VmiEvents for XenDriver {
     fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
         self.check_alive()?;
-        if self.monitors.contains(&monitor) == on {
-            return Ok(());
-        }
-        let (control, domain) = (self.xen.control(), self.domain);
-        if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
-            // Else the register is written before the answer is there, and denying it comes too late.
-            control.monitor_control_registers(domain).map_err(|error| failed(&error))?;
-            self.decides_writes = true;
-        }
-        let control = self.xen.control();
-        let need = |bit: u32, capability: &'static str| {
-            if self.knows(bit) { Ok(()) } else { Err(VmiError::NotSupported { driver: "xen", capability }) }
-        };
-        let result = match monitor {
-            Monitor::Breakpoint => control.monitor_software_breakpoint(domain, on),
-            Monitor::ControlRegister(register) => {
-                need(monitor_event::WRITE_CTRLREG, "monitoring control registers")?;
-                let index = match register {
-                    ControlRegister::Cr0 => ctrlreg::CR0,
-                    ControlRegister::Cr3 => ctrlreg::CR3,
-                    ControlRegister::Cr4 => ctrlreg::CR4,
-                };
-                control.monitor_write_ctrlreg(domain, index, on, true, 0, false)
-            }
-            Monitor::Msr(msr) => {
-                need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;
-                control.monitor_mov_to_msr(domain, msr, on, false)
-            }
-            Monitor::Cpuid => {
-                need(monitor_event::CPUID, "monitoring CPUID")?;
-                control.monitor_cpuid(domain, on)
-            }
-        };
-        monitored(result).map_err(|error| failed(&error))?;
-        if on {
-            self.monitors.insert(monitor);
-        } else {
-            self.monitors.remove(&monitor);
-        }
-        Ok(())
+        self.switch_monitor(monitor, on)
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
@@ -542,6 +551,60 @@ impl VmiEvents for XenDriver {
             epoll::add(&both, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(|error| os("epoll_ctl", error))?;
         }
         Ok(Some(both))
+    }
+}
+
+impl XenDriver {
+    fn switch_monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
+        if self.monitors.contains(&monitor) == on {
+            return Ok(());
+        }
+        let (control, domain) = (self.xen.control(), self.domain);
+        if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
+            // Else the register is written before the answer is there, and denying it comes too late.
+            control.monitor_control_registers(domain).map_err(|error| failed(&error))?;
+            self.decides_writes = true;
+        }
+        let control = self.xen.control();
+        let need = |bit: u32, capability: &'static str| {
+            if self.knows(bit) { Ok(()) } else { Err(VmiError::NotSupported { driver: "xen", capability }) }
+        };
+        let result = match monitor {
+            Monitor::Breakpoint => control.monitor_software_breakpoint(domain, on),
+            Monitor::ControlRegister(register) => {
+                need(monitor_event::WRITE_CTRLREG, "monitoring control registers")?;
+                let index = match register {
+                    ControlRegister::Cr0 => ctrlreg::CR0,
+                    ControlRegister::Cr3 => ctrlreg::CR3,
+                    ControlRegister::Cr4 => ctrlreg::CR4,
+                };
+                let ignored = self.ignored_bits.get(usize::from(index)).copied().unwrap_or(0);
+                control.monitor_write_ctrlreg(domain, index, on, true, ignored, false)
+            }
+            Monitor::Msr(msr) => {
+                need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;
+                control.monitor_mov_to_msr(domain, msr, on, false)
+            }
+            Monitor::Cpuid => {
+                need(monitor_event::CPUID, "monitoring CPUID")?;
+                control.monitor_cpuid(domain, on)
+            }
+            Monitor::DescriptorAccess => {
+                need(monitor_event::DESC_ACCESS, "monitoring descriptor tables")?;
+                control.monitor_descriptor_access(domain, on)
+            }
+            Monitor::GuestRequest => {
+                need(monitor_event::GUEST_REQUEST, "monitoring requests of the guest")?;
+                control.monitor_guest_request(domain, on, true, false)
+            }
+        };
+        monitored(result).map_err(|error| failed(&error))?;
+        if on {
+            self.monitors.insert(monitor);
+        } else {
+            self.monitors.remove(&monitor);
+        }
+        Ok(())
     }
 }
 
@@ -574,36 +637,48 @@ impl VmiControl for XenDriver {
         if self.pauses == 0 {
             // What is paused does not come to an end, and somebody may want to change a page meanwhile.
             self.settle_emulations();
-            self.xen.control().pause(self.domain).map_err(|error| failed(&error))?;
+            if self.owes_unpause.get() {
+                // It is paused still.
+                self.owes_unpause.set(false);
+            } else {
+                self.xen.control().pause(self.domain).map_err(|error| failed(&error))?;
+            }
         }
         self.pauses += 1;
         Ok(())
     }
 
     fn resume(&mut self) -> Result<()> {
+        self.check_alive()?;
         let none = || VmiError::Driver { op: "resuming the guest", errno: errno::EINVAL, detail: "it is not paused".to_owned() };
         let left = self.pauses.checked_sub(1).ok_or_else(none)?;
-        if left == 0 {
-            self.xen.control().unpause(self.domain).map_err(|error| failed(&error))?;
-        }
         self.pauses = left;
+        if left == 0 {
+            // Who has a pause taken back seldom can do it again: what cannot be done now is done, or told, by the next wait.
+            self.owes_unpause.set(true);
+            if let Err(error) = self.let_run() {
+                log::debug!("{error}");
+            }
+        }
         Ok(())
     }
 
     fn let_go(&mut self) -> Result<()> {
-        let left = self.end();
-        if left.is_empty() {
-            return Ok(());
-        }
-        Err(VmiError::Driver { op: "letting go of the domain", errno: 0, detail: left.join(", ") })
+        left_behind(&self.end()).map_or(Ok(()), Err)
     }
 }
 
 impl Drop for XenDriver {
     fn drop(&mut self) {
-        let left = self.end();
+        if self.gone.is_some() && self.has_ended {
+            return;
+        }
+        let mut left = self.end();
         if !left.is_empty() {
-            log::error!("domain {} ({}) was left with {}", self.domain, self.info.name, left.join(", "));
+            left = self.end();
+        }
+        if let Some(error) = left_behind(&left) {
+            log::error!("domain {} ({}): {error}", self.domain, self.info.name);
         }
     }
 }

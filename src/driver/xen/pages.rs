@@ -129,9 +129,9 @@ impl Pages {
     fn unmapped(&self, gfn: Gfn, error: &xen_sys::Error) -> VmiError {
         match error.errno {
             errno::ESRCH => VmiError::DomainGone { reason: format!("domain {} does not exist any more", self.domain) },
-            errno::EPERM | errno::EACCES | errno::ENOMEM => super::failed(error),
-            // A hole in the guest's memory.
-            _ => VmiError::OutOfRange { pa: gfn.pa(0), len: PAGE_SIZE, end: gfn.pa(0) },
+            // A hole in the guest's memory, as Linux tells it (drivers/xen/privcmd.c).
+            errno::EINVAL | errno::ENOENT => VmiError::OutOfRange { pa: gfn.pa(0), len: PAGE_SIZE, end: gfn.pa(0) },
+            _ => super::failed(error),
         }
     }
 

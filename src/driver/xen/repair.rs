@@ -8,7 +8,7 @@ use super::step::STEP_OFF;
 use super::views::ViewBook;
 use super::{XenDriver, failed};
 use crate::addr::{Gfn, PAGE_SHIFT, View};
-use crate::driver::{Additions, VmiRepair};
+use crate::driver::{Additions, VmiEvents, VmiRepair};
 use crate::error::Result;
 
 /// Frames that are looked at in one call.
@@ -65,7 +65,11 @@ impl VmiRepair for XenDriver {
         }
         if let Some(first) = left.frames.iter().min().copied() {
             // A pool has frames that were never used, too; all of it lies above the guest's memory.
-            let pool: Vec<Gfn> = self.top_frames()?.into_iter().filter(|frame| *frame >= first.0).map(Gfn).collect();
+            let mut pool: Vec<Gfn> = self.top_frames()?.into_iter().filter(|frame| *frame >= first.0).map(Gfn).collect();
+            // The highest frame a guest has had counts even when it is gone (`max_mapped_pfn`).
+            let frames: Vec<u64> = left.frames.iter().map(|frame| frame.0).collect();
+            let present = self.pages.foreign().present(self.domain, &frames).unwrap_or_default();
+            pool.extend(frames.into_iter().zip(present).filter_map(|(frame, is_there)| is_there.then_some(Gfn(frame))));
             self.frames.adopt(&left.frames, &pool);
             // What was counted as guest memory because it was there.
             self.info.memory_size = self.info.memory_size.min(first.0 << PAGE_SHIFT);
@@ -77,26 +81,81 @@ impl VmiRepair for XenDriver {
     }
 
     /// A vCPU that stands still for an event of a listener before us is answered like one of ours: Xen looks only at whether it stands still
-    /// (`vm_event_resume` in common/vm_event.c). Answers without requests confuse the ring, so it is made anew. Of those Xen does not say how
-    /// many stood still; the count is of events of our own.
+    /// (`vm_event_resume` in common/vm_event.c). Answers without requests confuse the ring, so it is made anew before and after. Of those Xen
+    /// does not say how many stood still; the count is of events of our own.
     fn release_held(&mut self) -> Result<usize> {
         self.check_alive()?;
-        let domain = self.domain;
+        self.settle_emulations();
+        self.to_default_view().map_err(|error| failed(&error))?;
         let released = self.drain();
+        if !self.has_deposed {
+            return Ok(released);
+        }
+        let monitors = std::mem::take(&mut self.monitors);
+        let answered = self.answer_for_another();
+        // Also after an error: whoever tries again finds a ring that can be used, and knows what was monitored.
+        for monitor in monitors {
+            VmiEvents::monitor(self, monitor, true)?;
+        }
+        answered?;
+        Ok(released)
+    }
+}
+
+impl XenDriver {
+    /// Puts every vCPU into the default view, to stay: with the steps off first, none comes back to another view. What is hidden cannot be met
+    /// any more then, so that no event of it is missed, and nothing is seen or executed while nobody listens.
+    fn to_default_view(&self) -> xen_sys::Result<()> {
+        let (domain, control) = (self.domain, self.xen.control());
+        for vcpu in 0..u32::from(self.info.vcpus) {
+            control.debug_control(domain, STEP_OFF, vcpu)?;
+        }
+        match control.altp2m_state(domain) {
+            Ok(true) => control.altp2m_switch_to_view(domain, View::DEFAULT.0),
+            // There is no other view.
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes the place of a listener that has died. Its vCPUs stand still on.
+    pub(super) fn depose(&self) -> xen_sys::Result<()> {
+        self.to_default_view()?;
+        if let Err(error) = self.xen.control().monitor_disable(self.domain) {
+            log::debug!("nobody listened: {error}");
+        }
+        Ok(())
+    }
+
+    /// Answers once for every vCPU in a ring of its own.
+    fn answer_for_another(&mut self) -> Result<()> {
+        // Ends every monitor: whoever comes to stand still does so before the answers.
+        self.listen_anew()?;
+        let mut told = Ok(());
         for vcpu in 0..self.info.vcpus {
             let answer = codec::release(self.abi.layout, vcpu);
             if let Some(ring) = &mut self.ring {
                 ring.push_unasked(&answer);
             }
-            if let Some(port) = self.port {
-                self.events.notify(port).map_err(|error| failed(&error))?;
-            }
+            self.untold = true;
+            told = told.and(self.tell());
         }
-        for vcpu in 0..u32::from(self.info.vcpus) {
-            self.xen.control().debug_control(domain, STEP_OFF, vcpu).map_err(|error| failed(&error))?;
-        }
-        self.xen.control().altp2m_switch_to_view(domain, View::DEFAULT.0).map_err(|error| failed(&error))?;
         self.listen_anew()?;
-        Ok(released)
+        told
+    }
+
+    /// Ends the listening and begins it anew, with an empty ring and nothing monitored.
+    fn listen_anew(&mut self) -> Result<()> {
+        self.ring = None;
+        self.untold = false;
+        if let Some(port) = self.port.take() {
+            self.events.unbind(port).map_err(|error| failed(&error))?;
+        }
+        self.xen.control().monitor_disable(self.domain).map_err(|error| failed(&error))?;
+        self.is_listening = false;
+        let switched_on = self.switched_on;
+        self.listen().map_err(|obstacle| obstacle.error(&self.info.name))?;
+        self.switched_on |= switched_on;
+        self.decides_writes = false;
+        Ok(())
     }
 }

@@ -113,12 +113,19 @@ impl XenDriver {
         if !ring.answer(&response.bytes) {
             return Err(VmiError::Driver { op: "answering an event", errno: 0, detail: "no request is open".to_owned() });
         }
-        if let Some(port) = self.port
-            && let Err(error) = self.events.notify(port)
-        {
-            // The answer is in the ring; that Xen cannot be told means that the domain is gone, most likely.
-            log::warn!("{error}");
-            self.broken = Some(error.to_string());
+        // The answer is in the ring: if Xen cannot be told now, the next wait tells it.
+        self.untold = true;
+        if let Err(error) = self.tell() {
+            log::debug!("{error}");
+        }
+        Ok(())
+    }
+
+    /// Tells Xen that there are answers, unless it knows.
+    pub(super) fn tell(&mut self) -> Result<()> {
+        if let Some(port) = self.port.filter(|_| self.untold) {
+            self.events.notify(port).map_err(|error| failed(&error))?;
+            self.untold = false;
         }
         Ok(())
     }
@@ -173,10 +180,18 @@ impl XenDriver {
         }
     }
 
-    /// Hands an event out.
+    /// Hands an event out. The view that it happened in may have been removed since: then it is told from where the vCPU was put.
     fn hand_out(&mut self, vcpu: VcpuId) -> Result<Option<VmiEvent>> {
+        let told = self.vcpu(vcpu)?.held.as_ref().and_then(|held| held.event.view);
+        let now = match told.filter(|view| !self.has_view(*view)) {
+            Some(_) => {
+                Some(View(self.xen.control().altp2m_vcpu_view(self.domain, vcpu.0.into()).map_err(|error| failed(&error))?))
+            }
+            None => told,
+        };
         let held = self.vcpu_mut(vcpu)?.held.as_mut();
         Ok(held.map(|held| {
+            held.event.view = now;
             held.is_out = true;
             held.event
         }))
@@ -189,9 +204,17 @@ impl XenDriver {
         }
         let mut deadline = None;
         let mut has_slept = false;
+        let told = self.let_run().map_err(|error| failed(&error)).and_then(|()| self.tell());
+        if told.is_err() {
+            // Most likely the domain is gone.
+            self.look()?;
+            told?;
+        }
         loop {
-            if let Some(vcpu) = self.ready.pop_front() {
-                if let Some(event) = self.hand_out(vcpu)? {
+            if let Some(vcpu) = self.ready.front().copied() {
+                let event = self.hand_out(vcpu)?;
+                self.ready.pop_front();
+                if let Some(event) = event {
                     return Ok(Wait::Event(event));
                 }
                 continue;
@@ -207,6 +230,7 @@ impl XenDriver {
             self.check_alive()?;
             let is_still = |vcpu: &super::Vcpu| vcpu.held.is_some();
             if self.pauses > 0 || self.vcpus.iter().all(is_still) {
+                self.look()?;
                 return Ok(Wait::Idle);
             }
             let now = Instant::now();

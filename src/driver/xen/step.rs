@@ -168,6 +168,10 @@ impl XenDriver {
                 }
                 Way::Emulate { discard: true }
             }
+            // Told instead of executed; the emulator executes it, wherever the vCPU is.
+            EventAction::Continue if matches!(held.event.reason, EventReason::DescriptorAccess { .. }) && !is_moved_on => {
+                Way::Emulate { discard: false }
+            }
             EventAction::Continue | EventAction::Reinject | EventAction::Deny => Way::Go,
             EventAction::SingleStep { view } => Way::Toggle(Rounds { rip: repeats.then_some(rip), view, back, report: true }),
             // In the vCPU's own view a step is no different from going on.
@@ -391,7 +395,14 @@ fn check_fit(event: &VmiEvent, action: EventAction) -> Result<()> {
     let fits = match action {
         EventAction::Reinject => matches!(event.reason, EventReason::Breakpoint { .. }),
         EventAction::Emulate => matches!(event.reason, EventReason::MemoryAccess { .. }),
-        EventAction::Deny => !matches!(event.reason, EventReason::Breakpoint { .. } | EventReason::SingleStep { .. }),
+        // Xen's emulator leaves out what is stored, and not what is loaded; a request is done already.
+        EventAction::Deny => !matches!(
+            event.reason,
+            EventReason::Breakpoint { .. }
+                | EventReason::SingleStep { .. }
+                | EventReason::DescriptorAccess { .. }
+                | EventReason::GuestRequest
+        ),
         EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,
     };
     if fits {

@@ -170,17 +170,17 @@ impl XenDriver {
 
     /// Sets rights in the default view. Xen writes them through to every other view, over what was there (`p2m_altp2m_propagate_change`), so
     /// nobody runs until those are as they were.
-    fn set_default_access(&mut self, gfn: Gfn, rights: MemoryAccess) -> Result<()> {
-        let control = self.xen.control();
-        control.pause(self.domain).map_err(|error| failed(&error))?;
-        let mut result = control.set_mem_access(self.domain, number(rights), gfn.0, 1);
-        for (view, book) in &self.views {
-            if let Some(page) = book.pages.get(&gfn) {
-                result = self.restore_page(View(*view), gfn, *page).and(result);
+    fn set_default_access(&self, gfn: Gfn, rights: MemoryAccess) -> Result<()> {
+        let result = self.paused(|driver| {
+            let mut result = driver.xen.control().set_mem_access(driver.domain, number(rights), gfn.0, 1);
+            for (view, book) in &driver.views {
+                if let Some(page) = book.pages.get(&gfn) {
+                    result = driver.restore_page(View(*view), gfn, *page).and(result);
+                }
             }
-        }
-        let resumed = control.unpause(self.domain);
-        result.and(resumed).map_err(|error| self.no_rights(gfn, &error))
+            result
+        });
+        result.map_err(|error| self.no_rights(gfn, &error))
     }
 }
 
@@ -278,7 +278,8 @@ impl VmiViews for XenDriver {
                         let control = driver.xen.control();
                         control.altp2m_change_gfn(domain, view.0, gfn.0, frame.0)?;
                         control.altp2m_set_mem_access(domain, view.0, gfn.0, rights.into())
-                    })?;
+                    })
+                    .map_err(|error| failed(&error))?;
                 }
             }
             None if page.frame.is_none() => return Ok(()),
@@ -296,22 +297,12 @@ impl VmiViews for XenDriver {
                             log::error!("page {gfn} of view {view} shows its own frame with all rights: {left}");
                         }
                     })
-                })?;
+                })
+                .map_err(|error| failed(&error))?;
             }
         }
         self.book_mut(view)?.set(gfn, Page { frame, ..page });
         Ok(())
-    }
-}
-
-impl XenDriver {
-    /// Does something while no vCPU runs.
-    fn paused(&self, what: impl FnOnce(&Self) -> xen_sys::Result<()>) -> Result<()> {
-        let control = self.xen.control();
-        control.pause(self.domain).map_err(|error| failed(&error))?;
-        let result = what(self);
-        let resumed = control.unpause(self.domain);
-        result.and(resumed).map_err(|error| failed(&error))
     }
 }
 

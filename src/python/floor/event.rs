@@ -8,7 +8,7 @@ use pyo3::types::PyDict;
 
 use crate::addr::Pa;
 use crate::arch::amd64::ControlRegister;
-use crate::event::{self, EventAction, EventReason};
+use crate::event::{self, DescriptorRegister, EventAction, EventReason};
 use crate::python::convert::{access_to_python, changes, show_changes};
 use crate::python::registers::Registers;
 use crate::python::shared::Shared;
@@ -47,6 +47,8 @@ impl VmiEvent {
             EventReason::WriteControlRegister { .. } => "write-control-register",
             EventReason::WriteMsr { .. } => "write-msr",
             EventReason::Cpuid { .. } => "cpuid",
+            EventReason::DescriptorAccess { .. } => "descriptor-access",
+            EventReason::GuestRequest => "guest-request",
         }
     }
 
@@ -75,7 +77,7 @@ impl VmiEvent {
             EventReason::Breakpoint { gfn, .. } => Some(gfn.0),
             EventReason::SingleStep { gfn } => gfn.map(|gfn| gfn.0),
             EventReason::MemoryAccess { pa, .. } => Some(pa.gfn().0),
-            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::Cpuid { .. } => None,
+            _ => None,
         }
     }
 
@@ -115,7 +117,7 @@ impl VmiEvent {
         }
     }
 
-    /// The control register ("cr3") or the number of the MSR about to be written.
+    /// The control register ("cr3") or the number of the MSR about to be written; the register ("gdtr") about to be loaded or stored.
     #[getter]
     fn register(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         match self.event.reason {
@@ -126,6 +128,13 @@ impl VmiEvent {
             }
             .into_py_any(py),
             EventReason::WriteMsr { msr, .. } => msr.into_py_any(py),
+            EventReason::DescriptorAccess { register, .. } => match register {
+                DescriptorRegister::Gdtr => "gdtr",
+                DescriptorRegister::Idtr => "idtr",
+                DescriptorRegister::Ldtr => "ldtr",
+                DescriptorRegister::Tr => "tr",
+            }
+            .into_py_any(py),
             _ => Ok(py.None()),
         }
     }

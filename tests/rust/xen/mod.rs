@@ -2,6 +2,7 @@
 
 mod attach;
 mod dance;
+mod faults;
 mod repair;
 mod ring;
 mod session;

@@ -1,8 +1,11 @@
 //! The tool is killed while it taps a domain: whatever call it dies at, the domain is brought back from the journal.
 
+use std::cell::RefCell;
+use std::path::PathBuf;
+
 use vmitap::arch::amd64::AddressContext;
-use vmitap::driver::VmiDriver;
 use vmitap::driver::xen::{XenDriver, XenOptions};
+use vmitap::driver::{VmiControl, VmiDriver};
 use vmitap::session::journal::Journal;
 use vmitap::session::{Journaled, Limits, Poll, Session, TapKind, TapSpec, Verdict, repair};
 use vmitap::tap::OnWrite;
@@ -43,9 +46,9 @@ fn script(driver: Box<dyn VmiDriver>, fake: &Fake) -> Result<(), VmiError> {
     session.detach()
 }
 
-/// How many calls there were, and whether the tool died.
-fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
-    let folder = Folder::new("xen-killed");
+/// How many calls there were, and whether the tool died. So many instructions each vCPU executes between any two calls of the repair.
+fn killed(kind: Kind, death: Option<Death>, meanwhile: i32) -> (usize, bool) {
+    let folder = Folder::new(if meanwhile == 0 { "xen-killed" } else { "xen-killed-meanwhile" });
     let (kept, path) = (folder.0.join("kept"), folder.0.join("test-1.journal"));
     let fake = looping(kind, 2);
     let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
@@ -64,14 +67,18 @@ fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
         std::mem::forget(tool.clone());
         std::fs::rename(&kept, &path).unwrap();
         let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
+        fake.always(meanwhile);
         let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
         repair(&mut driver, journal.remains()).unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
+        driver.let_go().unwrap_or_else(|error| panic!("{death:?} of {calls:?}: {error}"));
         journal.close().unwrap();
     }
     drop(tool);
     fake.automatic(0);
+    fake.always(0);
     assert_eq!(folder.files(), 0);
-    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "exposures"] {
+    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "int3s", "exposures"]
+    {
         for vcpu in [0, 1] {
             assert_eq!(fake.state(what, vcpu), 0, "{death:?}: {what} of vCPU {vcpu}");
         }
@@ -86,12 +93,90 @@ fn killed(kind: Kind, death: Option<Death>) -> (usize, bool) {
 #[test]
 fn whenever_the_tool_is_killed_the_domain_is_brought_back() {
     for kind in [Kind::new(6, 14), Kind::new(7, 17), Kind::new(7, 20)] {
-        let (calls, is_dead) = killed(kind, None);
+        let (calls, is_dead) = killed(kind, None, 0);
         assert!(calls > 40 && !is_dead, "{calls}");
         for n in 1..=calls {
             for death in [Death::Before(n), Death::After(n)] {
-                killed(kind, Some(death));
+                killed(kind, Some(death), 0);
             }
+        }
+    }
+}
+
+thread_local! {
+    /// The journal of a tool that is about to die, and where its state at that moment is kept.
+    static KEPT: RefCell<Option<(PathBuf, PathBuf)>> = const { RefCell::new(None) };
+}
+
+extern "C" fn keep_the_journal() {
+    KEPT.with_borrow(|kept| {
+        let (path, copy) = kept.as_ref().unwrap();
+        // At the last calls there is none any more.
+        let _ = std::fs::copy(path, copy);
+    });
+}
+
+/// As `killed`, at a call of Xen's libraries. How many there were.
+fn killed_at_call(kind: Kind, n: i64) -> i64 {
+    let folder = Folder::new(&format!("xen-killed-{}", kind.minor));
+    let (kept, path) = (folder.0.join("kept"), folder.0.join("test-1.journal"));
+    let fake = looping(kind, 2);
+    KEPT.set(Some((path.clone(), kept.clone())));
+    fake.die_at(n, keep_the_journal);
+    let journal = Journal::begin(&folder.0, &guest_id()).unwrap();
+    let tool = XenDriver::attach("guest", &options(&fake))
+        .and_then(|driver| Journaled::new(Box::new(driver), journal))
+        .and_then(|driver| script(Box::new(driver), &fake));
+    let calls = fake.total();
+    // Of the last calls of a session it makes no difference to it whether they were done.
+    assert!(tool.is_ok() || n > 0, "{tool:?}");
+    let name = fake.name(n);
+    fake.die_at(0, keep_the_journal);
+    // There is none any more once everything is taken back.
+    if kept.exists() {
+        std::fs::rename(&kept, &path).unwrap();
+        let journal = Journal::left(&folder.0, &guest_id()).unwrap().unwrap();
+        let mut driver = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
+        repair(&mut driver, journal.remains()).unwrap_or_else(|error| panic!("call {n}, {name}: {error}"));
+        driver.let_go().unwrap_or_else(|error| panic!("call {n}, {name}: {error}"));
+        journal.close().unwrap();
+    }
+    fake.automatic(0);
+    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "int3s", "exposures"]
+    {
+        for vcpu in [0, 1] {
+            assert_eq!(fake.state(what, vcpu), 0, "call {n}, {name}: {what} of vCPU {vcpu}");
+        }
+    }
+    assert_eq!(fake.state("populated", 0), 64, "call {n}, {name}");
+    // Nobody knows what the limit was if it was raised and no frame added yet, or the frames are gone already.
+    if !["xc_domain_populate_physmap_exact", "xc_domain_setmaxmem"].contains(&name.as_str()) {
+        assert_eq!(fake.state("max_pages", 0), 64, "call {n}, {name}");
+    }
+    for vcpu in [0, 1] {
+        assert_eq!(fake.run(vcpu, 100), 100, "call {n}, {name}: vCPU {vcpu} runs on unobserved");
+    }
+    calls
+}
+
+#[test]
+fn a_tool_that_dies_inside_of_any_driver_call_is_cleaned_up_after() {
+    for kind in Kind::ALL {
+        let calls = killed_at_call(kind, 0);
+        assert!(calls > 150, "{calls}");
+        for n in 1..=calls {
+            killed_at_call(kind, n);
+        }
+    }
+}
+
+#[test]
+fn a_repair_misses_nothing_that_the_guest_does_meanwhile() {
+    let kind = Kind::new(7, 20);
+    let (calls, _) = killed(kind, None, 1);
+    for n in 1..=calls {
+        for instructions in [1, 3, 50] {
+            killed(kind, Some(Death::After(n)), instructions);
         }
     }
 }

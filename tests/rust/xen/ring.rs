@@ -3,16 +3,17 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
+use vmitap::arch::amd64::ControlRegister;
 use vmitap::driver::xen::ring::Ring;
 use vmitap::driver::xen::{Layout, MAX_EVENT};
-use vmitap::driver::{VmiEvents, Wait};
-use vmitap::event::EventAction;
+use vmitap::driver::{Monitor, VmiEvents, Wait};
+use vmitap::event::{DescriptorRegister, EventAction, EventReason, VmiEventResponse};
 use vmitap::{VcpuId, VmiError};
 use xen_sys::Mapping;
 use xen_sys::fake::{Kind, Reg};
 use xen_sys::types::RingHead;
 
-use super::{PAUSED, attach, guest, is_untouched, tapped};
+use super::{EMULATE, INSN_DATA, NOWRITE, PAUSED, attach, guest, is_untouched, tapped};
 
 #[test]
 fn every_kind_of_request_gets_exactly_one_answer_that_echoes_it() {
@@ -193,6 +194,59 @@ proptest! {
         }
         prop_assert!(!ring.answer(&[0; MAX_EVENT]));
     }
+}
+
+#[test]
+fn a_descriptor_table_that_is_loaded_is_told_and_the_emulator_executes_it() {
+    for kind in Kind::ALL {
+        let mut lab = tapped(kind, &[0x90, 0x90]);
+        lab.vmi.driver_mut().monitor(Monitor::DescriptorAccess, true).unwrap();
+        for (number, register) in [
+            (1, DescriptorRegister::Idtr),
+            (2, DescriptorRegister::Gdtr),
+            (3, DescriptorRegister::Ldtr),
+            (4, DescriptorRegister::Tr),
+        ] {
+            let mut event = [0; MAX_EVENT];
+            for (at, value) in [(0, kind.vm_event), (4, PAUSED), (8, 13)] {
+                event[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            }
+            // The descriptor, and that it is written.
+            event[24 + 16..24 + 18].copy_from_slice(&[number, 1]);
+            lab.fake.push_raw(&event);
+            let told = lab.event();
+            assert_eq!(told.reason, EventReason::DescriptorAccess { register, is_load: true });
+            let denied = lab.vmi.driver_mut().respond(told.vcpu, &VmiEventResponse::action(EventAction::Deny));
+            assert!(matches!(denied, Err(VmiError::InvalidArgument { .. })), "a load cannot be left out: {denied:?}");
+            lab.vmi.driver_mut().respond(told.vcpu, &VmiEventResponse::CONTINUE).unwrap();
+            let answer = lab.last_answer();
+            assert_eq!((answer.reason, answer.flags & (EMULATE | NOWRITE | INSN_DATA)), (13, EMULATE));
+        }
+        lab.vmi.driver_mut().monitor(Monitor::DescriptorAccess, false).unwrap();
+    }
+}
+
+#[test]
+fn a_request_of_the_guest_is_told_and_answered() {
+    let mut lab = tapped(Kind::ALL[1], &[0x90]);
+    lab.vmi.driver_mut().monitor(Monitor::GuestRequest, true).unwrap();
+    lab.fake.push(0, 8, 1);
+    let told = lab.event();
+    assert_eq!(told.reason, EventReason::GuestRequest);
+    lab.vmi.driver_mut().respond(told.vcpu, &VmiEventResponse::CONTINUE).unwrap();
+    assert_eq!(lab.fake.state("held", 0), 0);
+}
+
+#[test]
+fn bits_of_a_control_register_that_do_not_matter_are_left_out_by_xen() {
+    let fake = guest(Kind::ALL[1]);
+    let mut driver = attach(&fake);
+    driver.ignore_bits(ControlRegister::Cr4, 1 << 7);
+    driver.monitor(Monitor::ControlRegister(ControlRegister::Cr4), true).unwrap();
+    assert_eq!(fake.state("ignored", 0), 1 << 7);
+    driver.monitor(Monitor::ControlRegister(ControlRegister::Cr4), false).unwrap();
+    driver.monitor(Monitor::ControlRegister(ControlRegister::Cr3), true).unwrap();
+    assert_eq!(fake.state("ignored", 0), 0, "of one register only");
 }
 
 /// The other side of a ring, as Xen is: puts requests in, and takes an answer before its slot is used again.

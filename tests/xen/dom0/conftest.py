@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes minutes, and is run with LONG=1 only")
+
+
 @pytest.fixture
 def start(request: pytest.FixtureRequest) -> Iterator[Start]:
     """Starts guests; they are destroyed after the test."""

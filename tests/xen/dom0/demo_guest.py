@@ -49,8 +49,9 @@ def start_demo(start: Start, cmdline: str, *, vcpus: int = VCPUS, kinds: Sequenc
     return guest
 
 
-def begin(vm: vmitap.Vm) -> None:
-    vm.write_pa(symbols()["truth"] - KERNEL_WINDOW + GO, b"\1")
+def begin(vm: vmitap.Vm, turn: int = 1) -> None:
+    """Lets the guest begin, or with paced=N on its command line do as many turns."""
+    vm.write_pa(symbols()["truth"] - KERNEL_WINDOW + GO, turn.to_bytes(2, "little"))
 
 
 def truth(vm: vmitap.Vm) -> Truth:

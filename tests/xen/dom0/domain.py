@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import vmitap
+
 JOB = Path("/job")
 VCPUS = int((JOB / "vcpus").read_text())
 
@@ -17,6 +19,11 @@ def xl(*words: str, check: bool = True) -> str:
     if check and done.returncode:
         raise AssertionError(f"xl {' '.join(words)}: {done.stderr}{done.stdout}")
     return done.stdout
+
+
+def attach(target: str, *, on_write: vmitap.OnWrite | None = None) -> vmitap.Vm:
+    """Without a watchdog, which is another Python that takes six seconds to start here. test_repair.py has it."""
+    return vmitap.attach(target, on_write=on_write, watchdog=False)
 
 
 def wait_for(what: str, condition: Callable[[], bool], limit: float = 20) -> None:

@@ -10,7 +10,7 @@ MEMORY = 64  # MiB
 TRUTH = (MEMORY - 1) << 20
 KERNEL_WINDOW = 0xFFFFFFFF80000000  # virtual = physical + this, for the kernel's image (Documentation/x86/x86_64/mm.rst)
 TAPPED = "do_sys_openat2"
-CALLS = 20  # openat calls in a round
+CALLS = 10  # openat calls in a round
 CONSOLE = Path("/var/log/xen/console/guest-linux.log")
 
 

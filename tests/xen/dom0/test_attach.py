@@ -4,7 +4,7 @@ import pytest
 
 import vmitap
 from demo_guest import KERNEL_WINDOW, begin, start_demo, symbols, truth
-from domain import VCPUS, Domain, Start, wait_for
+from domain import VCPUS, Domain, Start, attach, wait_for
 
 
 def text(vm: vmitap.Vm) -> bytes:
@@ -19,14 +19,14 @@ def guest(start: Start) -> Domain:
 
 @pytest.mark.parametrize("by", ["name", "number"])
 def test_a_domain_is_attached_to_by_its_name_or_its_number(guest: Domain, by: str) -> None:
-    with vmitap.attach(f"xen:{guest.name if by == 'name' else guest.domid}") as vm:
+    with attach(f"xen:{guest.name if by == 'name' else guest.domid}") as vm:
         assert (vm.driver, vm.vcpus, vm.info.name) == ("xen", VCPUS, "demo")
         assert vm.info.memory_size >= 64 << 20
         assert vm.caps.views
 
 
 def test_memory_and_registers_are_the_guests_own(guest: Domain) -> None:
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         assert truth(vm).vcpus == VCPUS
         with vm.pause():
             assert vm.read(symbols()["truth"], 8) == b"vmttruth"
@@ -38,11 +38,11 @@ def test_memory_and_registers_are_the_guests_own(guest: Domain) -> None:
 
 
 def test_a_guest_that_was_attached_to_and_left_runs_on_as_if_nothing_had_been(guest: Domain) -> None:
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         before = text(vm)
         vm.breakpoint(symbols()["open_file"])
         assert text(vm) == before
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         assert text(vm) == before
         begin(vm)
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console)
@@ -51,5 +51,5 @@ def test_a_guest_that_was_attached_to_and_left_runs_on_as_if_nothing_had_been(gu
 
 def test_a_domain_that_is_not_there_is_an_error_with_a_hint() -> None:
     with pytest.raises(vmitap.AttachError, match="no domain has the name") as error:
-        vmitap.attach("xen:nobody")
+        attach("xen:nobody")
     assert "vmitap list" in error.value.hint

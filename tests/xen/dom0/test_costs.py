@@ -2,9 +2,8 @@
 
 import pytest
 
-import vmitap
 from demo_guest import finish, start_demo, symbols
-from domain import Start
+from domain import Start, attach
 from xentrace import NOTIFY, SETUP, Trace, table
 
 CALLS = 400
@@ -24,7 +23,7 @@ def test_a_hit_costs_so_many_exits_and_hypercalls(
 ) -> None:
     monkeypatch.setenv("VMITAP_XEN_STEPPING", stepping)
     start_demo(start, f"mode=calls calls={CALLS} parts=1 check=0", vcpus=1)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         tap = vm.breakpoint(symbols()["open_file"])
         with Trace() as trace:
             assert finish(vm).calls["open_file"] == CALLS
@@ -44,7 +43,7 @@ def test_a_hit_costs_so_many_exits_and_hypercalls(
 def test_an_insertion_costs_by_pages_and_not_by_taps(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     start_demo(start, "mode=calls calls=1 parts=1 check=0", vcpus=1)
     rows: list[tuple[object, ...]] = []
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         vm.breakpoint(symbols()["timer_tick"]).remove()  # the pool of frames is there
         where, root = symbols()["open_file"], vm.registers(0).cr3 & ~0xFFF  # not looked up at each insertion
         fresh = symbols()["copy_user"]

@@ -8,7 +8,7 @@ import pytest
 
 import vmitap
 from demo_guest import begin, finish, start_demo, symbols, truth
-from domain import Domain, Start, wait_for
+from domain import Domain, Start, attach, wait_for
 
 HAMMER = "mode=calls calls=3000 parts=1 callers=1"
 
@@ -16,13 +16,13 @@ HAMMER = "mode=calls calls=3000 parts=1 callers=1"
 def assert_ends_well(guest: Domain, calls: int) -> None:
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console)
     assert ", 0 mismatches" in guest.console
-    with vmitap.attach(f"xen:{guest.domid}") as vm:
+    with attach(f"xen:{guest.domid}") as vm:
         assert truth(vm).calls["open_file"] == calls
 
 
 def test_leaving_while_both_vcpus_hammer_a_tap_loses_nothing(start: Start) -> None:
     guest = start_demo(start, HAMMER)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         vm.breakpoint(symbols()["open_file"])
         begin(vm)
         assert vm.run(timeout=60, max_hits=50).reason == "max_hits"
@@ -35,7 +35,7 @@ def test_an_error_in_a_handler_ends_the_run_and_not_the_guest(start: Start) -> N
     def fail(hit: vmitap.Hit) -> None:
         raise RuntimeError("a mistake")
 
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         tap = vm.breakpoint(symbols()["open_file"], fail)
         begin(vm)
         with pytest.raises(vmitap.HandlerError) as error:
@@ -48,7 +48,7 @@ def test_an_error_in_a_handler_ends_the_run_and_not_the_guest(start: Start) -> N
 
 def test_ctrl_c_ends_the_run_and_the_session_and_not_the_guest(start: Start) -> None:
     guest = start_demo(start, HAMMER)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         vm.breakpoint(symbols()["open_file"])
         begin(vm)
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
@@ -61,10 +61,10 @@ def test_ctrl_c_ends_the_run_and_the_session_and_not_the_guest(start: Start) -> 
 def test_a_second_session_finds_the_guest_as_the_first_did(start: Start) -> None:
     guest = start_demo(start, "mode=calls calls=100 parts=1")
     for _ in range(3):
-        with vmitap.attach("xen:demo") as vm:
+        with attach("xen:demo") as vm:
             vm.breakpoint(symbols()["open_file"])
             vm.run(timeout=0.05)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         tap = vm.breakpoint(symbols()["open_file"])
         assert finish(vm).calls["open_file"] == tap.stats.hits == 100
     assert guest.alive
@@ -72,13 +72,13 @@ def test_a_second_session_finds_the_guest_as_the_first_did(start: Start) -> None
 
 def test_somebody_else_cannot_attach_meanwhile(start: Start) -> None:
     start_demo(start, "mode=calls calls=1 parts=1")
-    with vmitap.attach("xen:demo"), pytest.raises(vmitap.AttachError, match="alive"):
-        vmitap.attach("xen:demo")
+    with attach("xen:demo"), pytest.raises(vmitap.AttachError, match="alive"):
+        attach("xen:demo")
 
 
 def test_a_guest_that_is_destroyed_during_a_run_is_an_error_that_says_so(start: Start) -> None:
     guest = start_demo(start, "mode=calls calls=100000 parts=1 callers=1 check=0")
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         vm.breakpoint(symbols()["open_file"])
         begin(vm)
         timer = threading.Timer(0.3, guest.destroy)

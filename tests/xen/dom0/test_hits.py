@@ -1,13 +1,12 @@
 """Hits and calls are equal, and the guest sees nothing: the point of it all."""
 
-import vmitap
 from demo_guest import READ_KINDS, assert_unseen, finish, start_demo, symbols
-from domain import Start
+from domain import Start, attach
 
 
 def test_every_call_is_a_hit_and_no_kind_of_read_finds_anything(start: Start) -> None:
     start_demo(start, "mode=calls calls=300 parts=1", vcpus=1, kinds=READ_KINDS)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         bp = vm.breakpoint(symbols()["open_file"])
         seen = finish(vm)
         assert bp.stats.hits == seen.calls["open_file"] == 300
@@ -18,7 +17,7 @@ def test_every_call_is_a_hit_and_no_kind_of_read_finds_anything(start: Start) ->
 def test_a_handler_is_called_with_the_arguments_of_each_call(start: Start) -> None:
     numbers: list[int] = []
     start_demo(start, "mode=calls calls=200 parts=1 check=0", vcpus=1)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         vm.breakpoint(symbols()["open_file"], lambda hit: numbers.append(hit.args[1] >> 32))
         finish(vm)
     assert numbers == list(range(200))

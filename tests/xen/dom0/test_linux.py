@@ -4,7 +4,7 @@ import struct
 import time
 
 import vmitap
-from domain import Start
+from domain import Start, attach
 from linux_guest import CALLS, TAPPED, TRUTH, address, start_linux
 
 MAX_VCPUS = 8
@@ -30,7 +30,7 @@ def work(vm: vmitap.Vm, rounds: int) -> dict[str, list[int]]:
 def test_every_call_of_a_kernel_function_is_a_hit_and_linux_sees_nothing(start: Start) -> None:
     start_linux(start)
     paths = set()
-    with vmitap.attach("xen:linux") as vm:
+    with attach("xen:linux") as vm:
         assert counters(vm)["calls"] == [0] * vm.vcpus
         tap = vm.breakpoint(address(TAPPED))
         seen = work(vm, 1)

@@ -4,7 +4,7 @@ import pytest
 
 import vmitap
 from demo_guest import assert_unseen, finish, start_demo, symbols
-from domain import Start
+from domain import Start, attach
 
 # Without the repeated instructions, which are thousands of steps where the emulator is not used.
 KINDS = ("movups",)
@@ -14,7 +14,7 @@ KINDS = ("movups",)
 def test_hits_are_calls_and_nothing_is_seen_however_it_steps(start: Start, monkeypatch: pytest.MonkeyPatch, stepping: str) -> None:
     monkeypatch.setenv("VMITAP_XEN_STEPPING", stepping)
     start_demo(start, "mode=calls calls=100 parts=1 callers=1", kinds=KINDS)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         bp = vm.breakpoint(symbols()["open_file"])
         seen = finish(vm)
         assert bp.stats.hits == seen.calls["open_file"] == 100 * vm.vcpus
@@ -25,4 +25,4 @@ def test_a_way_of_stepping_that_does_not_exist_is_refused(start: Start, monkeypa
     start_demo(start, "mode=calls calls=1 parts=1")
     monkeypatch.setenv("VMITAP_XEN_STEPPING", "magic")
     with pytest.raises(vmitap.InvalidArgumentError, match="magic"):
-        vmitap.attach("xen:demo")
+        attach("xen:demo")

@@ -4,7 +4,7 @@ import pytest
 
 import vmitap
 from demo_guest import FUNCTIONS, KERNEL_WINDOW, READ_KINDS, assert_unseen, begin, finish, start_demo, symbols, truth
-from domain import Start, wait_for
+from domain import Start, attach, wait_for
 from vmitap import Access
 
 
@@ -12,7 +12,7 @@ def test_two_taps_on_one_page_count_their_own_calls(start: Start) -> None:
     start_demo(start, "rounds=2")
     first, second = "open_file", "read_file"
     assert symbols()[first] >> 12 == symbols()[second] >> 12
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         taps = {name: vm.breakpoint(symbols()[name]) for name in (first, second)}
         seen = finish(vm)
         assert {name: tap.stats.hits for name, tap in taps.items()} == {name: seen.calls[name] for name in taps}
@@ -22,7 +22,7 @@ def test_two_taps_on_one_page_count_their_own_calls(start: Start) -> None:
 
 def test_many_taps_at_once_each_count_their_own_calls(start: Start) -> None:
     start_demo(start, "rounds=2 check=0")
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         taps = dict(zip(FUNCTIONS, vm.insert_many([symbols()[name] for name in FUNCTIONS]), strict=True))
         seen = finish(vm)
         assert seen.finished
@@ -32,7 +32,7 @@ def test_many_taps_at_once_each_count_their_own_calls(start: Start) -> None:
 
 def test_two_vcpus_that_hammer_one_function_lose_no_hit(start: Start) -> None:
     start_demo(start, "mode=calls calls=500 parts=1 callers=1 check=0")
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         tap = vm.breakpoint(symbols()["open_file"])
         seen = finish(vm)
         assert tap.stats.hits == seen.calls["open_file"] == 500 * vm.vcpus
@@ -40,7 +40,7 @@ def test_two_vcpus_that_hammer_one_function_lose_no_hit(start: Start) -> None:
 
 def test_a_tap_in_another_view_is_hit_only_while_the_guest_is_in_that_view(start: Start) -> None:
     start_demo(start, "mode=calls calls=100 parts=1 check=0", vcpus=1)
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         own = vm.views.create()
         tap, other = vm.breakpoint(symbols()["open_file"], view=own), vm.breakpoint(symbols()["call_loop"])
         vm.views.switch_to(own)
@@ -54,7 +54,7 @@ def test_what_is_not_hidden_is_seen(start: Start) -> None:
     start_demo(start, "mode=calls calls=20 parts=1 callers=1", kinds=READ_KINDS)
     pa = symbols()["open_file"] - KERNEL_WINDOW
     hits = 0
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         core, view = vmitap.VmiCore(vm), vm.views.create(Access.RWX)
         page = bytearray(core.read(pa & ~0xFFF, 4096))
         page[pa & 0xFFF] = 0xCC
@@ -78,7 +78,7 @@ def test_what_is_not_hidden_is_seen(start: Start) -> None:
 def test_a_write_to_a_hidden_page_does_what_its_policy_says(start: Start, on_write: vmitap.OnWrite) -> None:
     """The guest's checker writes each word of its text as it finds it (`lock xadd` of 0), the tapped one among them."""
     guest = start_demo(start, "mode=calls calls=10 parts=2", vcpus=1, kinds=["xadd"])
-    with vmitap.attach("xen:demo", on_write=on_write) as vm:
+    with attach("xen:demo", on_write=on_write) as vm:
         tap = vm.breakpoint(symbols()["open_file"])
         seen = finish(vm)
         removed = on_write is vmitap.OnWrite.REMOVE
@@ -100,7 +100,7 @@ def test_a_write_that_asks_is_asked_about_with_its_hit(start: Start) -> None:
         asked.append(hit.access is not None and Access.W in hit.access)
         return vmitap.OnWrite.REAPPLY
 
-    with vmitap.attach("xen:demo") as vm:
+    with attach("xen:demo") as vm:
         tap = vm.breakpoint(symbols()["open_file"], on_write=vmitap.OnWrite.ASK, ask=ask)
         seen = finish(vm)
         assert asked == [True] * seen.checks == [True] * 2
@@ -111,10 +111,19 @@ def test_a_write_that_asks_is_asked_about_with_its_hit(start: Start) -> None:
 def test_a_write_that_cannot_be_thrown_away_is_an_error_and_the_guest_goes_on(start: Start) -> None:
     """Xen's emulator can leave out what an instruction writes, but not with a locked one."""
     guest = start_demo(start, "mode=calls calls=10 parts=2", vcpus=1, kinds=["xadd"])
-    with vmitap.attach("xen:demo", on_write=vmitap.OnWrite.DENY) as vm:
+    with attach("xen:demo", on_write=vmitap.OnWrite.DENY) as vm:
         vm.breakpoint(symbols()["open_file"])
         begin(vm)
         with pytest.raises(vmitap.NotSupportedError, match="throwing away"):
             vm.run(timeout=60)
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console)
     assert ", 0 mismatches" in guest.console
+
+
+def test_a_watch_sees_every_write_to_what_it_watches(start: Start) -> None:
+    start_demo(start, "mode=calls calls=20 parts=1 check=0", vcpus=1)
+    counter = symbols()["truth"] + 0x100  # calls of open_file
+    with attach("xen:demo") as vm:
+        watch = vm.watch(counter, 8, Access.W)
+        seen = finish(vm)
+        assert watch.stats.hits == seen.calls["open_file"] == 20

@@ -19,9 +19,9 @@
 
 #define MAGIC 0x78756e696c746d76 /* "vmtlinux" */
 #define MAX_VCPUS 8
-#define CALLS 20
-#define CHECKS 2
-#define CODE_SIZE 64
+#define CALLS 10
+#define CHECKS 1
+#define CODE_SIZE 16
 
 /* tests/xen/dom0/linux_guest.py reads it. */
 struct truth {

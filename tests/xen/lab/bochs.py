@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import time
+import tty
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 SUITE = "trixie"
 PACKAGES = Path(__file__).parents[1] / "bochs-packages.txt"
 TAIL_LINES = 40
+SCREEN = re.compile(r'connected to screen "(.*)"')
 
 CONFIG = """\
 plugin_ctrl: biosdev=true, serial=true, unmapped=true, iodebug=false, parallel=false, gameport=false, extfpuirq=false, speaker=false
@@ -37,7 +40,7 @@ panic: action=report
 error: action=ignore
 info: action=ignore
 clock: sync=none, time0=1700000000
-vga: extension=none
+vga: extension=none, update_freq=1
 """
 
 
@@ -64,8 +67,9 @@ class Bochs:
         }
         self._began = time.monotonic()
         self._log = (folder / "serial.log").open("w")
-        # The keyboard is a terminal, on which nobody types. The screen is thrown away: one that nobody reads stops Bochs when it is full.
+        # The debugger's terminal, on which "continue" is typed.
         self._terminal, keyboard = pty.openpty()
+        self._screen: int | None = None
         words = [str(word) for word in command]
         with self._said.open("wb") as said:
             self._process = subprocess.Popen(
@@ -78,10 +82,22 @@ class Bochs:
         """The lines of the serial port as they come, until the machine is switched off or `limit` seconds are over."""
         while True:
             over = self._process.poll() is not None or time.monotonic() - self._began > limit
+            self._look_at_screen()
             yield from self._new_lines()
             if over:
                 return
             time.sleep(0.05)
+
+    def _look_at_screen(self) -> None:
+        """Throws away what is shown. Bochs makes a terminal of its own for it, says which, and stops when that is full."""
+        if self._screen is None and (name := SCREEN.search(self._said.read_text(errors="replace"))):
+            self._screen = os.open(name[1], os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
+            tty.setraw(self._screen)
+        try:
+            while self._screen is not None and os.read(self._screen, 1 << 16):
+                pass
+        except OSError:  # there is no more; or, once Bochs has ended, no other side
+            pass
 
     @property
     def elapsed(self) -> float:
@@ -92,7 +108,9 @@ class Bochs:
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
-        os.close(self._terminal)
+        for terminal in (self._terminal, self._screen):
+            if terminal is not None:
+                os.close(terminal)
         self._log.close()
 
     def tail(self) -> str:

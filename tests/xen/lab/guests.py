@@ -1,4 +1,4 @@
-"""The guests of the tests: the demo guest out of the wheel, and Linux with an init of ours."""
+"""What is compiled for the tests: Linux with an init of ours, and a library that fails; and the demo guest out of the wheel."""
 
 from __future__ import annotations
 
@@ -38,3 +38,11 @@ def linux_initramfs(folder: Path) -> Path:
     archive.file("init", program.read_bytes(), mode=0o755)
     packed.write_bytes(archive.pack())
     return packed
+
+
+def faults_library(folder: Path, xen: str) -> bytes:
+    """tests/xen/faults/faults.c for one release: what stands between vmitap and Xen's libraries and lets calls fail."""
+    library = folder / "libfaults.so"
+    name = f'-DLIBXENCTRL="libxenctrl.so.{xen}"'
+    run(["gcc", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", name, "-o", library, HERE / "faults/faults.c"])
+    return library.read_bytes()

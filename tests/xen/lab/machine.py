@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from . import bootdisk, coverage, job
 from .bochs import Bochs
-from .guests import demo_image, linux_initramfs
+from .guests import demo_image, faults_library, linux_initramfs
 from .initramfs import DOM0, initramfs
 from .python import python
 from .root import Root
@@ -31,7 +31,7 @@ KERNEL_LINE = "console=hvc0 quiet mitigations=off"
 UP = "=== dom0 is up"
 # What Xen says whenever a guest is made; like what it says about itself at the start, it is in serial.log only.
 NOISE = re.compile(r"\(XEN\) HVM.*")
-PYTEST = "-v -p no:cacheprovider -o addopts= --strict-markers --color=no --durations=5 --tb=short"
+PYTEST = "-v -p no:cacheprovider -o addopts= --strict-markers --color=no --durations=10 --tb=short"
 
 
 def run(release: Release, packages: Path, linux: Path, emulator: Path, options: argparse.Namespace, cache: Path) -> int:
@@ -51,7 +51,7 @@ def run(release: Release, packages: Path, linux: Path, emulator: Path, options: 
             kernel_line=KERNEL_LINE,
         )
         disk, results = folder / "job.img", folder / "results"
-        job.write(disk, _job_files(options))
+        job.write(disk, _job_files(options) | {"libfaults.so": faults_library(folder, release.xen)})
     if options.build_only:
         return 0
     with step(f"Xen {release.xen}: boot, and the tests in dom0"):
@@ -76,7 +76,12 @@ def run(release: Release, packages: Path, linux: Path, emulator: Path, options: 
 
 def _job_files(options: argparse.Namespace) -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in DOM0.glob("*.py") if path.name != "agent.py"}
-    arguments = [*PYTEST.split(), *shlex.split(options.pytest), *(["-k", options.filter] if options.filter else [])]
+    arguments = [
+        *PYTEST.split(),
+        *shlex.split(options.pytest),
+        *([] if options.long else ["-m", "not long"]),
+        *(["-k", options.filter] if options.filter else []),
+    ]
     files["arguments"] = "\0".join([str(options.limit), *arguments]).encode()
     files["vcpus"] = str(options.vcpus).encode()
     files[options.wheel.name] = options.wheel.read_bytes()

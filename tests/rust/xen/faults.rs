@@ -1,0 +1,377 @@
+//! Every call of Xen's libraries fails once, with every error number it can have, for a whole session: what was asked for has not happened, and
+//! asked for again it does. And the domain goes away at every call.
+
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use vmitap::arch::amd64::{AddressContext, ControlRegister, Injection, InjectionKind};
+use vmitap::driver::xen::{XenDriver, XenOptions};
+use vmitap::driver::{Monitor, VmiEvents};
+use vmitap::session::{GpChanges, Limits, Poll, Session, TapId, TapKind, TapSpec, Verdict};
+use vmitap::tap::OnWrite;
+use vmitap::{MemoryAccess, Pa, Result, Va, VcpuId, View, VmiError};
+use xen_sys::fake::{Fake, Kind, Reg};
+
+use super::session::{looping, spec};
+use super::{CODE, is_untouched, options};
+
+/// What a session consists of, and what it has so far.
+struct Tool<'a> {
+    fake: &'a Fake,
+    session: Option<Session<XenDriver>>,
+    taps: Vec<TapId>,
+    other: View,
+    hits: usize,
+    /// A hit is in hand.
+    holds: bool,
+    /// The guest has shut down.
+    is_down: bool,
+    is_paused: bool,
+}
+
+type Step = fn(&mut Tool<'_>) -> Result<()>;
+
+impl Tool<'_> {
+    fn session(&mut self) -> &mut Session<XenDriver> {
+        self.session.as_mut().unwrap()
+    }
+
+    /// Until there are so many more hits, each of them answered.
+    fn hits(&mut self, count: usize, verdict: &Verdict) -> Result<()> {
+        let end = self.hits + count;
+        let mut waits = 0;
+        while self.hits < end {
+            waits += 1;
+            if !self.holds {
+                let poll = self.session().poll(&Limits::default())?;
+                assert!(waits < 25, "no more hits come but {poll:?}");
+                self.holds = matches!(poll, Poll::Hit(_));
+                if matches!(poll, Poll::Idle) && self.fake.knob("shutdown") == 1 {
+                    self.is_down = true;
+                }
+            }
+            if self.is_down {
+                return Ok(());
+            }
+            if self.holds {
+                self.session().answer(verdict.clone())?;
+                self.holds = false;
+                self.hits += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+const STEPS: &[(&str, Step)] = &[
+    ("attach", |tool| {
+        let driver = XenDriver::attach("guest", &XenOptions { ..options(tool.fake) })?;
+        tool.session = Some(Session::new(Box::new(driver), OnWrite::Reapply)?);
+        Ok(())
+    }),
+    ("add a breakpoint", |tool| {
+        let view = tool.session().tap_view();
+        let tap = tool.session().add(&spec(view, true))?;
+        tool.taps.push(tap);
+        Ok(())
+    }),
+    ("add another", |tool| {
+        let view = tool.session().tap_view();
+        let tap = tool.session().add(&TapSpec { va: Va(CODE + 1), ..spec(view, false) })?;
+        tool.taps.push(tap);
+        Ok(())
+    }),
+    ("add a watch", |tool| {
+        let kind = TapKind::Watch { len: 8, access: MemoryAccess::W };
+        let context = AddressContext { root: Pa(0), levels: 4 };
+        let view = tool.session().tap_view();
+        let tap = tool.session().add(&TapSpec { kind, va: Va(0x9000), context, ..spec(view, true) })?;
+        tool.taps.push(tap);
+        Ok(())
+    }),
+    ("make a view", |tool| {
+        tool.other = tool.session().create_view(MemoryAccess::RWX)?;
+        Ok(())
+    }),
+    ("hits", |tool| {
+        tool.fake.automatic(50);
+        tool.hits(3, &Verdict::Continue)
+    }),
+    ("a hit that steps", |tool| tool.hits(1, &Verdict::Step(2))),
+    ("hits after it", |tool| tool.hits(2, &Verdict::Continue)),
+    ("read and set registers", |tool| {
+        let mut changes = GpChanges::default();
+        changes.values[15] = Some(0x15);
+        tool.session().set_registers(VcpuId(1), &changes)
+    }),
+    ("write memory", |tool| tool.session().write_pa(Pa(0xa000), &[7; 16])),
+    ("inject", |tool| {
+        let injection = Injection { vector: 0x20, kind: InjectionKind::External, error_code: None, insn_len: 0, cr2: None };
+        tool.session().inject(VcpuId(0), &injection)
+    }),
+    ("monitor CR3", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr3), true)),
+    ("monitor an MSR", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::Msr(0xc000_0082), true)),
+    ("monitor descriptor tables", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::DescriptorAccess, true)),
+    ("monitor requests", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::GuestRequest, true)),
+    ("monitor CPUID", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::Cpuid, true)),
+    ("stop monitoring CR3", |tool| {
+        tool.session().vmi_mut().driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr3), false)
+    }),
+    ("pause", |tool| {
+        tool.session().pause()?;
+        tool.is_paused = true;
+        Ok(())
+    }),
+    ("change a page while it is paused", |tool| {
+        let view = tool.other;
+        let tap = tool.session().add(&spec(view, true))?;
+        tool.taps.push(tap);
+        Ok(())
+    }),
+    ("resume", |tool| if tool.is_paused { tool.session().resume() } else { Ok(()) }),
+    ("hits after the pause", |tool| tool.hits(2, &Verdict::Continue)),
+    ("switch the view", |tool| {
+        let view = tool.other;
+        tool.session().switch_to_view(view)
+    }),
+    ("hits in the other view", |tool| tool.hits(2, &Verdict::Continue)),
+    ("switch back", |tool| {
+        let view = tool.session().tap_view();
+        tool.session().switch_to_view(view)
+    }),
+    ("remove what is in the other view", |tool| {
+        // Without the domain it was never put in.
+        let Some(tap) = tool.taps.last().copied() else { return Ok(()) };
+        tool.session().remove(tap)?;
+        tool.taps.pop();
+        Ok(())
+    }),
+    ("remove the other view", |tool| {
+        let view = tool.other;
+        tool.session().destroy_view(view)
+    }),
+    ("remove the watch", |tool| {
+        // Without the domain it was never put in.
+        let Some(tap) = tool.taps.last().copied() else { return Ok(()) };
+        tool.session().remove(tap)?;
+        tool.taps.pop();
+        Ok(())
+    }),
+    ("remove a breakpoint", |tool| {
+        // Without the domain it was never put in.
+        let Some(tap) = tool.taps.last().copied() else { return Ok(()) };
+        tool.session().remove(tap)?;
+        tool.taps.pop();
+        Ok(())
+    }),
+    ("a last hit, of which one stays in hand", |tool| {
+        tool.hits(1, &Verdict::Continue)?;
+        tool.holds = tool.holds || matches!(tool.session().poll(&Limits::default())?, Poll::Hit(_));
+        Ok(())
+    }),
+    ("detach", |tool| tool.session().detach()),
+];
+
+fn tool(fake: &Fake) -> Tool<'_> {
+    Tool { fake, session: None, taps: Vec::new(), other: View::DEFAULT, hits: 0, holds: false, is_down: false, is_paused: false }
+}
+
+/// Error numbers that a call of Xen's libraries can have: those of privcmd and the hypercall buffers, of XSM, and of the functions themselves.
+const ERRORS: &[(&str, i32)] = &[
+    ("EPERM", 1),
+    ("ENOENT", 2),
+    ("ESRCH", 3),
+    ("EINTR", 4),
+    ("EIO", 5),
+    ("E2BIG", 7),
+    ("EAGAIN", 11),
+    ("ENOMEM", 12),
+    ("EACCES", 13),
+    ("EFAULT", 14),
+    ("EBUSY", 16),
+    ("EEXIST", 17),
+    ("ENODEV", 19),
+    ("EINVAL", 22),
+    ("ENOSPC", 28),
+    ("ERANGE", 34),
+    ("ENOSYS", 38),
+    ("ENODATA", 61),
+    ("EOPNOTSUPP", 95),
+    ("ENOBUFS", 105),
+];
+
+/// A number that says something true and is no failure, that what is asked for is so already; or a call that fails only for whoever made a mistake.
+fn is_an_answer(function: &str, error: i32) -> bool {
+    error == 17 && function.starts_with("xc_monitor_") || function == "xenforeignmemory_unmap"
+}
+
+fn is_typed(error: &VmiError, errno: i32) -> bool {
+    match error {
+        VmiError::Driver { errno: found, .. } => *found == errno,
+        VmiError::DomainGone { .. } => errno == 3,
+        VmiError::Attach { reason, hint, .. } => !reason.is_empty() && !hint.is_empty(),
+        // A hole in the guest's memory.
+        VmiError::OutOfRange { .. } | VmiError::Translation { .. } => [2, 3, 22].contains(&errno),
+        VmiError::NotSupported { .. } => errno == 38,
+        VmiError::UndoFailed { cause, .. } => is_typed(cause, errno),
+        _ => false,
+    }
+}
+
+/// A whole session in which call `n` fails with `errno`; what failed of it, if anything did.
+fn with_a_failing_call(kind: Kind, n: i64, (name, errno): (&str, i32)) -> Option<(String, VmiError)> {
+    let fake = looping(kind, 2);
+    fake.fail_call(n, errno);
+    let mut tool = tool(&fake);
+    let mut failed = None::<(String, VmiError)>;
+    for (what, step) in STEPS {
+        let Err(error) = step(&mut tool) else { continue };
+        let told = format!("call {n} ({}) of {kind:?} fails with {name}: {what}: {error:?}", fake.name(n));
+        assert!(failed.is_none(), "{told}, after {failed:?}");
+        assert!(is_typed(&error, errno), "{told}");
+        step(&mut tool).unwrap_or_else(|again| panic!("{told}, and again {again:?}"));
+        failed = Some(((*what).to_owned(), error));
+    }
+    drop(tool);
+    fake.automatic(0);
+    let told = format!("call {n} ({}) of {kind:?} fails with {name}: {failed:?}", fake.name(n));
+    let restored = std::panic::catch_unwind(|| is_untouched(&fake));
+    assert!(restored.is_ok(), "{told}");
+    for vcpu in [0, 1] {
+        assert_eq!(fake.run(vcpu, 100), 100, "{told}: vCPU {vcpu} runs on unobserved");
+        for what in ["int3s", "uds", "misplaced", "down", "held", "single_step"] {
+            assert_eq!(fake.state(what, vcpu.into()), 0, "{told}: {what} of vCPU {vcpu}");
+        }
+        let seen = fake.reg(vcpu, Reg::Rax) & 0xff;
+        assert!(seen == 0x55 || seen == 0, "{told}: vCPU {vcpu} saw {seen:#x}");
+    }
+    failed
+}
+
+/// The calls of a session in which none fails.
+fn calls(kind: Kind) -> Vec<String> {
+    let fake = looping(kind, 2);
+    let mut tool = tool(&fake);
+    for (what, step) in STEPS {
+        step(&mut tool).unwrap_or_else(|error| panic!("{what}: {error}"));
+    }
+    drop(tool);
+    fake.automatic(0);
+    is_untouched(&fake);
+    (1..=fake.total()).map(|n| fake.name(n)).collect()
+}
+
+#[test]
+fn whichever_call_fails_with_whichever_error_it_is_told_and_the_next_try_does_it() {
+    for (kind, errors) in [(Kind::ALL[1], ERRORS), (Kind::ALL[0], &ERRORS[6..9]), (Kind::ALL[2], &ERRORS[6..9])] {
+        let names = calls(kind);
+        let calls = names.len() as i64;
+        assert!(calls > 150, "{calls}");
+        let (mut told, mut wrong) = (0, 0);
+        for n in 1..=calls {
+            for error in errors {
+                if is_an_answer(&names[n as usize - 1], error.1) {
+                    continue;
+                }
+                let tried = std::panic::catch_unwind(|| with_a_failing_call(kind, n, *error));
+                told += usize::from(tried.as_ref().is_ok_and(Option::is_some));
+                if tried.is_err() {
+                    eprintln!("^ {kind:?}: call {n}, {}, failing with {}", names[n as usize - 1], error.0);
+                    wrong += 1;
+                }
+            }
+        }
+        assert_eq!(wrong, 0, "of {}", calls as usize * errors.len());
+        println!("{kind:?}: {calls} calls, {told} of {} failures were told", calls as usize * errors.len());
+    }
+}
+
+thread_local! {
+    /// Lines of warnings and errors that this thread has logged.
+    static LINES: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Lines;
+
+impl log::Log for Lines {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            LINES.with_borrow_mut(|lines| lines.push(record.args().to_string()));
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// A whole session in which the domain goes away at call `n`, in the way of the knob.
+fn with_a_domain_that_goes(kind: Kind, n: i64, (knob, value): (&str, i64)) {
+    LINES.with_borrow_mut(Vec::clear);
+    let fake = looping(kind, 2);
+    fake.set_at(n, knob, value);
+    let mut tool = tool(&fake);
+    let told = |what: &str| format!("{knob} at call {n} ({}): {what}", fake.name(n));
+    let mut gone = None;
+    let began = Instant::now();
+    for (what, step) in STEPS {
+        if tool.session.is_none() && gone.is_some() {
+            break;
+        }
+        let detaches = *what == "detach";
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(&mut tool)));
+        match done.unwrap_or_else(|_| panic!("{}: {what}", told("it"))) {
+            // Also afterwards every call is told the same.
+            Err(VmiError::DomainGone { reason }) if !detaches => assert!(!reason.is_empty()),
+            Err(VmiError::Attach { reason, hint, .. }) if *what == "attach" => assert!(!reason.is_empty() && !hint.is_empty()),
+            // Nothing can be kept whole without the domain, such as a view that could not be made.
+            Err(_) if gone.is_some() && !detaches => {}
+            Err(error) => panic!("{}: {what}: {error:?}", told("another error")),
+            // Also what needs no domain, once it is gone.
+            Ok(()) => continue,
+        }
+        gone.get_or_insert(*what);
+    }
+    drop(tool);
+    assert!(began.elapsed() < Duration::from_secs(5), "{}", told("it took too long"));
+    assert_eq!(fake.state("maps", 0), 0, "{}", told("a mapping keeps the domain from going"));
+    let lines = LINES.with_borrow(Vec::clone);
+    assert!(lines.len() <= 3, "{}: {lines:#?}", told("a flood"));
+    // At the last calls there is nothing left that could notice.
+    assert!(knob != "gone" || gone.is_some() || n > fake.total() - 40, "{}", told("nobody noticed"));
+}
+
+#[test]
+fn a_domain_that_goes_away_at_any_call_is_one_kind_of_error_and_a_prompt_end() {
+    static LOGGER: Lines = Lines;
+    // Another test may have one of its own.
+    if log::set_logger(&LOGGER).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+    let kind = Kind::ALL[1];
+    let calls = calls(kind).len() as i64;
+    let ways = [("gone", 1), ("dying", 1), ("shutdown", 1), ("named", 0)];
+    let next = AtomicI64::new(0);
+    // Most of it is waiting.
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(way) = ways.get((index % 4) as usize) else { return };
+                    if index / 4 >= calls {
+                        return;
+                    }
+                    // The others are the same for a while.
+                    if way.0 != "gone" && index / 4 % 3 != 0 {
+                        continue;
+                    }
+                    with_a_domain_that_goes(kind, index / 4 + 1, *way);
+                }
+            });
+        }
+    });
+}
