@@ -52,12 +52,6 @@ impl Registers {
         }
     }
 
-    /// The first six integer arguments of a System V call.
-    pub fn arguments(&self) -> (u64, u64, u64, u64, u64, u64) {
-        let gp = &self.all().gp;
-        (gp.rdi, gp.rsi, gp.rdx, gp.rcx, gp.r8, gp.r9)
-    }
-
     /// The page-table root: CR3 without PCID and flag bits.
     pub fn page_root(&self) -> u64 {
         self.all().root().0

@@ -100,10 +100,10 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     spare: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
-    /// What the policies that look at each write say of the one in hand.
-    judged: Vec<(TapId, OnWrite)>,
     /// So many events are not tried to be counted without being raised.
     usual: u32,
+    /// What the policies that look at each write say of the one in hand.
+    judged: Vec<(TapId, OnWrite)>,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -187,8 +187,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             pending: None,
             spare: None,
             owners: Vec::new(),
-            judged: Vec::new(),
             usual: 0,
+            judged: Vec::new(),
             questions: Vec::new(),
             recording,
             row: Row::default(),
