@@ -508,6 +508,10 @@ impl VmiFrames for XenDriver {
     }
 
     fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
+        if self.has_ended && self.gone.is_none() && self.frames.in_use() == 0 {
+            // Letting go has given all of them back.
+            return Ok(());
+        }
         for frame in frames {
             if let Some(view) = self.views.iter().find_map(|(view, book)| book.shows(*frame).then_some(*view)) {
                 return Err(VmiError::InvalidArgument {
@@ -526,6 +530,10 @@ impl VmiFrames for XenDriver {
 
 impl VmiEvents for XenDriver {
     fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
+        if self.has_ended && self.gone.is_none() && self.monitors.contains(&monitor) == on {
+            // Letting go has switched it off.
+            return Ok(());
+        }
         self.check_alive()?;
         self.switch_monitor(monitor, on)
     }

@@ -102,6 +102,11 @@ impl XenDriver {
         view == View::DEFAULT || self.views.contains_key(&view.0)
     }
 
+    /// Letting go of the domain has removed the view: what is still to be taken out of it is out.
+    fn is_taken_back(&self, view: View) -> bool {
+        self.has_ended && self.gone.is_none() && !self.has_view(view)
+    }
+
     pub(super) fn check_view(&self, view: View) -> Result<()> {
         if self.has_view(view) { Ok(()) } else { Err(VmiError::ViewNotFound { view }) }
     }
@@ -219,6 +224,9 @@ impl VmiViews for XenDriver {
         if view == View::DEFAULT {
             return Err(VmiError::DefaultView { op: "destroying a view" });
         }
+        if self.is_taken_back(view) {
+            return Ok(());
+        }
         self.book(view)?;
         self.check_alive()?;
         self.settle();
@@ -254,6 +262,9 @@ impl VmiViews for XenDriver {
     fn remap(&mut self, view: View, gfn: Gfn, frame: Option<Gfn>) -> Result<()> {
         if view == View::DEFAULT {
             return Err(VmiError::DefaultView { op: "remapping a page" });
+        }
+        if frame.is_none() && self.is_taken_back(view) {
+            return Ok(());
         }
         let page = self.book(view)?.page(gfn);
         self.check_alive()?;
@@ -322,6 +333,9 @@ impl VmiProtection for XenDriver {
     }
 
     fn set_memory_access_multi(&mut self, view: View, pages: &[(Gfn, MemoryAccess)]) -> Result<()> {
+        if self.is_taken_back(view) {
+            return Ok(());
+        }
         self.check_view(view)?;
         self.check_alive()?;
         for (gfn, rights) in pages {

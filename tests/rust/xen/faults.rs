@@ -6,20 +6,23 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmitap::arch::amd64::{AddressContext, ControlRegister, Injection, InjectionKind};
-use vmitap::driver::xen::{XenDriver, XenOptions};
+use vmitap::driver::xen::XenDriver;
 use vmitap::driver::{Monitor, VmiEvents};
-use vmitap::session::{GpChanges, Limits, Poll, Session, TapId, TapKind, TapSpec, Verdict};
+use vmitap::session::journal::Journal;
+use vmitap::session::{GpChanges, Journaled, Limits, Poll, Session, TapId, TapKind, TapSpec, Verdict};
 use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Pa, Result, Va, VcpuId, View, VmiError};
 use xen_sys::fake::{Fake, Kind, Reg};
 
 use super::session::{looping, spec};
 use super::{CODE, is_untouched, options};
+use crate::journal::{Folder, guest_id};
 
 /// What a session consists of, and what it has so far.
 struct Tool<'a> {
     fake: &'a Fake,
-    session: Option<Session<XenDriver>>,
+    folder: &'a Folder,
+    session: Option<Session<Journaled<XenDriver>>>,
     taps: Vec<TapId>,
     other: View,
     hits: usize,
@@ -33,7 +36,7 @@ struct Tool<'a> {
 type Step = fn(&mut Tool<'_>) -> Result<()>;
 
 impl Tool<'_> {
-    fn session(&mut self) -> &mut Session<XenDriver> {
+    fn session(&mut self) -> &mut Session<Journaled<XenDriver>> {
         self.session.as_mut().unwrap()
     }
 
@@ -66,7 +69,16 @@ impl Tool<'_> {
 
 const STEPS: &[(&str, Step)] = &[
     ("attach", |tool| {
-        let driver = XenDriver::attach("guest", &XenOptions { ..options(tool.fake) })?;
+        let journal = Journal::begin(&tool.folder.0, &guest_id())?;
+        let driver = XenDriver::attach("guest", &options(tool.fake));
+        let driver = match driver {
+            Ok(driver) => Journaled::new(Box::new(driver), journal)?,
+            Err(error) => {
+                // As whoever opens a guest does (session/guard.rs).
+                journal.close()?;
+                return Err(error);
+            }
+        };
         tool.session = Some(Session::new(Box::new(driver), OnWrite::Reapply)?);
         Ok(())
     }),
@@ -117,6 +129,10 @@ const STEPS: &[(&str, Step)] = &[
     ("monitor CPUID", |tool| tool.session().vmi_mut().driver_mut().monitor(Monitor::Cpuid, true)),
     ("stop monitoring CR3", |tool| {
         tool.session().vmi_mut().driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr3), false)
+    }),
+    ("stop monitoring", |tool| {
+        let monitors = [Monitor::Msr(0xc000_0082), Monitor::DescriptorAccess, Monitor::GuestRequest, Monitor::Cpuid];
+        monitors.into_iter().try_for_each(|monitor| tool.session().vmi_mut().driver_mut().monitor(monitor, false))
     }),
     ("pause", |tool| {
         tool.session().pause()?;
@@ -173,8 +189,18 @@ const STEPS: &[(&str, Step)] = &[
     ("detach", |tool| tool.session().detach()),
 ];
 
-fn tool(fake: &Fake) -> Tool<'_> {
-    Tool { fake, session: None, taps: Vec::new(), other: View::DEFAULT, hits: 0, holds: false, is_down: false, is_paused: false }
+fn tool<'a>(fake: &'a Fake, folder: &'a Folder) -> Tool<'a> {
+    Tool {
+        fake,
+        folder,
+        session: None,
+        taps: Vec::new(),
+        other: View::DEFAULT,
+        hits: 0,
+        holds: false,
+        is_down: false,
+        is_paused: false,
+    }
 }
 
 /// Error numbers that a call of Xen's libraries can have: those of privcmd and the hypercall buffers, of XSM, and of the functions themselves.
@@ -223,7 +249,8 @@ fn is_typed(error: &VmiError, errno: i32) -> bool {
 fn with_a_failing_call(kind: Kind, n: i64, (name, errno): (&str, i32)) -> Option<(String, VmiError)> {
     let fake = looping(kind, 2);
     fake.fail_call(n, errno);
-    let mut tool = tool(&fake);
+    let folder = own_folder();
+    let mut tool = tool(&fake, &folder);
     let mut failed = None::<(String, VmiError)>;
     for (what, step) in STEPS {
         let Err(error) = step(&mut tool) else { continue };
@@ -233,9 +260,13 @@ fn with_a_failing_call(kind: Kind, n: i64, (name, errno): (&str, i32)) -> Option
         step(&mut tool).unwrap_or_else(|again| panic!("{told}, and again {again:?}"));
         failed = Some(((*what).to_owned(), error));
     }
+    // Not only once the session is dropped.
+    let left = folder.files();
     drop(tool);
     fake.automatic(0);
     let told = format!("call {n} ({}) of {kind:?} fails with {name}: {failed:?}", fake.name(n));
+    // Who is told that the domain is gone, although it is there, has to believe it.
+    assert!(left == 0 || errno == 3, "{told}: a journal is left");
     let restored = std::panic::catch_unwind(|| is_untouched(&fake));
     assert!(restored.is_ok(), "{told}");
     for vcpu in [0, 1] {
@@ -249,10 +280,17 @@ fn with_a_failing_call(kind: Kind, n: i64, (name, errno): (&str, i32)) -> Option
     failed
 }
 
+/// For the journals of one session.
+fn own_folder() -> Folder {
+    static NUMBER: AtomicI64 = AtomicI64::new(0);
+    Folder::new(&format!("xen-faults-{}", NUMBER.fetch_add(1, Ordering::Relaxed)))
+}
+
 /// The calls of a session in which none fails.
 fn calls(kind: Kind) -> Vec<String> {
     let fake = looping(kind, 2);
-    let mut tool = tool(&fake);
+    let folder = own_folder();
+    let mut tool = tool(&fake, &folder);
     for (what, step) in STEPS {
         step(&mut tool).unwrap_or_else(|error| panic!("{what}: {error}"));
     }
@@ -313,7 +351,8 @@ fn with_a_domain_that_goes(kind: Kind, n: i64, (knob, value): (&str, i64)) {
     LINES.with_borrow_mut(Vec::clear);
     let fake = looping(kind, 2);
     fake.set_at(n, knob, value);
-    let mut tool = tool(&fake);
+    let folder = own_folder();
+    let mut tool = tool(&fake, &folder);
     let told = |what: &str| format!("{knob} at call {n} ({}): {what}", fake.name(n));
     let mut gone = None;
     let began = Instant::now();
