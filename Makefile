@@ -82,7 +82,7 @@ wheel: $(VENV)/.dev ## the wheel, in dist/, with its size and its libraries chec
 xen-lab: COVERED := $(if $(COVERAGE),target/coverage)
 xen-lab: $(VENV)/.dev ## the tests on real Xen, in an emulated machine
 	@rm -rf target/xen-lab
-	@$(if $(COVERAGE),RUSTFLAGS='-C instrument-coverage' CARGO_TARGET_DIR=$(COVERED)) $(BIN)/maturin build --release --quiet --out target/xen-lab
+	@$(if $(COVERAGE),RUSTFLAGS='-C instrument-coverage' LLVM_PROFILE_FILE=/dev/null CARGO_TARGET_DIR=$(COVERED)) $(BIN)/maturin build --release --quiet --out target/xen-lab
 	@PYTHONPATH=tests/xen $(BIN)/python -m lab --wheel target/xen-lab/*.whl --xen '$(or $(XEN),all)' --vcpus '$(or $(VCPUS),2)' --filter '$(FILTER)' $(if $(LONG),--long) $(if $(COVERAGE),--coverage $(COVERED)/release/libvmitap.so) $(ARGS)
 
 clean: ## remove everything that make has made
