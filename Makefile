@@ -67,7 +67,7 @@ soak: $(VENV)/.built ## random sessions for SECONDS (120), watched for what grow
 
 miri: ## the event ring between two threads, under Miri (rustup toolchain install nightly --component miri)
 	@MIRIFLAGS='-Zmiri-disable-isolation -Zmiri-many-seeds=0..4' cargo +nightly miri test --target-dir target/miri \
-		--no-default-features --features xen,mock --test rust -- between_two_threads
+		--features emu,mock --test rust -- between_two_threads
 
 valgrind: ## the Xen driver's calls of C, against the stand-in, under memcheck
 	@CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='valgrind -q --error-exitcode=9' \
