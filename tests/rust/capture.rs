@@ -85,8 +85,15 @@ impl Tapped {
         });
     }
 
+    /// To the end of what was scripted. A poll comes back now and then before it, on a busy machine also here.
     fn run(&mut self) -> vmitap::Result<Poll> {
-        self.session.poll(&Limits { deadline: Some(Instant::now() + Duration::from_secs(5)), hits: None })
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let poll = self.session.poll(&Limits { deadline: Some(end), hits: None });
+            if !matches!(poll, Ok(Poll::Timeout)) || Instant::now() >= end {
+                return poll;
+            }
+        }
     }
 
     fn rows(&mut self) -> RecordBatch {
