@@ -477,18 +477,22 @@ impl XenDriver {
 
     /// Does something while no vCPU runs. If they cannot be let go on afterwards it is done all the same: the next wait tries again.
     fn paused<T>(&self, what: impl FnOnce(&Self) -> xen_sys::Result<T>) -> xen_sys::Result<T> {
-        if self.owes_unpause.get() {
-            // It is paused still.
-            self.owes_unpause.set(false);
-        } else {
-            self.xen.control().pause(self.domain)?;
-        }
+        self.hold()?;
         let result = what(self);
         self.owes_unpause.set(true);
         if let Err(error) = self.let_run() {
             log::debug!("{error}");
         }
         result
+    }
+
+    /// Pauses the domain once more, if no pause is there that is still to be taken back.
+    fn hold(&self) -> xen_sys::Result<()> {
+        if self.owes_unpause.get() {
+            self.owes_unpause.set(false);
+            return Ok(());
+        }
+        self.xen.control().pause(self.domain)
     }
 
     /// Takes back a pause of the driver's own that could not be taken back before.
@@ -645,12 +649,7 @@ impl VmiControl for XenDriver {
         if self.pauses == 0 {
             // What is paused does not come to an end, and somebody may want to change a page meanwhile.
             self.settle_emulations();
-            if self.owes_unpause.get() {
-                // It is paused still.
-                self.owes_unpause.set(false);
-            } else {
-                self.xen.control().pause(self.domain).map_err(|error| failed(&error))?;
-            }
+            self.hold().map_err(|error| failed(&error))?;
         }
         self.pauses += 1;
         Ok(())
