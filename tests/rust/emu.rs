@@ -11,7 +11,7 @@ use vmitap::driver::{
 };
 use vmitap::event::{EventAction, EventReason, VmiEventResponse};
 use vmitap::image::Image;
-use vmitap::{Gfn, MemoryAccess, PAGE_SIZE, Pa, VcpuId, View, VmiError};
+use vmitap::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View, VmiError};
 
 use super::guest::{Lab, assemble, library, options};
 
@@ -87,6 +87,33 @@ fn an_interrupt_that_waits_for_sti_comes_after_one_more_instruction() {
     lab.run();
     lab.assert_done();
     assert_eq!((lab.word("a"), lab.words("exc_rip", 0x41)[0x40]), (1, lab.va("after").0));
+}
+
+#[test]
+fn a_step_from_a_halt_is_the_interrupt_that_ends_it() {
+    let mut lab = guest(
+        "lea rax, [rip + on_it]\nmov [rip + handlers + 0x40 * 8], rax\nwrite_msr X2APIC_LVT_TIMER, 0x40 | 1 << 17\n\
+         write_msr X2APIC_INITIAL_COUNT, 100\ncall slept\ncli\nret\non_it: count a\nwrite_msr X2APIC_EOI, 0\nret\n\
+         .section .tapped, \"ax\"\n.global slept, again, woken\nslept: nop\nsti\nhlt\nagain: sti\nhlt\nwoken: ret\n",
+    );
+    lab.tap(&["slept"]);
+    let mut steps = Vec::new();
+    lab.run_with(|lab, event| {
+        // One after the other, until the vCPU is in the handler of an interrupt, and there no more.
+        let report = VmiEventResponse::action(EventAction::SingleStep { view: View::DEFAULT }).in_view(lab.view);
+        match event.reason {
+            EventReason::SingleStep { .. } => steps.push(event.registers.rip()),
+            EventReason::Breakpoint { .. } => return report,
+            _ => return lab.usual(event),
+        }
+        if steps.len() < 4 { report } else { VmiEventResponse::CONTINUE.in_view(lab.view) }
+    });
+    let slept = lab.va("slept").0;
+    let entry = steps.pop().unwrap();
+    assert_eq!(steps, [Va(slept + 1), Va(slept + 2), Va(slept + 3)], "and then {entry:x?}");
+    assert!(entry.0.abs_diff(slept) > 5, "{entry:x?} is the entry of the handler");
+    assert!(lab.word("a") >= 2, "{} interrupts", lab.word("a"));
+    lab.assert_done();
 }
 
 #[test]

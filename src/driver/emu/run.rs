@@ -333,15 +333,17 @@ impl Machine {
             return Ok(None);
         }
         if let Some(step) = vcpu.step {
-            return self.step(index, step);
+            let wakes = if vcpu.state == State::Halted { vcpu.apic.pending() } else { None };
+            let Some(vector) = wakes else { return self.step(index, step) };
+            // What comes next to a vCPU that sleeps is the interrupt, and with its delivery the step is done: SDM vol. 3, 26.5.2.
+            self.interrupt(index, vector)?;
+            return self.finish(index, step);
         }
         vcpu.apic.tick(now);
         let mut wants_interrupts = false;
         if let Some(vector) = vcpu.apic.pending() {
             if vcpu.takes_interrupts() {
-                vcpu.apic.accept(vector);
-                let memory = Rc::clone(&self.memory);
-                deliver::external(self.vcpu_mut(index)?, &memory, vector);
+                self.interrupt(index, vector)?;
                 return Ok(None);
             }
             if vcpu.is_in_interrupt_shadow() {
@@ -351,6 +353,15 @@ impl Machine {
             wants_interrupts = true;
         }
         self.run_main(index, wants_interrupts)
+    }
+
+    /// Delivers an interrupt that the vCPU takes now.
+    fn interrupt(&mut self, index: usize, vector: u8) -> Result<()> {
+        let memory = Rc::clone(&self.memory);
+        let vcpu = self.vcpu_mut(index)?;
+        vcpu.apic.accept(vector);
+        deliver::external(vcpu, &memory, vector);
+        Ok(())
     }
 
     /// Makes both engines forget code that was overwritten.

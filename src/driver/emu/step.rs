@@ -248,7 +248,7 @@ impl Machine {
         }
     }
 
-    fn finish(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
+    pub(super) fn finish(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.step = None;
         vcpu.announced = false;
