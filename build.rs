@@ -19,6 +19,7 @@ const KERNEL: &[&str] = &[
     "services.c",
     "syscall.c",
     "check.c",
+    "probe.c",
     "reads.S",
     "main.c",
 ];

@@ -112,7 +112,8 @@ pub enum EventAction {
     },
     /// Serve the denied read from the default view without switching: the guest gets the original bytes.
     Emulate,
-    /// Skip the effect of the denied write, or of the announced register write or CPUID: the instruction counts as executed.
+    /// Skip the effect of the denied write, or of the announced register write: the instruction counts as executed. Not for CPUID, which Xen
+    /// has executed by then: whoever does not want its results answers it, with registers and RIP behind it.
     Deny,
 }
 

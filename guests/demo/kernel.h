@@ -164,6 +164,8 @@ u64 user_root(void);
 #define PTE_USER 4UL
 #define PTE_NX (1UL << 63)
 
+#define MSR_KERNEL_GS_BASE 0xc0000102
+
 /* trap.c */
 void cpu_init(u64 index);
 void timer_start(u64 ticks);
@@ -196,6 +198,9 @@ TRACEABLE long send_packet(u32 destination, const void *buffer, u64 n);
 void check_init(u64 wanted);
 void check_integrity(void);
 u64 mismatches_seen(void);
+
+/* probe.c */
+void probe(u64 round, int requests);
 
 /* syscall.c */
 void syscall_handler(struct frame *frame);

@@ -157,10 +157,20 @@ static void other_calls_mode(void)
 	halt_forever();
 }
 
-static int calling(void)
+static int is_mode(const char *name)
 {
 	const char *mode = option("mode=");
-	return mode && starts_with(mode, "calls");
+	return mode && starts_with(mode, name);
+}
+
+/* mode=probes: vCPU 0 alone; the others check once and sleep. */
+static void probes_mode(u64 rounds)
+{
+	for (u64 round = 1; round <= rounds; round++)
+		probe(round, number("requests=", 0) != 0);
+	if (checking)
+		check_integrity();
+	verdict();
 }
 
 void kernel_main(u64 info_pa)
@@ -188,10 +198,12 @@ void kernel_main(u64 info_pa)
 	while (__atomic_load_n(&truth.vcpus, __ATOMIC_ACQUIRE) < vcpus)
 		__asm__ volatile("pause");
 	wait_for_host();
-	if (calling()) {
+	if (is_mode("calls")) {
 		interrupts_on();
 		calls_mode(number("calls=", 100000));
 	}
+	if (is_mode("probes"))
+		probes_mode(number("probes=", 10));
 
 	print("demo guest: ");
 	print_number(vcpus);
@@ -215,10 +227,15 @@ void other_main(u64 index)
 	if (index >= MAX_VCPUS)
 		halt_forever();
 	cpu_init(index);
-	if (calling()) {
+	if (is_mode("calls")) {
 		wait_for_host();
 		interrupts_on();
 		other_calls_mode();
+	}
+	if (is_mode("probes")) {
+		if (checking)
+			check_integrity();
+		halt_forever();
 	}
 	timer_start(tick);
 	idle_loop();

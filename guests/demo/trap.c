@@ -6,7 +6,6 @@
 #define MSR_LSTAR 0xc0000082
 #define MSR_FMASK 0xc0000084
 #define MSR_GS_BASE 0xc0000101
-#define MSR_KERNEL_GS_BASE 0xc0000102
 #define APIC_EOI 0x80b
 #define APIC_SVR 0x80f
 #define APIC_ICR 0x830

@@ -516,6 +516,54 @@ class Vm:
         >>> vm.watch("open_file", 4, vmitap.Access.R).access
         <Access.R: 1>
         """
+    def monitor_events(
+        self,
+        handler: _Handler | None = None,
+        *,
+        cr: Literal["cr0", "cr3", "cr4"] | Iterable[Literal["cr0", "cr3", "cr4"]] | None = None,
+        msr: int | Iterable[int] | None = None,
+        cpuid: bool = False,
+        descriptors: bool = False,
+        requests: bool = False,
+        where: Filter | None = None,
+        capture: Mapping[str, Capturable] | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
+        key: Hashable | None = None,
+        tag: object = None,
+        deadline: float | None = None,
+        budget: Budget | None = None,
+    ) -> Breakpoint:
+        """Reports what vCPUs announce, wherever they are; without a handler it is also a decorator that sets one.
+
+        The handler runs before the register is written or CPUID is executed, and `hit.event` says which and with what. It lets that
+        happen, leaves a write out (`Verdict.deny`), or has the vCPU go on elsewhere (`Verdict.set_registers` with another `rip`, which
+        is how one answers CPUID: `hit.event.insn_len` says where the next instruction is). What is written cannot be changed. No page of
+        the guest changes. On a processor each is an exit of its own to the hypervisor, and some are frequent: every
+        switch from one process to another writes CR3. See the Intel SDM, vol. 3, 27.1.3 (instructions that cause exits).
+
+        Args:
+            cr: control registers whose writes are reported.
+            msr: numbers of model-specific registers whose writes are reported, 8 at most; further ones in another monitor.
+            cpuid: report CPUID.
+            descriptors: report loads and stores of GDTR, IDTR, LDTR and TR; on Xen only.
+            requests: report what the guest itself asks for (`HVMOP_guest_request_vm_event`), which is done when it goes on; on Xen only.
+            handler, where, capture, abi, key, tag, deadline, budget: as for `breakpoint`. Two monitors can have one key.
+
+        Returns:
+            A `Breakpoint` without an address: `length` is 0 and `access` is empty.
+
+        Raises:
+            InvalidArgumentError: nothing is to be reported, no such register, or too many MSRs.
+            NotSupportedError: the driver does not announce that.
+
+        >>> roots = set()
+        >>> @vm.monitor_events(cr="cr3")
+        ... def switched(hit):
+        ...     roots.add(hit.event.new)
+        >>> _ = vm.run(timeout=5, max_hits=10)
+        >>> len(roots) > 1
+        True
+        """
     def run(self, timeout: float | None = None, max_hits: int | None = None) -> RunResult:
         """Lets the guest run and calls handlers, until something ends it.
 
@@ -843,21 +891,21 @@ class Breakpoint:
 
     @property
     def address(self) -> int:
-        """The virtual address, the first one of a watch.
+        """The virtual address, the first one of a watch; 0 for a monitor, which has none.
 
         >>> vm.breakpoint("open_file").address == vm.symbol("open_file")
         True
         """
     @property
     def length(self) -> int:
-        """Bytes in the range of a watch; 1 for a breakpoint.
+        """Bytes in the range of a watch; 1 for a breakpoint, 0 for a monitor.
 
         >>> vm.breakpoint("open_file").length
         1
         """
     @property
     def access(self) -> Access:
-        """The accesses a watch reports; X for a breakpoint.
+        """The accesses a watch reports; X for a breakpoint, none for a monitor.
 
         >>> vm.breakpoint("open_file").access
         <Access.X: 4>
@@ -1472,16 +1520,29 @@ class Hit:
         """
     @property
     def address(self) -> int:
-        """The virtual address of the breakpoint; of the first byte accessed, for a watch and for a write to a hidden page."""
+        """The virtual address: of the breakpoint; of the first byte accessed, for a watch and for a write to a hidden page; of the instruction, for a monitor."""
     @property
     def pa(self) -> int:
-        """The physical address of the same."""
+        """The physical address of the same; 0 for a monitor."""
     @property
     def symbol(self) -> str | None:
         """`address` as "symbol" or "symbol+0x10", or None."""
     @property
     def access(self) -> Access:
-        """X for a breakpoint; which access it was, for a watch and for a write to a hidden page."""
+        """X for a breakpoint; which access it was, for a watch and for a write to a hidden page; empty for a monitor."""
+    @property
+    def event(self) -> VmiEvent:
+        """The event as the driver raised it: for a monitor, which register was about to be written and with what.
+
+        It is not one for `Vm.respond`: what the handler returns is the answer.
+
+        Raises:
+            StaleContextError: the hit was unpickled.
+
+        >>> hit = next(vm.events(vm.monitor_events(cr="cr3"), timeout=5))
+        >>> hit.event.reason, hit.event.register, hit.event.old == hit.regs.cr3
+        ('write-control-register', 'cr3', True)
+        """
     @property
     def view(self) -> View:
         """The view the vCPU was in."""
@@ -1683,6 +1744,18 @@ class Verdict:
 
         >>> vmitap.Verdict.step(3)
         Verdict.step(3)
+        """
+    @staticmethod
+    def deny() -> Verdict:
+        """The register write of a `Vm.monitor_events` has no effect, and counts as executed.
+
+        For any other hit, CPUID included, it is an error and the vCPU goes on as with `continue_`.
+
+        >>> cr4_smep = 1 << 20
+        >>> @vm.monitor_events(cr="cr4")
+        ... def pinned(hit):
+        ...     if hit.event.old & ~hit.event.new & cr4_smep:
+        ...         return vmitap.Verdict.deny()
         """
     @staticmethod
     def pause() -> Verdict:
@@ -2228,7 +2301,7 @@ class VmiEventResponse:
         """Serves the denied read from the default view: the guest gets the original bytes."""
     @staticmethod
     def deny() -> VmiEventResponse:
-        """Skips the effect of the denied write, or of what was announced: the instruction counts as executed."""
+        """Skips the effect of the denied write, or of the announced register write: the instruction counts as executed."""
     def in_view(self, view: View) -> VmiEventResponse:
         """The same answer, with the vCPU in `view` from then on."""
     def with_registers(self, **registers: Unpack[RegisterValues]) -> VmiEventResponse:

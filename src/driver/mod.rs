@@ -81,6 +81,22 @@ pub enum Monitor {
     GuestRequest,
 }
 
+impl std::fmt::Display for Monitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        use crate::arch::amd64::ControlRegister::{Cr0, Cr3, Cr4};
+        f.write_str(match self {
+            Self::Breakpoint => "int3",
+            Self::ControlRegister(Cr0) => "cr0",
+            Self::ControlRegister(Cr3) => "cr3",
+            Self::ControlRegister(Cr4) => "cr4",
+            Self::Msr(msr) => return write!(f, "msr {msr:#x}"),
+            Self::Cpuid => "cpuid",
+            Self::DescriptorAccess => "descriptors",
+            Self::GuestRequest => "requests",
+        })
+    }
+}
+
 /// Why [`VmiEvents::wait`] came back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[expect(clippy::large_enum_variant, reason = "made once an event and consumed at once: a box would cost an allocation a hit")]

@@ -18,7 +18,7 @@ use super::shared::{Shared, count};
 use super::views::View;
 use crate::addr::{MemoryAccess, Va};
 use crate::capture::Abi;
-use crate::session::{TapId, TapState};
+use crate::session::{EventSet, TapId, TapState};
 
 /// What breakpoints that were put in together have in common: there can be a million of them. An object, because the collector wants to
 /// see one reference for each that there is.
@@ -27,6 +27,8 @@ pub struct Common {
     shared: Arc<Shared>,
     length: u64,
     access: MemoryAccess,
+    /// What a monitor is for.
+    events: Option<EventSet>,
     root: Option<u64>,
     view: crate::addr::View,
     /// How the arguments of a hit are found.
@@ -46,13 +48,14 @@ impl Common {
         py: Python<'_>,
         shared: &Arc<Shared>,
         given: &Given,
-        (length, access): (u64, MemoryAccess),
+        (length, access, events): (u64, MemoryAccess, Option<EventSet>),
         view: crate::addr::View,
     ) -> Self {
         Self {
             shared: shared.clone(),
             length,
             access,
+            events,
             root: given.root,
             view,
             abi: given.abi,
@@ -173,6 +176,9 @@ impl Breakpoint {
 
     /// Its name in a recording.
     pub fn label(&self, py: Python<'_>) -> String {
+        if let Some(events) = self.common().events {
+            return describe(&events);
+        }
         let symbol = self.own_symbol().map(|symbol| symbol.bind(py).to_string_lossy().into_owned());
         symbol.unwrap_or_else(|| format!("{:#x}", self.va.0))
     }
@@ -217,8 +223,9 @@ impl Breakpoint {
     }
 
     fn touches_page(&self, page: Va) -> bool {
-        let last = self.va.0.saturating_add(self.common().length.saturating_sub(1));
-        self.va.page() <= page && page <= Va(last).page()
+        let length = self.common().length;
+        let last = self.va.0.saturating_add(length.saturating_sub(1));
+        length > 0 && self.va.page() <= page && page <= Va(last).page()
     }
 
     fn state_now(&self, py: Python<'_>) -> TapState {
@@ -232,19 +239,19 @@ impl Breakpoint {
 
 #[pymethods]
 impl Breakpoint {
-    /// The virtual address, the first one of a watch.
+    /// The virtual address, the first one of a watch; 0 for a monitor, which has none.
     #[getter]
     fn address(&self) -> u64 {
         self.va.0
     }
 
-    /// Bytes in the range of a watch; 1 for a breakpoint.
+    /// Bytes in the range of a watch; 1 for a breakpoint, 0 for a monitor.
     #[getter]
     fn length(&self) -> u64 {
         self.common().length
     }
 
-    /// The accesses a watch reports; X for a breakpoint.
+    /// The accesses a watch reports; X for a breakpoint, none for a monitor.
     #[getter]
     fn access(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         access_to_python(py, self.common().access)
@@ -357,6 +364,9 @@ impl Breakpoint {
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
+        if let Some(events) = self.common().events {
+            return format!("<Breakpoint {}, {}>", describe(&events), self.state(py));
+        }
         let symbol = self.symbol(py).map_or_else(String::new, |symbol| format!(" {symbol}"));
         format!("<Breakpoint{symbol} at {:#x}, {}>", self.va.0, self.state(py))
     }
@@ -374,6 +384,11 @@ impl Breakpoint {
         let handler = self.extra.get().and_then(|extra| extra.handler.lock().take());
         drop(handler);
     }
+}
+
+/// The events of a monitor in a few words.
+fn describe(events: &EventSet) -> String {
+    events.monitors().map(|monitor| monitor.to_string()).collect::<Vec<_>>().join(" + ")
 }
 
 /// Counters of one breakpoint, as a snapshot.

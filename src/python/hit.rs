@@ -12,6 +12,7 @@ use pyo3::types::{PyString, PyTuple};
 use super::breakpoint::Breakpoint;
 use super::convert::{AccessArg, access_to_python, small};
 use super::errors::stale;
+use super::floor::VmiEvent;
 use super::registers::Registers;
 use super::views::View;
 use super::vm::{Scope, Vm};
@@ -19,6 +20,7 @@ use crate::addr::{MemoryAccess, Va};
 use crate::arch::amd64::AddressContext;
 use crate::capture::MAX_ARGUMENT;
 use crate::error::Result;
+use crate::event;
 use crate::session;
 
 /// What is plain data in a hit that was pickled.
@@ -201,13 +203,13 @@ impl Hit {
         }
     }
 
-    /// The virtual address of the breakpoint; of the first byte accessed, for a watch and for a write to a hidden page.
+    /// The virtual address: of the breakpoint; of the first byte accessed, for a watch and for a write to a hidden page; of the instruction, for a monitor.
     #[getter]
     fn address(&self) -> u64 {
         self.facts().va
     }
 
-    /// The physical address of the same.
+    /// The physical address of the same; 0 for a monitor.
     #[getter]
     fn pa(&self) -> u64 {
         self.facts().pa
@@ -222,10 +224,20 @@ impl Hit {
         }
     }
 
-    /// X for a breakpoint; which access it was, for a watch and for a write to a hidden page.
+    /// X for a breakpoint; which access it was, for a watch and for a write to a hidden page; empty for a monitor.
     #[getter]
     fn access(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
         access_to_python(py, self.facts().access)
+    }
+
+    /// The event as the driver raised it: for a monitor, which register was about to be written and with what.
+    #[getter]
+    fn event(&self) -> PyResult<VmiEvent> {
+        let Live { hit, breakpoint, .. } = self.live()?;
+        let session::Hit { vcpu, view, registers, reason, .. } = **hit;
+        let event = event::VmiEvent { vcpu, view: Some(view), registers, reason };
+        // The session answers it: it is none of those that are to be answered by their number.
+        Ok(VmiEvent::of(&event, u64::MAX, breakpoint.get().shared()))
     }
 
     /// The view the vCPU was in.

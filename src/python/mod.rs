@@ -13,6 +13,7 @@ mod hit;
 mod hook;
 mod log;
 mod memory;
+mod pause;
 mod plant;
 mod recording;
 mod registers;

@@ -1,16 +1,17 @@
-//! Putting breakpoints and watches in.
+//! Putting breakpoints, watches and monitors in.
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::types::{PyInt, PyString};
 
 use super::breakpoint::{Breakpoint, Common, Given};
-use super::convert::optional;
+use super::convert::{optional, small};
 use super::errors::invalid;
 use super::expression::{Captured, condition};
 use super::vm::Handle;
 use crate::addr::{MemoryAccess, Va, View};
 use crate::capture::Abi;
-use crate::session::{TapKind, TapSpec, WriteRule};
+use crate::session::{EventSet, MAX_MSRS, TapKind, TapSpec, WriteRule};
 use crate::tap::OnWrite;
 
 /// What is put in.
@@ -18,6 +19,7 @@ use crate::tap::OnWrite;
 pub enum Kind {
     Breakpoint { view: Option<View>, on_write: Option<OnWrite>, enabled: bool, once: bool },
     Watch { len: u64, access: MemoryAccess },
+    Monitor(EventSet),
 }
 
 /// Checks what Python gave.
@@ -60,6 +62,34 @@ pub fn given(
     })
 }
 
+/// The registers a monitor is for, one or several each, and the rest as given.
+pub fn event_set(cr: Option<&Bound<'_, PyAny>>, msr: Option<&Bound<'_, PyAny>>, mut set: EventSet) -> PyResult<EventSet> {
+    const NAMES: [&str; 3] = ["cr0", "cr3", "cr4"];
+    let mut add = |name: &Bound<'_, PyAny>| {
+        let name: String = name.extract()?;
+        let found = set.registers.iter_mut().zip(NAMES).find(|(_, known)| *known == name).map(|(on, _)| *on = true);
+        found.ok_or_else(|| invalid("cr", format!("{name:?} is none of \"cr0\", \"cr3\" and \"cr4\"")))
+    };
+    match cr {
+        None => {}
+        Some(one) if one.is_instance_of::<PyString>() => add(one)?,
+        Some(several) => several.try_iter()?.try_for_each(|each| add(&each?))?,
+    }
+    let mut slots = set.msrs.iter_mut();
+    let mut add = |msr: &Bound<'_, PyAny>| {
+        let msr = small("msr", msr, u32::MAX.into())?;
+        let slot = slots.next().ok_or_else(|| invalid("msr", format!("one monitor is for {MAX_MSRS} at most")))?;
+        *slot = Some(msr);
+        PyResult::Ok(())
+    };
+    match msr {
+        None => {}
+        Some(one) if one.is_instance_of::<PyInt>() => add(one)?,
+        Some(several) => several.try_iter()?.try_for_each(|each| add(&each?))?,
+    }
+    Ok(set)
+}
+
 /// A `Budget` argument.
 fn budget(budget: &Bound<'_, PyAny>) -> PyResult<u64> {
     let class = budget.py().import("vmitap.policy")?.getattr("Budget")?;
@@ -85,9 +115,11 @@ pub fn plant(
     let (view, length, access) = match kind {
         Kind::Breakpoint { view, .. } => (view.unwrap_or(tap_view), 1, MemoryAccess::X),
         Kind::Watch { len, access } => (tap_view, len, access),
+        Kind::Monitor(_) => (tap_view, 0, MemoryAccess::NONE),
     };
     // Made before the lock is taken: making an object can run the collector, and with it any Python code.
-    let common = Py::new(py, Common::new(py, shared, given, (length, access), view))?;
+    let events = if let Kind::Monitor(set) = kind { Some(set) } else { None };
+    let common = Py::new(py, Common::new(py, shared, given, (length, access, events), view))?;
     let make = |va: &Va| Py::new(py, Breakpoint::new(py, &common, *va, given.handler.as_ref()));
     let objects = vas.iter().map(make).collect::<PyResult<Vec<_>>>()?;
     let kept: Vec<_> = objects.iter().map(|object| object.clone_ref(py)).collect();
@@ -102,6 +134,7 @@ pub fn plant(
             let (kind, on_write, enabled) = match kind {
                 Kind::Breakpoint { on_write, enabled, .. } => (TapKind::Breakpoint, on_write, enabled),
                 Kind::Watch { len, access } => (TapKind::Watch { len, access }, None, true),
+                Kind::Monitor(set) => (TapKind::Monitor(set), None, true),
             };
             TapSpec { kind, va: *va, context, global: given.root.is_none(), view, on_write, key, wanted, enabled }
         };

@@ -49,6 +49,12 @@ impl Verdict {
         }
     }
 
+    /// The register write of a `Vm.monitor_events` has no effect, and counts as executed.
+    #[staticmethod]
+    fn deny() -> Self {
+        Self(Said::To(session::Verdict::Deny))
+    }
+
     /// Makes `run` return with reason "paused", the vCPU standing at the breakpoint; the next `run` goes on from there.
     #[staticmethod]
     fn pause() -> Self {
@@ -68,6 +74,7 @@ impl Verdict {
             Said::To(session::Verdict::Return(value)) => format!("Verdict.return_from_function({value})"),
             Said::To(session::Verdict::SetRegisters(changes)) => format!("Verdict.set_registers({})", show_changes(changes)),
             Said::To(session::Verdict::Step(count)) => format!("Verdict.step({count})"),
+            Said::To(session::Verdict::Deny) => "Verdict.deny()".to_owned(),
             Said::To(session::Verdict::Pause) => "Verdict.pause()".to_owned(),
         }
     }

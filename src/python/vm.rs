@@ -9,7 +9,7 @@ use pyo3::PyTraverseError;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::PyVisit;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyString, PyTuple};
+use pyo3::types::{PyBytes, PyDict, PyString};
 
 use super::breakpoint::{Breakpoint, Breakpoints};
 use super::convert::{self, AccessArg};
@@ -20,6 +20,7 @@ use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
+use super::pause::Pause;
 use super::plant::{self, Kind};
 use super::recording::{Recording, RecordingFile};
 use super::registers::Registers;
@@ -30,7 +31,7 @@ use crate::addr::{Pa, Va, VcpuId};
 use crate::arch::amd64::{AddressContext, Injection, InjectionKind};
 use crate::capture::Abi;
 use crate::error::Result;
-use crate::session::Session;
+use crate::session::{EventSet, Session};
 
 /// The hit a `hit.vm` belongs to.
 #[derive(Clone, Copy)]
@@ -43,7 +44,7 @@ pub struct Scope {
 /// What a `Vm` and its parts know: the session, and the hit it is seen from.
 #[derive(Clone)]
 pub struct Handle {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     scope: Option<Scope>,
 }
 
@@ -366,6 +367,33 @@ impl Vm {
         plant::plant(py, self, &[va], &given, kind, &[])?.pop().ok_or_else(|| invalid("address", "none was given"))
     }
 
+    /// Reports what vCPUs announce, wherever they are; without a handler it is also a decorator that sets one.
+    #[pyo3(signature = (handler=None, *, cr=None, msr=None, cpuid=false, descriptors=false, requests=false, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
+    #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
+    fn monitor_events(
+        &self,
+        py: Python<'_>,
+        handler: Option<Py<PyAny>>,
+        cr: Option<&Bound<'_, PyAny>>,
+        msr: Option<&Bound<'_, PyAny>>,
+        cpuid: bool,
+        descriptors: bool,
+        requests: bool,
+        r#where: Option<&Bound<'_, PyAny>>,
+        capture: Option<&Bound<'_, PyAny>>,
+        abi: Option<&str>,
+        key: Option<&Bound<'_, PyAny>>,
+        tag: Option<Py<PyAny>>,
+        deadline: Option<f64>,
+        budget: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Py<Breakpoint>> {
+        let kind = Kind::Monitor(plant::event_set(cr, msr, EventSet { cpuid, descriptors, requests, ..EventSet::default() })?);
+        let abi = self.abi(abi)?;
+        let captured = expression::captured(py, capture, None, abi)?;
+        let given = plant::given(py, handler, None, key, tag, (deadline, None), (r#where, captured, abi), budget)?;
+        plant::plant(py, self, &[Va(0)], &given, kind, &[])?.pop().ok_or_else(|| invalid("events", "none was given"))
+    }
+
     /// Lets the guest run and calls handlers, until something ends it.
     #[pyo3(signature = (timeout=None, max_hits=None))]
     fn run(&self, py: Python<'_>, timeout: Option<f64>, max_hits: Option<&Bound<'_, PyAny>>) -> PyResult<RunResult> {
@@ -667,28 +695,4 @@ fn end(shared: &Arc<Shared>) {
             super::log::flush(py);
         }
     });
-}
-
-/// The context manager of `Vm.pause`.
-#[pyclass(frozen, module = "vmitap._native", name = "_Pause")]
-pub struct Pause(Py<Vm>);
-
-#[pymethods]
-impl Pause {
-    fn __enter__(&self, py: Python<'_>) -> PyResult<()> {
-        self.0.get().shared.open(py, Session::pause)
-    }
-
-    #[pyo3(signature = (*_exception))]
-    fn __exit__(&self, py: Python<'_>, _exception: &Bound<'_, PyTuple>) -> PyResult<()> {
-        let shared = &self.0.get().shared;
-        if shared.is_closed() {
-            return Ok(());
-        }
-        shared.open(py, Session::resume)
-    }
-
-    fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
-        visit.call(&self.0)
-    }
 }

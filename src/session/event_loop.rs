@@ -12,6 +12,7 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
+use super::monitor::{can_be_denied, is_announced};
 use super::pending::{Course, Pending, Walk};
 use super::tap::{Rare, Tap};
 use super::write::{AfterWrite, is_store};
@@ -23,7 +24,7 @@ const PATIENCE: Duration = Duration::from_millis(100);
 const EVENTS: u32 = 64;
 
 /// What became of an event.
-enum Sorted {
+pub(super) enum Sorted {
     /// It is to be answered at once.
     Answer(Course),
     /// Somebody wants it: it is in `Session::pending`.
@@ -209,12 +210,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 if register == ControlRegister::Cr3 {
                     self.note_root(&event.registers, new)?;
                 }
-                Ok(Sorted::Answer(Course::Retry))
+                Ok(self.sort_announced(event, home))
             }
             EventReason::WriteMsr { .. }
             | EventReason::Cpuid { .. }
             | EventReason::DescriptorAccess { .. }
-            | EventReason::GuestRequest => Ok(Sorted::Answer(Course::Retry)),
+            | EventReason::GuestRequest => Ok(self.sort_announced(event, home)),
         }
     }
 
@@ -225,7 +226,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// Counts the hits of `self.owners`, and finds out whether somebody wants one of them.
-    fn count(&mut self, event: &VmiEvent, home: View, course: Course, (va, pa): (Va, Pa), access: MemoryAccess) -> Sorted {
+    pub(super) fn count(
+        &mut self,
+        event: &VmiEvent,
+        home: View,
+        course: Course,
+        (va, pa): (Va, Pa),
+        access: MemoryAccess,
+    ) -> Sorted {
         if self.owners.is_empty() {
             self.stats.filtered += 1;
             self.expect_flight(FlightOutcome::Filtered, None);
@@ -382,6 +390,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 va: pending.va,
                 pa: pending.pa,
                 access: pending.access,
+                reason: pending.event.reason,
                 step: pending.step,
                 ask,
                 question,
@@ -395,7 +404,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     ///
     /// # Errors
     /// [`VmiError::NoPendingEvent`] if there is none; for [`Verdict::Return`] if the stack cannot be read or the return address
-    /// is not canonical: the vCPU goes on as with `Continue` then.
+    /// is not canonical, and [`VmiError::InvalidArgument`] for a verdict that does not fit the kind of hit: the vCPU goes on as with
+    /// `Continue` then.
     pub fn answer(&mut self, verdict: Verdict) -> Result<()> {
         let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_out) else {
             return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
@@ -519,8 +529,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if pending.course == Course::Write && self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_none()) {
             self.prepare_write(event, None)?;
         }
-        let mut gp = None;
-        let mut failed = Ok(());
+        let (mut gp, mut failed, mut course) = (None, Ok(()), pending.course);
         if pending.touched {
             gp = Some(self.vmi.driver().registers(event.vcpu)?.gp);
         }
@@ -531,6 +540,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             match verdict {
                 Verdict::Continue | Verdict::Pause => {}
                 Verdict::Step(left) => vcpu.walk = Some(Walk { tap: *tap, done: 0, left: *left }),
+                Verdict::Deny if can_be_denied(&event.reason) => course = Course::Deny,
+                Verdict::Deny => {
+                    let reason = "only a register write that a monitor announces can be denied".to_owned();
+                    failed = Err(VmiError::InvalidArgument { what: "verdict", reason });
+                }
+                Verdict::SetRegisters(changes) if is_announced(&event.reason) && !changes.moves(event.registers.gp.rip) => {
+                    let reason = "an event of a monitor cannot be changed, only left with another rip".to_owned();
+                    failed = Err(VmiError::InvalidArgument { what: "verdict", reason });
+                }
                 Verdict::SetRegisters(changes) => changes.apply(gp.get_or_insert(event.registers.gp)),
                 Verdict::Return(value) => {
                     let gp = gp.get_or_insert(event.registers.gp);
@@ -548,7 +566,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         // With another RIP the instruction is not executed.
         let leaves = gp.is_some_and(|gp| gp.rip != event.registers.gp.rip);
-        let course = if leaves { Course::Retry } else { pending.course };
+        let course = if leaves { Course::Retry } else { course };
         if leaves && let Some(vcpu) = self.vcpus.get_mut(index) {
             vcpu.after_write = None;
         }
@@ -569,7 +587,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let clean = View::DEFAULT;
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
-        if vcpu.walk.is_some_and(|walk| walk.left == 0) {
+        // What is denied is not stepped: a walk ends there.
+        if vcpu.walk.is_some_and(|walk| walk.left == 0) || course == Course::Deny {
             vcpu.walk = None;
         }
         let reports = vcpu.walk.is_some();

@@ -97,8 +97,8 @@ impl fmt::Display for Entry {
             Self::FramesWanted => f.write_str("frames?"),
             Self::Frames(frames) => write!(f, "frames {}", runs_of(frames)),
             Self::FramesGone(frames) => write!(f, "frames- {}", runs_of(frames)),
-            Self::Monitor(monitor) => write!(f, "monitor {}", name_of(*monitor)),
-            Self::MonitorGone(monitor) => write!(f, "monitor- {}", name_of(*monitor)),
+            Self::Monitor(monitor) => write!(f, "monitor {monitor}"),
+            Self::MonitorGone(monitor) => write!(f, "monitor- {monitor}"),
             Self::PauseWanted => f.write_str("pause?"),
             Self::Pause => f.write_str("pause"),
             Self::ResumeWanted => f.write_str("resume?"),
@@ -165,19 +165,6 @@ fn frames_of(text: &str) -> Option<Vec<Gfn>> {
 
 fn hex(text: &str) -> Option<u64> {
     u64::from_str_radix(text.strip_prefix("0x")?, 16).ok()
-}
-
-fn name_of(monitor: Monitor) -> String {
-    match monitor {
-        Monitor::Breakpoint => "int3".to_owned(),
-        Monitor::Cpuid => "cpuid".to_owned(),
-        Monitor::DescriptorAccess => "descriptors".to_owned(),
-        Monitor::GuestRequest => "requests".to_owned(),
-        Monitor::ControlRegister(ControlRegister::Cr0) => "cr0".to_owned(),
-        Monitor::ControlRegister(ControlRegister::Cr3) => "cr3".to_owned(),
-        Monitor::ControlRegister(ControlRegister::Cr4) => "cr4".to_owned(),
-        Monitor::Msr(msr) => format!("msr {msr:#x}"),
-    }
 }
 
 fn monitor_of(name: &str) -> Option<Monitor> {

@@ -11,6 +11,7 @@ mod guard;
 mod hold;
 pub mod journal;
 mod journaled;
+mod monitor;
 mod paging;
 mod pending;
 mod quick;
@@ -49,6 +50,7 @@ use crate::undo::Left;
 pub use guard::{open_guarded, repair_guest};
 pub use hold::{Budget, Histogram};
 pub use journaled::Journaled;
+pub use monitor::{EventSet, MAX_MSRS};
 pub use paging::handle_page_table_events;
 use pending::{Pending, Vcpu};
 pub use record::DURATION;
@@ -91,6 +93,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// Whose key is taken where.
     keys: FxHashSet<Key>,
     watches: FxHashMap<(View, Gfn), Vec<WatchPage>>,
+    /// Taps for what is announced, and what each is for.
+    monitors: Vec<(TapId, EventSet)>,
     vcpus: Vec<Vcpu>,
     /// Stores that are done, and whose shadows could not be brought up to date yet.
     overdue: Vec<(VcpuId, AfterWrite)>,
@@ -182,6 +186,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             taps: Taps::default(),
             keys: FxHashSet::default(),
             watches: FxHashMap::default(),
+            monitors: Vec::new(),
             vcpus: vec![Vcpu::default(); count],
             overdue: Vec::new(),
             pending: None,
@@ -451,10 +456,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.vcpus.fill_with(Vcpu::default);
         }
         left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
-        if self.tracks_roots {
-            let cr3 = driver.monitor(Monitor::ControlRegister(ControlRegister::Cr3), false);
-            self.tracks_roots = left.note(cr3, || "the CR3 monitor".to_owned());
-        }
+        self.end_monitors(&mut left);
+        let driver = self.vmi.driver_mut();
         left.note(driver.switch_to_view(View::DEFAULT), || "the view of the vCPUs".to_owned());
         let controller = &mut self.controller;
         self.views.retain(|view| {

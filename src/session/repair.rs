@@ -71,7 +71,7 @@ pub fn repair<D: VmiDriver + ?Sized>(driver: &mut D, remains: &Remains) -> Resul
     let mut failed = Left::default();
     let mut undo = |what: &dyn Fn() -> String, result: Result<()>| !failed.note(result, what);
     for monitor in remains.monitors.iter().copied().chain([Monitor::Breakpoint]) {
-        undo(&|| format!("{monitor:?} monitored"), driver.monitor(monitor, false));
+        undo(&|| format!("{monitor} monitored"), driver.monitor(monitor, false));
     }
     let released = driver.release_held().map(|held| done.vcpus = held);
     undo(&|| "held vCPUs".to_owned(), released);

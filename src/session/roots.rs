@@ -75,8 +75,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.tracks_roots == on {
             return Ok(false);
         }
-        self.vmi.driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr3), on)?;
-        self.tracks_roots = on;
+        // Not noted while it is asked who else needs it.
+        let before = std::mem::replace(&mut self.tracks_roots, false);
+        let done = self.announce(Monitor::ControlRegister(ControlRegister::Cr3), on);
+        self.tracks_roots = if done.is_ok() { on } else { before };
+        done?;
         if !on {
             self.roots.clear();
         }

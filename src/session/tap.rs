@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::addr::{MemoryAccess, Pa, Va, View};
+use crate::addr::{Pa, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::tap::OnWrite;
 
@@ -47,8 +47,8 @@ pub struct Tap {
 /// What few taps have.
 #[derive(Default)]
 pub struct Rare {
-    /// A watch: its length in bytes, and the accesses it is for.
-    watch: Option<(u64, MemoryAccess)>,
+    /// What it is, if it is no breakpoint.
+    other: Option<Box<TapKind>>,
     pub on_write: Option<OnWrite>,
     key: Option<u64>,
     /// Roots that a global breakpoint is looked up under beside its own.
@@ -154,11 +154,11 @@ impl Taps {
         tap.set(flag::WANTED, wanted);
         tap.set(flag::DISABLED, !enabled);
         self.list.push(tap);
-        let watch = if let TapKind::Watch { len, access } = kind { Some((len, access)) } else { None };
-        if watch.is_some() || on_write.is_some() || key.is_some() || !more.is_empty() {
+        let other = (kind != TapKind::Breakpoint).then(|| Box::new(kind));
+        if other.is_some() || on_write.is_some() || key.is_some() || !more.is_empty() {
             let id = TapId(self.list.len() as u32 - 1);
             if let Some(rare) = self.rare_or_new(id) {
-                (rare.watch, rare.on_write, rare.key, rare.more) = (watch, on_write, key, more);
+                (rare.other, rare.on_write, rare.key, rare.more) = (other, on_write, key, more);
             }
         }
     }
@@ -251,8 +251,7 @@ impl Taps {
 
     /// What it looks for.
     pub fn kind(&self, id: TapId) -> TapKind {
-        let watch = self.rare(id).and_then(|rare| rare.watch);
-        watch.map_or(TapKind::Breakpoint, |(len, access)| TapKind::Watch { len, access })
+        self.rare(id).and_then(|rare| rare.other.as_deref().copied()).unwrap_or(TapKind::Breakpoint)
     }
 
     /// Roots that it is looked up under beside its own.

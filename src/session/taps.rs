@@ -7,6 +7,7 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::tap::{Breakpoint, OnWrite};
 use crate::undo::Left;
 
+use super::monitor;
 use super::tap::{Handed, Tap};
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
@@ -69,6 +70,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if !self.views.contains(&spec.view) {
             return Err(VmiError::ViewNotFound { view: spec.view });
         }
+        if let TapKind::Monitor(set) = &spec.kind {
+            return monitor::check(set);
+        }
         if let TapKind::Watch { len, access } = spec.kind {
             let refuse = |what, reason: &str| Err(VmiError::InvalidArgument { what, reason: reason.to_owned() });
             if len == 0 {
@@ -86,6 +90,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Refuses an address that can be none, and a watch whose first page is not there.
     fn check_mapped(&self, spec: &TapSpec) -> Result<()> {
+        if matches!(spec.kind, TapKind::Monitor(_)) {
+            return Ok(());
+        }
         match self.vmi.translate(spec.va, spec.context) {
             Err(VmiError::Translation { fault: TranslationFault::NotPresent { .. }, .. }) if spec.kind == TapKind::Breakpoint => {
                 Ok(())
@@ -95,6 +102,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn key_of(spec: &TapSpec) -> Option<Key> {
+        if matches!(spec.kind, TapKind::Monitor(_)) {
+            return None;
+        }
         let root = (!spec.global).then_some(spec.context.root);
         spec.key.map(|key| (spec.view, spec.va, root, key))
     }
@@ -140,19 +150,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             Ok(())
         });
-        let mut watched = 0;
+        let mut started = 0;
         let done = checked.and_then(|()| {
             for (index, spec) in specs.iter().enumerate().filter(|(_, spec)| spec.enabled) {
-                if let TapKind::Watch { len, access } = spec.kind {
-                    self.watch(TapId((first + index) as u32), spec, len, access)?;
-                }
-                watched = index + 1;
+                self.start(TapId((first + index) as u32), spec)?;
+                started = index + 1;
             }
             self.insert_breakpoints(&planted)
         });
         let mut planted = match done {
             Ok(planted) => planted.into_iter(),
-            Err(cause) => return Err(self.give_up(cause, &new_keys, first..first + watched)),
+            Err(cause) => return Err(self.give_up(cause, &new_keys, first..first + started)),
         };
         self.taps.reserve(specs.len());
         for (index, spec) in (first..).zip(specs) {
@@ -164,14 +172,29 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok((first..self.taps.len()).map(|index| TapId(index as u32)).collect())
     }
 
+    /// Puts a watch or a monitor into the guest; breakpoints are put in together.
+    fn start(&mut self, id: TapId, spec: &TapSpec) -> Result<()> {
+        match spec.kind {
+            TapKind::Breakpoint => Ok(()),
+            TapKind::Watch { len, access } => self.watch(id, spec, len, access),
+            TapKind::Monitor(set) => self.start_monitors(id, set),
+        }
+    }
+
+    /// Takes a watch or a monitor out of the guest; of a tap that is neither, or was not put in, there is nothing.
+    fn stop(&mut self, id: TapId) -> Result<()> {
+        self.stop_monitors(id)?;
+        self.unwatch(id)
+    }
+
     /// Takes back what was done before `cause` happened.
-    fn give_up(&mut self, cause: VmiError, keys: &[Key], watched: std::ops::Range<usize>) -> VmiError {
+    fn give_up(&mut self, cause: VmiError, keys: &[Key], started: std::ops::Range<usize>) -> VmiError {
         for key in keys {
             self.keys.remove(key);
         }
         let mut left = Left::default();
-        for index in watched {
-            left.note(self.unwatch(TapId(index as u32)), || "a watch".to_owned());
+        for index in started {
+            left.note(self.stop(TapId(index as u32)), || "a watch or a monitor".to_owned());
         }
         left.after(cause)
     }
@@ -246,6 +269,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         match self.taps.kind(id) {
             TapKind::Breakpoint => self.remove_breakpoints(&[id]),
             TapKind::Watch { .. } => self.unwatch(id),
+            TapKind::Monitor(_) => self.stop_monitors(id),
         }
     }
 
@@ -279,16 +303,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let mut taps: Vec<(TapId, TapSpec)> = ids.iter().filter_map(active).collect();
         taps.sort_unstable_by_key(|(id, _)| *id);
         taps.dedup_by_key(|(id, _)| *id);
-        let (planted, watches): (Vec<_>, Vec<_>) = taps.into_iter().partition(|(_, spec)| spec.kind == TapKind::Breakpoint);
+        let (planted, others): (Vec<_>, Vec<_>) = taps.into_iter().partition(|(_, spec)| spec.kind == TapKind::Breakpoint);
         let planted: Vec<TapId> = planted.into_iter().map(|(id, _)| id).collect();
-        let mut unwatched = 0;
-        let done = watches.iter().try_for_each(|(id, _)| self.unwatch(*id).map(|()| unwatched += 1));
+        let mut stopped = 0;
+        let done = others.iter().try_for_each(|(id, _)| self.stop(*id).map(|()| stopped += 1));
         if let Err(cause) = done.and_then(|()| self.remove_breakpoints(&planted)) {
             let mut left = Left::default();
-            for (id, spec) in watches.get(..unwatched).unwrap_or_default() {
-                if let TapKind::Watch { len, access } = spec.kind {
-                    left.note(self.watch(*id, spec, len, access), || format!("no watch at {}", spec.va));
-                }
+            for (id, spec) in others.get(..stopped).unwrap_or_default() {
+                left.note(self.start(*id, spec), || format!("no watch or monitor at {}", spec.va));
             }
             return Err(left.after(cause));
         }
@@ -358,7 +380,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 self.taps.set_roams(id, roams);
                 Ok(())
             }
-            TapKind::Watch { len, access } => self.watch(id, &spec, len, access),
+            TapKind::Watch { .. } | TapKind::Monitor(_) => self.start(id, &spec),
         }
     }
 }

@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, GpRegisters, Registers};
+use crate::event::EventReason;
 use crate::tap::OnWrite;
 
-/// A tap of a session: a breakpoint or a watch. Never given twice in one session.
+use super::monitor::EventSet;
+
+/// A tap of a session: a breakpoint, a watch or a monitor. Never given twice in one session.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct TapId(pub u32);
 
@@ -23,6 +26,8 @@ pub enum TapKind {
         /// Which accesses.
         access: MemoryAccess,
     },
+    /// What vCPUs announce, wherever they are. Its address and page tables say nothing.
+    Monitor(EventSet),
 }
 
 /// A tap, as the caller describes it.
@@ -131,10 +136,12 @@ pub struct Hit {
     pub registers: Registers,
     /// The virtual address: of the instruction, or of the first byte accessed.
     pub va: Va,
-    /// The physical address of the same.
+    /// The physical address of the same; 0 for a monitor.
     pub pa: Pa,
-    /// X for a breakpoint; which access it was otherwise.
+    /// X for a breakpoint; which access it was for a watch; none for a monitor.
     pub access: MemoryAccess,
+    /// What the driver raised.
+    pub reason: EventReason,
     /// 0 for the hit itself; 1 and up for the instructions after it that [`Verdict::Step`] asked for.
     pub step: u32,
     /// It is a write to a hidden page under [`OnWrite::Ask`], to be answered with [`super::Session::answer_write`].
@@ -165,6 +172,11 @@ impl GpChanges {
             gp.r15, gp.rip, gp.rflags,
         ];
         Self { values: values.map(Some) }
+    }
+
+    /// Whether they have the vCPU go on elsewhere than at `rip`.
+    pub fn moves(&self, rip: u64) -> bool {
+        self.values.get(16).copied().flatten().is_some_and(|to| to != rip)
     }
 
     /// Writes the values into `gp`.
@@ -204,10 +216,12 @@ pub enum Verdict {
     Continue,
     /// The function that was just entered is left at once with this value in RAX.
     Return(u64),
-    /// The vCPU goes on with these registers. With another RIP the instruction is not executed.
+    /// The vCPU goes on with these registers. With another RIP the instruction is not executed; a hit of a monitor needs one.
     SetRegisters(Box<GpChanges>),
     /// The vCPU goes on instruction by instruction: after each of so many there is a hit again, with [`Hit::step`] from 1 on.
     Step(u32),
+    /// The register write that was announced has no effect, and counts as executed. For hits of a monitor.
+    Deny,
     /// The vCPU stands where it is until the next [`super::Session::poll`], which goes on as with `Continue`.
     Pause,
 }

@@ -57,4 +57,4 @@ def test_each_example_of_the_docs_runs(page: str, number: int, text: str, tmp_pa
 
 
 def test_the_docs_have_examples() -> None:
-    assert {"filters.md", "paging.md", "recordings.md", "testing.md"} <= {page for page, _, _ in EXAMPLES}
+    assert {"filters.md", "monitors.md", "paging.md", "recordings.md", "testing.md"} <= {page for page, _, _ in EXAMPLES}

@@ -345,7 +345,7 @@ fn registers_given_with_any_answer_are_those_the_guest_goes_on_with() {
 }
 
 #[test]
-fn writes_of_control_registers_and_msrs_and_cpuid_are_announced() {
+fn writes_of_control_registers_and_msrs_and_cpuid_are_announced_and_writes_can_be_denied() {
     const BODY: &str = "mov rax, cr3\nmov cr3, rax\nmov rax, cr4\nor rax, 4\nmov cr4, rax\nmov ecx, 0xc0000082\nmov eax, 0x1111\n\
                         xor edx, edx\nwrmsr\nrdmsr\nmov [rip + a], rax\npush rbx\nmov eax, 0\nxor ecx, ecx\ncpuid\nmov [rip + b], rbx\npop rbx\n\
                         mov rax, cr4\nmov [rip + c], rax\n";
@@ -360,13 +360,22 @@ fn writes_of_control_registers_and_msrs_and_cpuid_are_announced() {
         ] {
             lab.vm.monitor(monitor, true).unwrap();
         }
-        lab.run_with(|_, event| {
+        lab.run_with(|lab, event| {
             kinds.push(event.reason);
-            VmiEventResponse::action(if deny { EventAction::Deny } else { EventAction::Continue })
+            let deny_it = VmiEventResponse::action(EventAction::Deny);
+            match event.reason {
+                EventReason::Cpuid { .. } => {
+                    let refused = lab.vm.respond(event.vcpu, &deny_it);
+                    assert!(matches!(refused, Err(VmiError::InvalidArgument { .. })), "{refused:?}");
+                }
+                _ if deny => return deny_it,
+                _ => {}
+            }
+            VmiEventResponse::CONTINUE
         });
         lab.assert_done();
         assert_eq!(lab.word("a"), if deny { 0 } else { 0x1111 });
-        assert_eq!(lab.word("b") == 0x756e_6547, !deny, "{:x}", lab.word("b"));
+        assert_eq!(lab.word("b"), 0x756e_6547, "{:x}", lab.word("b"));
         assert_eq!(lab.word("c"), if deny { 0x620 } else { 0x624 });
     }
     assert_eq!(kinds.len(), 8, "{kinds:?}");

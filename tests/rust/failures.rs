@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use vmitap::arch::amd64::AddressContext;
 use vmitap::driver::emu::EmuDriver;
 use vmitap::driver::{VmiDriver, VmiRepair};
-use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, Verdict};
+use vmitap::session::{EventSet, Limits, Poll, Session, TapKind, TapSpec, Verdict};
 use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Result, Va, VcpuId, VmiError};
 
@@ -51,6 +51,9 @@ fn use_it(session: &mut Session, taps: &[Va], watched: Va, caller: &mut Persiste
     let ids = caller.done(|| session.add_many(&specs))?;
     let watch = TapSpec { kind: TapKind::Watch { len: 8, access: MemoryAccess::W }, ..breakpoint(session, context, watched) };
     let watch = caller.done(|| session.add(&watch))?;
+    let set = EventSet { registers: [true, true, false], cpuid: true, ..EventSet::default() };
+    let monitor = TapSpec { kind: TapKind::Monitor(set), ..breakpoint(session, context, Va(0)) };
+    let monitor = caller.done(|| session.add(&monitor))?;
     let other = caller.done(|| session.create_view(MemoryAccess::RWX))?;
     for turn in 0..12 {
         if matches!(caller.done(|| session.poll(&Limits::default()))?, Poll::Hit(_)) {
@@ -71,6 +74,7 @@ fn use_it(session: &mut Session, taps: &[Va], watched: Va, caller: &mut Persiste
                 caller.done(|| session.disable(ids[0]))?;
                 caller.done(|| session.enable(ids[0]))?;
             }
+            7 => caller.done(|| session.disable(monitor))?,
             8 => drop(caller.done(|| session.add(&TapSpec { view: other, ..specs[0] }))?),
             9 => caller.done(|| session.switch_to_view(other))?,
             10 => caller.done(|| session.destroy_view(other))?,

@@ -6,7 +6,7 @@ use vmitap::arch::amd64::{AddressContext, Injection, InjectionKind};
 use vmitap::driver::mock::MockDriver;
 use vmitap::driver::{VmiDriver, VmiFrames};
 use vmitap::event::{EventReason, VmiEvent, VmiEventResponse};
-use vmitap::session::{GpChanges, Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, Verdict};
+use vmitap::session::{EventSet, GpChanges, Limits, Poll, Session, TapId, TapKind, TapSpec, TapState, Verdict};
 use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Pa, Result, Va, VcpuId, View, VmiError};
 
@@ -47,14 +47,28 @@ fn empty() -> Mock {
 
 const V2: View = View(2);
 
-/// One of each kind: breakpoints of two pages, one disabled, a watch, one that is disabled; another view with the same.
+/// One of each kind: breakpoints of two pages, one disabled, a watch, one that is disabled; another view with the same. Then two
+/// monitors that have something in common, and one that is disabled.
 fn busy() -> Mock {
     let mut w = empty();
     let view = w.session.create_view(MemoryAccess::RWX).unwrap();
     assert_eq!(view, V2);
     w.session.add_many(&all(&w, w.session.tap_view())).unwrap();
     w.session.add_many(&all(&w, V2)).unwrap();
+    w.session.add_many(&monitors(&w)).unwrap();
     w
+}
+
+fn monitors(w: &Mock) -> Vec<TapSpec> {
+    let msrs = |numbers: &[u32]| std::array::from_fn(|at| numbers.get(at).copied());
+    let sets = [
+        EventSet { registers: [true, true, false], msrs: msrs(&[0x10, 0xc000_0082]), ..EventSet::default() },
+        EventSet { registers: [false, true, true], msrs: msrs(&[0x10, 0x10]), cpuid: true, ..EventSet::default() },
+        EventSet { registers: [true, true, true], requests: true, descriptors: true, ..EventSet::default() },
+    ];
+    let spec = spec(&w.session, w.context, Va(0));
+    let of = |(at, set)| TapSpec { kind: TapKind::Monitor(set), enabled: at < 2, ..spec };
+    (0..).zip(sets).map(of).collect()
 }
 
 fn all(w: &Mock, view: View) -> Vec<TapSpec> {
@@ -91,6 +105,15 @@ const OPERATIONS: &[Operation] = &[
     (busy, |w| w.session.disable(TapId(9))),
     (busy, |w| w.session.enable(TapId(4))),
     (busy, |w| w.session.enable(TapId(5))),
+    (empty, |w| w.session.add_many(&monitors(w)).map(drop)),
+    (busy, |w| {
+        let again: Vec<_> = monitors(w).into_iter().map(|spec| TapSpec { enabled: true, ..spec }).collect();
+        w.session.add_many(&again).map(drop)
+    }),
+    (busy, |w| w.session.remove(TapId(12))),
+    (busy, |w| w.session.disable(TapId(13))),
+    (busy, |w| w.session.enable(TapId(14))),
+    (busy, |w| w.session.remove_many(&[TapId(12), TapId(3), TapId(0), TapId(13)])),
     (busy, |w| w.session.write(Va(CODE.0 + 0xffe), w.context, &[1, 2, 3, 4])),
     (busy, |w| w.session.write_pa(Pa(CODE_PA.0 + 3), &[7; 0x1200])),
     (busy, |w| w.session.create_view(MemoryAccess::RX).map(drop)),

@@ -35,7 +35,7 @@ impl Machine {
         let fits = match response.action {
             EventAction::Reinject => matches!(held, Held::Breakpoint(_)),
             EventAction::Emulate => held == Held::Access,
-            EventAction::Deny => matches!(held, Held::Access | Held::Announced(_)),
+            EventAction::Deny => matches!(held, Held::Access | Held::Write(_)),
             EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,
         };
         if !fits {
@@ -43,6 +43,7 @@ impl Machine {
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
         let vcpu = self.integer_mut(index)?;
+        let rip = vcpu.rip();
         let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
@@ -51,6 +52,9 @@ impl Machine {
             vcpu.view = view;
         }
         vcpu.held = Held::No;
+        // With another RIP it is another instruction, which is announced in its turn.
+        vcpu.announced =
+            matches!(held, Held::Write(_) | Held::Cpuid) && vcpu.rip() == rip && response.action != EventAction::Deny;
         let back = vcpu.view;
         // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
         // a read. That is a write, and told as one, unless it is the very store that is answered here.
@@ -60,7 +64,7 @@ impl Machine {
             Some(Step { view, back, report, discard, guard })
         };
         match response.action {
-            EventAction::Continue => vcpu.announced = matches!(held, Held::Announced(_)),
+            EventAction::Continue => {}
             EventAction::Reinject => {
                 let Held::Breakpoint(len) = held else { return Ok(()) };
                 let next = vcpu.rip().wrapping_add(len.into());
@@ -72,7 +76,7 @@ impl Machine {
             }
             EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, [None; 2]),
             EventAction::Deny => match held {
-                Held::Announced(len) => {
+                Held::Write(len) => {
                     vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
                     let pending = vcpu.step.take();
                     if let Some(pending) = pending {

@@ -495,7 +495,7 @@ impl Machine {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.held = held;
         self.slice = self.slice.saturating_sub(DEAR);
-        if !matches!(held, Held::Announced(_)) {
+        if !matches!(held, Held::Write(_) | Held::Cpuid) {
             // The instruction that was to be stepped has another fate now; the answer decides.
             vcpu.step = None;
             vcpu.view = view;

@@ -55,13 +55,13 @@ impl Machine {
                     return Ok(Went::Native);
                 }
                 let reason = EventReason::WriteControlRegister { register, old, new };
-                Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
+                Ok(Went::Event(self.raise(index, view, reason, Held::Write(len))?))
             }
             System::Cpuid if watches_cpuid && !announced => {
                 let vcpu = self.vcpu(index)?;
                 let (leaf, subleaf) = (vcpu.gpr(RAX) as u32, vcpu.gpr(RCX) as u32);
                 let reason = EventReason::Cpuid { leaf, subleaf, insn_len: len };
-                Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?))
+                Ok(Went::Event(self.raise(index, view, reason, Held::Cpuid)?))
             }
             System::Cpuid => {
                 vcpu.cpuid_leaf = vcpu.gpr(RAX) as u32;
@@ -82,7 +82,7 @@ impl Machine {
         if self.monitors.msrs.contains(&msr) && !vcpu.announced {
             let old = self.read_msr(index, msr)?;
             let reason = EventReason::WriteMsr { msr, old, new };
-            return Ok(Went::Event(self.raise(index, view, reason, Held::Announced(len))?));
+            return Ok(Went::Event(self.raise(index, view, reason, Held::Write(len))?));
         }
         let vcpu = self.vcpu_mut(index)?;
         let next = vcpu.rip().wrapping_add(len.into());

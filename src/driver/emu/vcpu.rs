@@ -51,8 +51,10 @@ pub enum Held {
     /// A denied access.
     Access,
     Stepped,
-    /// A register write or CPUID of this length, announced and not done.
-    Announced(u8),
+    /// A register write of this length, announced and not done.
+    Write(u8),
+    /// A CPUID, announced and not done.
+    Cpuid,
 }
 
 /// Flags that the engine keeps outside of its word for RFLAGS while it runs. A run that begins takes them out of it, one that ends puts them

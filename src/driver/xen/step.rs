@@ -218,6 +218,7 @@ impl XenDriver {
         gp: Option<GpRegisters>,
         in_fast_step: bool,
     ) -> Result<()> {
+        let at = held.event.registers.gp;
         let mut answer = held.request.response();
         let mut gp = gp;
         match (action, held.event.reason) {
@@ -227,19 +228,21 @@ impl XenDriver {
                 self.inject_event(vcpu, 3, kind, xen_sys::types::NO_ERROR_CODE, len, 0)?;
             }
             (EventAction::Continue, EventReason::Cpuid { insn_len, .. }) => {
-                // Xen has done it; only RIP is left to be moved, unless the caller has moved it.
-                let own = gp.unwrap_or(held.event.registers.gp);
-                let new = with_cpuid_results(&held.request, &own);
-                let rip = if own.rip == held.event.registers.gp.rip { own.rip.wrapping_add(insn_len.into()) } else { own.rip };
-                gp = Some(GpRegisters { rip, ..new });
+                // Xen has done it; only RIP is left to be moved, unless the caller has moved it: then it is not executed.
+                let own = gp.unwrap_or(at);
+                let new = if own.rip == at.rip { with_cpuid_results(&held.request, &own) } else { own };
+                gp = Some(moved(at.rip, new, insn_len));
             }
-            (EventAction::Deny, EventReason::Cpuid { insn_len, .. }) => {
-                let own = gp.unwrap_or(held.event.registers.gp);
-                let rip = if own.rip == held.event.registers.gp.rip { own.rip.wrapping_add(insn_len.into()) } else { own.rip };
-                gp = Some(GpRegisters { rip, ..own });
-            }
-            (EventAction::Deny, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. }) => {
-                answer.flag(flag::DENY);
+            (action, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. }) => {
+                if action == EventAction::Deny || gp.is_some_and(|gp| gp.rip != at.rip) {
+                    answer.flag(flag::DENY);
+                }
+                // Xen is past it, and the registers that it is given have RIP in them.
+                if let Some(own) = gp.filter(|gp| gp.rip == at.rip) {
+                    let here = self.code_at(held, &held.event.registers);
+                    let (insn, _) = here.ok_or(VmiError::NotSupported { driver: "xen", capability: UNREADABLE })?;
+                    gp = Some(moved(at.rip, own, insn.len));
+                }
             }
             _ => {}
         }
@@ -382,6 +385,14 @@ impl XenDriver {
     }
 }
 
+/// What would be needed to answer a register write with other registers.
+const UNREADABLE: &str = "setting registers where the instruction cannot be read";
+
+/// Registers behind an instruction of this length, unless somebody had the vCPU go on elsewhere than at `rip`, where it is.
+const fn moved(rip: u64, gp: GpRegisters, len: u8) -> GpRegisters {
+    if gp.rip == rip { GpRegisters { rip: rip.wrapping_add(len as u64), ..gp } } else { gp }
+}
+
 /// With no place left the first one goes: an instruction stores to fewer pages than there are places.
 fn remember(told: &mut [Option<Gfn>], gfn: Gfn) {
     let place = told.iter().position(Option::is_none).unwrap_or(0);
@@ -395,11 +406,12 @@ fn check_fit(event: &VmiEvent, action: EventAction) -> Result<()> {
     let fits = match action {
         EventAction::Reinject => matches!(event.reason, EventReason::Breakpoint { .. }),
         EventAction::Emulate => matches!(event.reason, EventReason::MemoryAccess { .. }),
-        // Xen's emulator leaves out what is stored, and not what is loaded; a request is done already.
+        // Xen's emulator leaves out what is stored, and not what is loaded; a request is done already, and CPUID too.
         EventAction::Deny => !matches!(
             event.reason,
             EventReason::Breakpoint { .. }
                 | EventReason::SingleStep { .. }
+                | EventReason::Cpuid { .. }
                 | EventReason::DescriptorAccess { .. }
                 | EventReason::GuestRequest
         ),

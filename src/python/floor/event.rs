@@ -223,7 +223,7 @@ impl VmiEventResponse {
         Self::action(EventAction::Emulate)
     }
 
-    /// Skips the effect of the denied write, or of what was announced: the instruction counts as executed.
+    /// Skips the effect of the denied write, or of the announced register write: the instruction counts as executed.
     #[staticmethod]
     fn deny() -> Self {
         Self::action(EventAction::Deny)
