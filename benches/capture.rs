@@ -8,9 +8,9 @@ use std::hint::black_box;
 
 use common::CpuTime;
 use criterion::{Criterion, criterion_group, criterion_main};
-use vmitap::arch::amd64::{Registers, pte};
+use vmitap::arch::amd64::{Register, Registers, pte};
 use vmitap::capture::{
-    Abi, Column, Facts, Machine, Node, Plan, Program, Recording, Register, Row, Scene, Source, Test, TextKind, TextTest,
+    Abi, Column, Facts, Machine, Node, Plan, Program, Recording, Row, Scene, Source, Test, TextKind, TextTest,
 };
 use vmitap::core::VmiCore;
 use vmitap::driver::mock::{MockDriver, PageSize};
@@ -34,7 +34,7 @@ fn compile(nodes: &[Node]) -> Program {
 
 fn filters(c: &mut Criterion<CpuTime>) {
     let (vmi, registers) = guest();
-    let scene = Scene { vmi: Some(&vmi), registers: &registers, vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
+    let scene = Scene { vmi: Some(&vmi), registers: (&registers).into(), vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
     let constant = |value| Node::Const { value, signed: false };
     let size = [Node::Argument(2), constant(4096), Node::Compare(Test::Gt)];
     let ring = [Node::Register(Register::Ring), constant(3), Node::Compare(Test::Eq)];
@@ -52,7 +52,7 @@ fn filters(c: &mut Criterion<CpuTime>) {
 
 fn rows(c: &mut Criterion<CpuTime>) {
     let (vmi, registers) = guest();
-    let scene = Scene { vmi: Some(&vmi), registers: &registers, vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
+    let scene = Scene { vmi: Some(&vmi), registers: (&registers).into(), vcpu: VcpuId(0), va: DATA, clock: &|| 0 };
     let number = |name: &str, nodes: &[Node]| Column {
         name: name.to_owned(),
         source: Source::Number { program: compile(nodes), bytes: 8 },

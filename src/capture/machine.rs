@@ -2,10 +2,12 @@
 //!
 //! Unknown is neither true nor false: `unknown & false` is false, `unknown | true` is true, everything else stays unknown.
 
+use std::cell::OnceCell;
+
 use crate::addr::{Va, VcpuId};
-use crate::arch::amd64::{AddressContext, Registers};
+use crate::arch::amd64::{AddressContext, Register, Registers};
 use crate::core::VmiCore;
-use crate::driver::VmiDriver;
+use crate::driver::{TrapRegisters, VmiDriver};
 
 use super::filter::{DEPTH, Op, Program};
 use super::text;
@@ -15,13 +17,53 @@ pub struct Scene<'a, D: VmiDriver + ?Sized> {
     /// The guest; `None` where nothing of its memory is looked at ([`Program::reads`]): then a look at it finds that it cannot be read.
     pub vmi: Option<&'a VmiCore<D>>,
     /// The vCPU's registers.
-    pub registers: &'a Registers,
+    pub registers: RegisterSource<'a>,
     /// The vCPU.
     pub vcpu: VcpuId,
     /// The address of the hit.
     pub va: Va,
     /// Nanoseconds since some point in time; asked for by rates alone.
     pub clock: &'a dyn Fn() -> u64,
+}
+
+/// Where the registers come from.
+pub enum RegisterSource<'a> {
+    /// They are here.
+    Known(&'a Registers),
+    /// From a vCPU at a trap, each when it is asked for; and all, if they had to be collected.
+    Trap(&'a dyn TrapRegisters, OnceCell<Registers>),
+}
+
+impl<'a> From<&'a Registers> for RegisterSource<'a> {
+    #[inline]
+    fn from(registers: &'a Registers) -> Self {
+        Self::Known(registers)
+    }
+}
+
+impl<'a> From<&'a dyn TrapRegisters> for RegisterSource<'a> {
+    #[inline]
+    fn from(trap: &'a dyn TrapRegisters) -> Self {
+        Self::Trap(trap, OnceCell::new())
+    }
+}
+
+impl RegisterSource<'_> {
+    #[inline]
+    fn one(&self, register: Register) -> u64 {
+        match self {
+            Self::Known(registers) => register.of(registers),
+            Self::Trap(trap, _) => trap.one(register).unwrap_or_else(|| register.of(self.all())),
+        }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> &Registers {
+        match self {
+            Self::Known(registers) => registers,
+            Self::Trap(trap, all) => all.get_or_init(|| trap.all()),
+        }
+    }
 }
 
 /// How far an evaluation came.
@@ -90,7 +132,7 @@ impl Machine {
             self.at += 1;
             match *op {
                 Op::Const(value) => self.push(Some(value)),
-                Op::Register(register) => self.push(Some(register.of(scene.registers))),
+                Op::Register(register) => self.push(Some(scene.registers.one(register))),
                 Op::Vcpu => self.push(Some(scene.vcpu.0.into())),
                 Op::Address => self.push(Some(scene.va.0)),
                 Op::Load(size) => {
@@ -130,7 +172,7 @@ impl Machine {
                 Op::Text { kind, test, max, pattern } => {
                     let pattern = program.patterns.get(usize::from(pattern)).map(AsRef::as_ref).unwrap_or_default();
                     let value = self.pop().and_then(|at| {
-                        let context = AddressContext::from(scene.registers);
+                        let context = AddressContext::from(scene.registers.all());
                         let fits =
                             scene.vmi.and_then(|vmi| text::fits(vmi, (Va(at), context), kind, test, max as usize, pattern));
                         self.faults += u32::from(fits.is_none());
@@ -214,7 +256,7 @@ fn cast(value: u64, bits: u8, signed: bool) -> u64 {
 /// A little-endian number in memory.
 pub(super) fn load<D: VmiDriver + ?Sized>(scene: &Scene<'_, D>, va: Va, size: u8) -> Option<u64> {
     let mut bytes = [0; 8];
-    let context = AddressContext::from(scene.registers);
+    let context = AddressContext::from(scene.registers.all());
     scene.vmi?.read(va, context, bytes.get_mut(..size.into())?).ok()?;
     Some(u64::from_le_bytes(bytes))
 }

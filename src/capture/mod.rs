@@ -11,9 +11,9 @@ mod plan;
 mod recording;
 mod text;
 
-pub use filter::{Abi, Arith, MAX_ARGUMENT, Node, Program, Register, Test, TextKind, TextTest, Type};
+pub use filter::{Abi, Arith, MAX_ARGUMENT, Node, Program, Test, TextKind, TextTest, Type};
 pub use flight::{Flight, FlightEvent, FlightKind, FlightOutcome, FlightRecorder, MAX_SLOTS};
-pub use machine::{Machine, Outcome, Scene};
+pub use machine::{Machine, Outcome, RegisterSource, Scene};
 pub use output::{Format, Output};
 pub use plan::{Cell, Column, Kind, MAX_BYTES, MAX_COLUMNS, MAX_FRAMES, Plan, Row, Source};
 pub use recording::{Facts, Places, Recording, SCHEMA_VERSION};

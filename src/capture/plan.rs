@@ -214,7 +214,7 @@ fn bytes<D: VmiDriver + ?Sized>(at: &Program, len: u32, scene: &Scene<'_, D>, ro
     let from = row.bytes.len();
     row.bytes.resize(from + len as usize, 0);
     let there = row.bytes.get_mut(from..).unwrap_or_default();
-    if scene.vmi.is_none_or(|vmi| vmi.read(Va(at), AddressContext::from(scene.registers), there).is_err()) {
+    if scene.vmi.is_none_or(|vmi| vmi.read(Va(at), AddressContext::from(scene.registers.all()), there).is_err()) {
         row.bytes.truncate(from);
         return Cell::Null;
     }
@@ -240,7 +240,7 @@ fn string<D: VmiDriver + ?Sized>(at: &Program, max: u32, unit: usize, scene: &Sc
 }
 
 fn read_string<D: VmiDriver + ?Sized>(va: Va, max: usize, unit: usize, scene: &Scene<'_, D>, out: &mut Vec<u8>) -> Option<()> {
-    let (begin, context) = (out.len(), AddressContext::from(scene.registers));
+    let (begin, context) = (out.len(), AddressContext::from(scene.registers.all()));
     let mut searched = begin;
     while out.len() - begin < max {
         let have = out.len() - begin;
@@ -261,8 +261,8 @@ fn read_string<D: VmiDriver + ?Sized>(va: Va, max: usize, unit: usize, scene: &S
 
 fn backtrace<D: VmiDriver + ?Sized>(depth: u8, scene: &Scene<'_, D>, row: &mut Row) -> Cell {
     let from = row.bytes.len();
-    let mut frame = scene.registers.gp.rbp;
-    let mut last = scene.registers.gp.rsp;
+    let mut frame = scene.registers.all().gp.rbp;
+    let mut last = scene.registers.all().gp.rsp;
     let mut next = load(scene, Va(last), 8);
     for _ in 0..depth {
         let Some(address) = next.filter(|address| *address != 0) else { break };

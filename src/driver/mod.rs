@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{Injection, Registers};
+use crate::arch::amd64::{Injection, Register, Registers};
 use crate::error::{Result, VmiError};
 use crate::event::{VmiEvent, VmiEventResponse};
 
@@ -122,8 +122,17 @@ pub struct Trap<'a> {
     pub rip: Va,
     /// The root of the page tables.
     pub root: Pa,
-    /// All registers, as an event would have them: collected when they are asked for.
-    pub registers: &'a dyn Fn() -> Registers,
+    /// Its registers.
+    pub registers: &'a dyn TrapRegisters,
+}
+
+/// The registers of a vCPU at a [`Trap`], read when they are asked for.
+pub trait TrapRegisters {
+    /// All of them, as an event would have them.
+    fn all(&self) -> Registers;
+
+    /// One that can be had without the others; `None`: it is among [`TrapRegisters::all`].
+    fn one(&self, register: Register) -> Option<u64>;
 }
 
 /// Wakes a thread that is in [`VmiEvents::wait`]. Usable from any thread and in a signal handler.

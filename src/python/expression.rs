@@ -6,7 +6,8 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyString, PyTuple};
 
-use crate::capture::{Abi, Arith, Column, Node, Plan, Program, Register, Source, Test, TextKind, TextTest};
+use crate::arch::amd64::Register;
+use crate::capture::{Abi, Arith, Column, Node, Plan, Program, Source, Test, TextKind, TextTest};
 use crate::error::VmiError;
 use crate::session::WriteRule;
 use crate::tap::OnWrite;

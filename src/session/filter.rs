@@ -88,7 +88,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Self { vmi, taps, owners, questions, stats, began, .. } = self;
         questions.clear();
         let clock = || began.elapsed().as_nanos() as u64;
-        let scene = Scene { vmi: Some(vmi), registers, vcpu: at.0, va: at.1, clock: &clock };
+        let scene = Scene { vmi: Some(vmi), registers: registers.into(), vcpu: at.0, va: at.1, clock: &clock };
         owners.retain(|id| {
             let Some(filter) = taps.rare_mut(*id).and_then(|rare| rare.filter.as_mut()) else { return true };
             match filter.look(*id, Machine::default(), &scene) {
@@ -124,7 +124,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         (pending.is_out, pending.is_question) = (false, false);
         let clock = || began.elapsed().as_nanos() as u64;
         let event = &pending.event;
-        let scene = Scene { vmi: Some(vmi), registers: &event.registers, vcpu: event.vcpu, va: pending.va, clock: &clock };
+        let scene =
+            Scene { vmi: Some(vmi), registers: (&event.registers).into(), vcpu: event.vcpu, va: pending.va, clock: &clock };
         let filter = taps.rare_mut(id).and_then(|rare| rare.filter.as_mut());
         let said = filter.map(|filter| filter.look(id, machine, &scene));
         let passes = matches!(said, Some(Admission::Passes));

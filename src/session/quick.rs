@@ -41,8 +41,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             // Those that the filters keep back stood for nothing.
             owners.retain(|id| {
                 if let Some(filter) = taps.filter_mut(*id) {
-                    let registers = (trap.registers)();
-                    let scene = Scene::<D> { vmi: None, registers: &registers, vcpu: trap.vcpu, va: trap.rip, clock: &clock };
+                    let registers = trap.registers.into();
+                    let scene = Scene::<D> { vmi: None, registers, vcpu: trap.vcpu, va: trap.rip, clock: &clock };
                     if !filter.passes(*id, &scene) {
                         stats.filtered += 1;
                         return false;

@@ -108,7 +108,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Self { vmi, taps, recording, row, began, .. } = self;
         let Some(capture) = taps.rare(id).and_then(|rare| rare.capture.as_ref()) else { return };
         let now = began.elapsed().as_nanos() as u64;
-        let scene = Scene { vmi: Some(vmi), registers: &event.registers, vcpu: event.vcpu, va, clock: &|| now };
+        let scene = Scene { vmi: Some(vmi), registers: (&event.registers).into(), vcpu: event.vcpu, va, clock: &|| now };
         row.clear();
         capture.entry.read(&scene, row);
         let facts = Facts { time_ns: now, vcpu: event.vcpu, tap: id.0, label: capture.label, va, root: event.registers.root() };
@@ -131,7 +131,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if let (Some(plan), Some(event)) = (&capture.on_return, event) {
             let scene = Scene {
                 vmi: Some(vmi),
-                registers: &event.registers,
+                registers: (&event.registers).into(),
                 vcpu: event.vcpu,
                 va: event.registers.rip(),
                 clock: &|| now,

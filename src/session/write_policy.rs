@@ -80,8 +80,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let on_page = self.taps_on_page(view, first.gfn());
         let Self { vmi, taps, judged, began, .. } = self;
         let clock = || began.elapsed().as_nanos() as u64;
-        let scene =
-            Scene { vmi: Some(vmi), registers: &event.registers, vcpu: event.vcpu, va: va.unwrap_or_default(), clock: &clock };
+        let scene = Scene {
+            vmi: Some(vmi),
+            registers: (&event.registers).into(),
+            vcpu: event.vcpu,
+            va: va.unwrap_or_default(),
+            clock: &clock,
+        };
         for (id, pa) in on_page {
             let Some(policy) = taps.rare_mut(id).and_then(|rare| rare.write_policy.as_mut()) else { continue };
             // A string instruction may go on to a byte that this write does not cover.

@@ -1,8 +1,8 @@
 //! Compiled filters against a naive evaluation of the same tree, and against descriptions that make no sense.
 
 use proptest::prelude::*;
-use vmitap::arch::amd64::{AddressContext, Registers, pte};
-use vmitap::capture::{Abi, Arith, Machine, Node, Outcome, Program, Register, Scene, Test, TextKind, TextTest, Type};
+use vmitap::arch::amd64::{AddressContext, Register, Registers, pte};
+use vmitap::capture::{Abi, Arith, Machine, Node, Outcome, Program, Scene, Test, TextKind, TextTest, Type};
 use vmitap::core::VmiCore;
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::{Pa, Va, VcpuId, VmiError};
@@ -38,7 +38,8 @@ fn evaluate(guest: &Guest, nodes: &[Node], abi: Abi) -> (Option<u64>, u32) {
     let program = Program::compile(nodes, abi).unwrap();
     let mut state = vec![0; program.slots()];
     let mut machine = Machine::default();
-    let scene = Scene { vmi: Some(&guest.vmi), registers: &guest.registers, vcpu: VcpuId(3), va: Va(FIRST + 5), clock: &|| 0 };
+    let scene =
+        Scene { vmi: Some(&guest.vmi), registers: (&guest.registers).into(), vcpu: VcpuId(3), va: Va(FIRST + 5), clock: &|| 0 };
     let Outcome::Value(value) = machine.run(&program, &mut state, &scene) else { panic!("a question") };
     (value, machine.faults())
 }
@@ -394,7 +395,7 @@ proptest! {
         let mut state = vec![0; program.slots()];
         let mut machine = Machine::default();
         let scene =
-            Scene { vmi: Some(&guest.vmi), registers: &guest.registers, vcpu: VcpuId(0), va: Va(0), clock: &|| 7 };
+            Scene { vmi: Some(&guest.vmi), registers: (&guest.registers).into(), vcpu: VcpuId(0), va: Va(0), clock: &|| 7 };
         let mut asked = 0;
         while let Outcome::Ask(_) = machine.run(&program, &mut state, &scene) {
             asked += 1;
@@ -473,8 +474,13 @@ fn state_is_kept_from_hit_to_hit_and_rates_look_at_the_clock() {
             .iter()
             .map(|now| {
                 let clock = || *now;
-                let scene =
-                    Scene { vmi: Some(&guest.vmi), registers: &guest.registers, vcpu: VcpuId(0), va: Va(0), clock: &clock };
+                let scene = Scene {
+                    vmi: Some(&guest.vmi),
+                    registers: (&guest.registers).into(),
+                    vcpu: VcpuId(0),
+                    va: Va(0),
+                    clock: &clock,
+                };
                 let Outcome::Value(Some(value)) = Machine::default().run(&program, &mut state, &scene) else { panic!() };
                 value
             })
@@ -497,7 +503,8 @@ fn the_second_condition_is_looked_at_only_if_it_matters() {
     {
         let nodes: Vec<Node> = first.iter().cloned().chain([Node::Ask(9), op]).collect();
         let program = Program::compile(&nodes, Abi::SystemV).unwrap();
-        let scene = Scene { vmi: Some(&guest.vmi), registers: &guest.registers, vcpu: VcpuId(0), va: Va(0), clock: &|| 0 };
+        let scene =
+            Scene { vmi: Some(&guest.vmi), registers: (&guest.registers).into(), vcpu: VcpuId(0), va: Va(0), clock: &|| 0 };
         let mut machine = Machine::default();
         let outcome = machine.run(&program, &mut [], &scene);
         assert_eq!(outcome == Outcome::Ask(9), asks, "{nodes:?}");

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use vmitap::arch::amd64::Register;
 use vmitap::driver::emu::{BootOptions, EmuDriver};
 use vmitap::driver::{
     Monitor, Trap, VmiEvents, VmiFrames, VmiInfo, VmiProtection, VmiRead, VmiRegisters, VmiViews, VmiWrite, Wait,
@@ -236,6 +237,11 @@ impl Lab {
                 let pa = trap.gfn.pa(trap.rip.0);
                 let is_ours = trap.view == *view && taps.contains_key(&pa.0);
                 *hits.entry(pa.0).or_default() += u64::from(is_ours);
+                let all = trap.registers.all();
+                for register in Register::ALL {
+                    let alone = trap.registers.one(*register);
+                    assert!(alone.is_none_or(|value| value == register.of(&all)), "{}: {alone:x?}", register.name());
+                }
                 is_ours
             };
             match vm.wait_counting(Duration::from_millis(500), &mut counts).unwrap() {

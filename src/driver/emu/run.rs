@@ -255,8 +255,7 @@ impl Machine {
         let Raised { index, view, reason: EventReason::Breakpoint { gfn, insn_len: 1 } } = *raised else { return false };
         let Some(vcpu) = self.vcpus.get_mut(index).filter(|_| view != View::DEFAULT) else { return false };
         let root = Pa(vcpu.cr(3) & pte::ADDRESS);
-        let registers = || vcpu.registers();
-        let trap = Trap { vcpu: VcpuId(index as u16), view, gfn, rip: Va(vcpu.rip()), root, registers: &registers };
+        let trap = Trap { vcpu: VcpuId(index as u16), view, gfn, rip: Va(vcpu.rip()), root, registers: &*vcpu };
         if !counts(&trap) {
             return false;
         }

@@ -1,7 +1,8 @@
 //! One vCPU: its registers in a saved context, its APIC, and what it is waiting for.
 
 use crate::addr::{Gfn, View};
-use crate::arch::amd64::{DescriptorTable, GpRegisters, Injection, Registers, Segment, rflags};
+use crate::arch::amd64::{DescriptorTable, GpRegisters, Injection, Register, Registers, Segment, pte, rflags};
+use crate::driver::TrapRegisters;
 
 use super::apic::Apic;
 use super::layout::{CS, GDTR, HF_CPL, HF_INHIBIT_IRQ, IDTR, Layout, SEGMENT, SS, TR};
@@ -274,5 +275,41 @@ impl Vcpu {
         ] {
             self.context.set_u64(at, value);
         }
+    }
+}
+
+impl TrapRegisters for Vcpu {
+    fn all(&self) -> Registers {
+        self.registers()
+    }
+
+    fn one(&self, register: Register) -> Option<u64> {
+        use Register as R;
+        let number = match register {
+            R::Rax => 0,
+            R::Rcx => 1,
+            R::Rdx => 2,
+            R::Rbx => 3,
+            R::Rsp => 4,
+            R::Rbp => 5,
+            R::Rsi => 6,
+            R::Rdi => 7,
+            R::R8 => 8,
+            R::R9 => 9,
+            R::R10 => 10,
+            R::R11 => 11,
+            R::R12 => 12,
+            R::R13 => 13,
+            R::R14 => 14,
+            R::R15 => 15,
+            R::Rip => return Some(self.rip()),
+            R::Cr0 => return Some(self.cr(0)),
+            R::Cr3 => return Some(self.cr(3)),
+            R::Cr4 => return Some(self.cr(4)),
+            R::Root => return Some(self.cr(3) & pte::ADDRESS),
+            R::Ring => return Some(self.cpl().into()),
+            _ => return None,
+        };
+        Some(self.gpr(number))
     }
 }
