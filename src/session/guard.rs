@@ -25,6 +25,14 @@ fn refuse(target: &Target, error: VmiError) -> VmiError {
     VmiError::Attach { target: target.to_string(), reason: error.to_string(), hint }
 }
 
+/// It was not opened, and whatever opening had done is taken back.
+fn abandon(journal: &Journal, error: VmiError) -> VmiError {
+    if let Err(left) = journal.close() {
+        log::error!("{left}");
+    }
+    error
+}
+
 /// Opens a guest. One that outlives its tool gets a journal before it is touched, and with `watchdog` a child that repairs it at
 /// once if the tool is killed. One that lives in its driver needs neither.
 ///
@@ -33,20 +41,9 @@ fn refuse(target: &Target, error: VmiError) -> VmiError {
 pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<Vec<OsString>>) -> Result<Opened> {
     let Some(guest) = guest_id(target)? else { return open(target, options) };
     let journal = Journal::begin(&journal::folder(), &guest).map_err(|error| refuse(target, error))?;
-    let opened = open(target, options).and_then(|opened| {
-        let watchdog = watchdog.map(|command| Watchdog::start(&command)).transpose()?;
-        Ok((opened, watchdog))
-    });
-    let (opened, watchdog) = match opened {
-        Ok(opened) => opened,
-        Err(error) => {
-            // Whatever opening had done is taken back.
-            if let Err(left) = journal.close() {
-                log::error!("{left}");
-            }
-            return Err(error);
-        }
-    };
+    // Before the guest is touched: the tool can be killed while it attaches. The journal goes before a watchdog that looks for one.
+    let watchdog = watchdog.map(|command| Watchdog::start(&command)).transpose().map_err(|error| abandon(&journal, error))?;
+    let opened = open(target, options).map_err(|error| abandon(&journal, error))?;
     let driver: Box<dyn VmiDriver> = Box::new(Journaled::new(opened.driver, journal)?.guarded_by(watchdog));
     Ok(Opened { driver, ..opened })
 }

@@ -308,6 +308,40 @@ def test_the_watchdog_repairs_at_once_when_the_tool_is_killed(library: Path, sta
         time.sleep(0.05)
 
 
+DIES = """
+import signal
+dies = ctypes.CFUNCTYPE(None)(lambda: os.kill(os.getpid(), signal.SIGKILL))
+fake.fake_die_at({call}, dies)
+vmitap.attach("xen:guest")
+"""
+
+
+@pytest.mark.parametrize("call", range(12, 52, 8))
+def test_the_watchdog_repairs_also_when_the_tool_is_killed_while_it_attaches(library: Path, state: Path, call: int) -> None:
+    died = run(library, DIES.format(call=call), check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    end = time.monotonic() + 20
+    while list(state.iterdir()):
+        assert time.monotonic() < end, "the journal is still there"
+        time.sleep(0.05)
+
+
+def test_an_attach_that_fails_leaves_neither_journal_nor_watchdog(library: Path, state: Path) -> None:
+    code = """
+fake.fake_fail(b"xc_altp2m_create_view", 1, 12)
+try:
+    vmitap.attach("xen:guest")
+except vmitap.VmitapError as error:
+    print(type(error).__name__)
+try:
+    print(os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    print("no child")
+"""
+    assert run(library, code).stdout.splitlines()[1:] == ["no child"]
+    assert list(state.iterdir()) == []
+
+
 def test_a_watchdog_has_no_privileges_beyond_its_users_files(library: Path, state: Path) -> None:
     environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
     command = [sys.executable, "-m", "vmitap.watchdog", "xen:guest"]
