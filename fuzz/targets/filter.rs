@@ -2,8 +2,8 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use vmitap::arch::amd64::Registers;
-use vmitap::capture::{Abi, Arith, Machine, Node, Outcome, Program, Register, Scene, Test, TextKind, TextTest, Type};
+use vmitap::arch::amd64::{Register, Registers};
+use vmitap::capture::{Abi, Arith, Machine, Node, Outcome, Program, Scene, Test, TextKind, TextTest, Type};
 use vmitap::core::VmiCore;
 use vmitap::driver::mock::MockDriver;
 use vmitap::{Pa, Va, VcpuId, VmiError};
@@ -106,7 +106,7 @@ fuzz_target!(|bytes: &[u8]| {
     // The state outlives a hit, so there are several.
     for turn in 0..3_u64 {
         let clock = move || turn * 400_000_000;
-        let scene = Scene { vmi: Some(&vmi), registers: &registers, vcpu: VcpuId(0), va: Va(0x1000), clock: &clock };
+        let scene = Scene { vmi: Some(&vmi), registers: (&registers).into(), vcpu: VcpuId(0), va: Va(0x1000), clock: &clock };
         let mut machine = Machine::default();
         let mut asked = 0;
         loop {

@@ -201,6 +201,7 @@ u64 mismatches_seen(void);
 
 /* probe.c */
 void probe(u64 round, int requests);
+void probe_give(void);
 
 /* syscall.c */
 void syscall_handler(struct frame *frame);

@@ -166,8 +166,11 @@ static int is_mode(const char *name)
 /* mode=probes: vCPU 0 alone; the others check once and sleep. */
 static void probes_mode(u64 rounds)
 {
-	for (u64 round = 1; round <= rounds; round++)
+	for (u64 round = 1; round <= rounds; round++) {
 		probe(round, number("requests=", 0) != 0);
+		if (number("give=", 0) && round == rounds / 2)
+			probe_give();
+	}
 	if (checking)
 		check_integrity();
 	verdict();

@@ -9,6 +9,9 @@
 #define CR4_TSD (1UL << 2)
 #define HYPERCALL_HVM_OP 34
 #define GUEST_REQUEST_VM_EVENT 24
+#define HYPERCALL_MEMORY_OP 12
+#define DECREASE_RESERVATION 1
+#define DOMID_SELF 0x7ff0
 
 /* Symbol `probe_results`, read by the tests: the layout is theirs too. */
 struct {
@@ -25,7 +28,12 @@ struct {
 	u64 limits[2];
 	/* What the hypervisor answered to the request, with requests=1. */
 	long requested;
+	/* How many pages it took back, with give=1. */
+	long given;
 } probe_results;
+
+/* The page that is given back: nobody needs it. */
+char probe_page[PAGE] __attribute__((aligned(PAGE)));
 
 TRACEABLE void probe_cpuid(void)
 {
@@ -70,6 +78,21 @@ TRACEABLE void probe_request(void)
 	long result = HYPERCALL_HVM_OP;
 	__asm__ volatile("vmcall" : "+a"(result) : "D"(GUEST_REQUEST_VM_EVENT), "S"(0) : "memory");
 	probe_results.requested = result;
+}
+
+/* As a guest does that is asked to use less memory. */
+TRACEABLE void probe_give(void)
+{
+	u64 frame = ((u64)probe_page - KBASE) / PAGE;
+	struct {
+		u64 *frames;
+		u64 count;
+		unsigned order, flags;
+		unsigned short domain;
+	} reservation = {&frame, 1, 0, 0, DOMID_SELF};
+	long result = HYPERCALL_MEMORY_OP;
+	__asm__ volatile("vmcall" : "+a"(result) : "D"(DECREASE_RESERVATION), "S"(&reservation) : "memory");
+	probe_results.given = result;
 }
 
 void probe(u64 round, int requests)

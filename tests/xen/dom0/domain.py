@@ -17,7 +17,7 @@ VCPUS = int((JOB / "vcpus").read_text())
 def xl(*words: str, check: bool = True) -> str:
     done = subprocess.run(["xl", *words], capture_output=True, text=True, timeout=120, check=False)
     if check and done.returncode:
-        raise AssertionError(f"xl {' '.join(words)}: {done.stderr}{done.stdout}")
+        raise AssertionError(f"xl {' '.join(words)}: {done.stderr}{done.stdout}{xl('list', check=False)}")
     return done.stdout
 
 
@@ -72,7 +72,8 @@ class Domain:
         return "\n".join([*parts, self.console])
 
     def destroy(self) -> None:
-        xl("destroy", self.name, check=False)
+        # By its number: it may have another name by now.
+        xl("destroy", str(self.domid), check=False)
 
 
 Start = Callable[..., Domain]
