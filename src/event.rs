@@ -76,6 +76,17 @@ pub enum EventReason {
         /// It is loaded; else it is stored to memory or to a register.
         is_load: bool,
     },
+    /// An I/O port is about to be read or written.
+    PortIo {
+        /// Which.
+        port: u16,
+        /// How many bytes at a time: 1, 2 or 4.
+        bytes: u8,
+        /// It is read (IN, INS); else it is written (OUT, OUTS).
+        is_read: bool,
+        /// The other end is memory: INS, OUTS.
+        is_string: bool,
+    },
     /// The guest has asked for whoever listens; what it wants is in its registers. The call is done when it goes on.
     GuestRequest,
 }
@@ -93,7 +104,7 @@ pub enum DescriptorRegister {
 /// What is to happen to the vCPU of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum EventAction {
-    /// Go on: retry the instruction, or carry out the register write, the CPUID or the load or store of a descriptor table that was announced.
+    /// Go on: retry the instruction, or carry out the register write, the CPUID or the load or store of a descriptor table or the access to a port that was announced.
     #[default]
     Continue,
     /// Deliver the INT3 to the guest through its own IDT, as if nobody had looked.

@@ -524,6 +524,7 @@ class Vm:
         msr: int | Iterable[int] | None = None,
         cpuid: bool = False,
         descriptors: bool = False,
+        ports: bool = False,
         requests: bool = False,
         where: Filter | None = None,
         capture: Mapping[str, Capturable] | None = None,
@@ -546,6 +547,7 @@ class Vm:
             msr: numbers of model-specific registers whose writes are reported, 8 at most; further ones in another monitor.
             cpuid: report CPUID.
             descriptors: report loads and stores of GDTR, IDTR, LDTR and TR; on Xen only.
+            ports: report reads and writes of I/O ports; on Xen from 4.18 on, where its emulator carries them out.
             requests: report what the guest itself asks for (`HVMOP_guest_request_vm_event`), which is done when it goes on; on Xen only.
             handler, where, capture, abi, key, tag, deadline, budget: as for `breakpoint`. Two monitors can have one key.
 
@@ -1435,6 +1437,7 @@ class JournalEvent:
         "write-msr",
         "cpuid",
         "descriptor-access",
+        "port-io",
         "guest-request",
     ]:
         """What happened, as `VmiEvent.reason`."""
@@ -1446,7 +1449,7 @@ class JournalEvent:
         """The virtual address that was executed or accessed, where it is known."""
     @property
     def value(self) -> int | None:
-        """The new value of a control register, the number of an MSR, the leaf of CPUID; None for other events."""
+        """The new value of a control register, the number of an MSR or of a port, the leaf of CPUID; None for other events."""
     @property
     def rip(self) -> int:
         """The address of the instruction."""
@@ -1737,7 +1740,8 @@ class Verdict:
     def step(count: int) -> Verdict:
         """Goes on instruction by instruction: the handler is called again after each of the next `count`, with `Hit.step` from 1 on.
 
-        A verdict it returns then takes the place of what is left. Breakpoints met on the way are hit as always.
+        A verdict it returns then takes the place of what is left. Breakpoints met on the way are hit as always. One with `once=True` is gone
+        after its hit, and steps no further: `where=Filter.once()` does.
 
         Raises:
             InvalidArgumentError: `count` is less than 1.
@@ -2230,6 +2234,7 @@ class VmiEvent:
         "write-msr",
         "cpuid",
         "descriptor-access",
+        "port-io",
         "guest-request",
     ]:
         """What happened.
@@ -2275,6 +2280,15 @@ class VmiEvent:
     @property
     def subleaf(self) -> int | None:
         """ECX of a CPUID."""
+    @property
+    def port(self) -> int | None:
+        """The I/O port about to be read or written."""
+    @property
+    def port_bytes(self) -> int | None:
+        """Bytes that go to or from a port at a time: 1, 2 or 4."""
+    @property
+    def is_port_read(self) -> bool | None:
+        """Whether the port is read; else it is written."""
 
 @final
 class VmiEventResponse:

@@ -63,6 +63,7 @@ pub enum FlightKind {
     Cpuid,
     DescriptorAccess,
     GuestRequest,
+    PortIo,
 }
 
 /// What became of an event.
@@ -88,7 +89,7 @@ pub enum FlightOutcome {
 }
 
 impl FlightKind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Breakpoint,
         Self::MemoryAccess,
         Self::SingleStep,
@@ -97,6 +98,7 @@ impl FlightKind {
         Self::Cpuid,
         Self::DescriptorAccess,
         Self::GuestRequest,
+        Self::PortIo,
     ];
 
     /// The name that Python's `VmiEvent.reason` has for it.
@@ -110,6 +112,7 @@ impl FlightKind {
             Self::Cpuid => "cpuid",
             Self::DescriptorAccess => "descriptor-access",
             Self::GuestRequest => "guest-request",
+            Self::PortIo => "port-io",
         }
     }
 }
@@ -250,6 +253,7 @@ impl FlightRecorder {
             EventReason::WriteMsr { msr, .. } => (FlightKind::WriteMsr, msr.into(), MemoryAccess::NONE),
             EventReason::Cpuid { leaf, .. } => (FlightKind::Cpuid, leaf.into(), MemoryAccess::NONE),
             EventReason::DescriptorAccess { .. } => (FlightKind::DescriptorAccess, rip, MemoryAccess::NONE),
+            EventReason::PortIo { port, .. } => (FlightKind::PortIo, port.into(), MemoryAccess::NONE),
             EventReason::GuestRequest => (FlightKind::GuestRequest, rip, MemoryAccess::NONE),
         };
         let at = SLOTS_AT + (self.total % self.slots) as usize * SLOT;

@@ -27,6 +27,7 @@ pub struct Scene<'a, D: VmiDriver + ?Sized> {
 }
 
 /// Where the registers come from.
+#[expect(clippy::large_enum_variant, reason = "one is on the stack for the length of a hit, and hardly ever filled")]
 pub enum RegisterSource<'a> {
     /// They are here.
     Known(&'a Registers),

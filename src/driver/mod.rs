@@ -77,6 +77,8 @@ pub enum Monitor {
     Cpuid,
     /// Loads and stores of GDTR, IDTR, LDTR and TR: LGDT, SGDT, LIDT, SIDT, LLDT, SLDT, LTR, STR.
     DescriptorAccess,
+    /// Reads and writes of I/O ports: IN, OUT, INS, OUTS.
+    PortIo,
     /// What the guest itself asks of whoever listens, where its hypervisor has a call for that.
     GuestRequest,
 }
@@ -92,6 +94,7 @@ impl std::fmt::Display for Monitor {
             Self::Msr(msr) => return write!(f, "msr {msr:#x}"),
             Self::Cpuid => "cpuid",
             Self::DescriptorAccess => "descriptors",
+            Self::PortIo => "ports",
             Self::GuestRequest => "requests",
         })
     }

@@ -213,11 +213,12 @@ impl JournalEvent {
         }
     }
 
-    /// The new value of a control register, the number of an MSR, the leaf of CPUID; None for other events.
+    /// The new value of a control register, the number of an MSR or of a port, the leaf of CPUID; None for other events.
     #[getter]
     fn value(&self) -> Option<u64> {
         let FlightEvent { kind, address, .. } = self.event;
-        let has = matches!(kind, FlightKind::WriteControlRegister | FlightKind::WriteMsr | FlightKind::Cpuid);
+        let has =
+            matches!(kind, FlightKind::WriteControlRegister | FlightKind::WriteMsr | FlightKind::Cpuid | FlightKind::PortIo);
         has.then_some(address)
     }
 

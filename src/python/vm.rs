@@ -368,8 +368,8 @@ impl Vm {
     }
 
     /// Reports what vCPUs announce, wherever they are; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (handler=None, *, cr=None, msr=None, cpuid=false, descriptors=false, requests=false, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
-    #[expect(clippy::too_many_arguments, reason = "the signature Python sees")]
+    #[pyo3(signature = (handler=None, *, cr=None, msr=None, cpuid=false, descriptors=false, ports=false, requests=false, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
+    #[expect(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "the signature Python sees")]
     fn monitor_events(
         &self,
         py: Python<'_>,
@@ -378,6 +378,7 @@ impl Vm {
         msr: Option<&Bound<'_, PyAny>>,
         cpuid: bool,
         descriptors: bool,
+        ports: bool,
         requests: bool,
         r#where: Option<&Bound<'_, PyAny>>,
         capture: Option<&Bound<'_, PyAny>>,
@@ -387,7 +388,8 @@ impl Vm {
         deadline: Option<f64>,
         budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<Breakpoint>> {
-        let kind = Kind::Monitor(plant::event_set(cr, msr, EventSet { cpuid, descriptors, requests, ..EventSet::default() })?);
+        let kind =
+            Kind::Monitor(plant::event_set(cr, msr, EventSet { cpuid, descriptors, ports, requests, ..EventSet::default() })?);
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, None, abi)?;
         let given = plant::given(py, handler, None, key, tag, (deadline, None), (r#where, captured, abi), budget)?;

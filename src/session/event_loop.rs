@@ -215,6 +215,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             EventReason::WriteMsr { .. }
             | EventReason::Cpuid { .. }
             | EventReason::DescriptorAccess { .. }
+            | EventReason::PortIo { .. }
             | EventReason::GuestRequest => Ok(self.sort_announced(event, home)),
         }
     }

@@ -16,6 +16,7 @@ pub const MAX_MSRS: usize = 8;
 
 /// Events that a tap is for, beside those of addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "a set of independent facts, each read by name")]
 pub struct EventSet {
     /// Writes of CR0, of CR3 and of CR4.
     pub registers: [bool; 3],
@@ -25,6 +26,8 @@ pub struct EventSet {
     pub cpuid: bool,
     /// Loads and stores of GDTR, IDTR, LDTR and TR.
     pub descriptors: bool,
+    /// Reads and writes of I/O ports.
+    pub ports: bool,
     /// Requests of the guest to whoever listens.
     pub requests: bool,
 }
@@ -33,8 +36,8 @@ impl EventSet {
     /// What the driver has to announce for it, each once.
     pub fn monitors(&self) -> impl Iterator<Item = Monitor> {
         let registers = [ControlRegister::Cr0, ControlRegister::Cr3, ControlRegister::Cr4].map(Monitor::ControlRegister);
-        let single = [Monitor::Cpuid, Monitor::DescriptorAccess, Monitor::GuestRequest];
-        let on = self.registers.into_iter().chain([self.cpuid, self.descriptors, self.requests]);
+        let single = [Monitor::Cpuid, Monitor::DescriptorAccess, Monitor::PortIo, Monitor::GuestRequest];
+        let on = self.registers.into_iter().chain([self.cpuid, self.descriptors, self.ports, self.requests]);
         let msrs = self.msrs;
         let msrs = (0..).zip(msrs).filter_map(move |(at, msr)| {
             let is_first = !msrs.iter().take(at).any(|before| *before == msr);
@@ -55,6 +58,7 @@ impl EventSet {
             EventReason::WriteMsr { msr, .. } => self.msrs.contains(&Some(msr)),
             EventReason::Cpuid { .. } => self.cpuid,
             EventReason::DescriptorAccess { .. } => self.descriptors,
+            EventReason::PortIo { .. } => self.ports,
             EventReason::GuestRequest => self.requests,
             EventReason::Breakpoint { .. } | EventReason::MemoryAccess { .. } | EventReason::SingleStep { .. } => false,
         }

@@ -301,6 +301,17 @@ impl Control {
         (self.tables.control.xc_monitor_vmexit.is_some(), self.tables.control.xc_monitor_io.is_some())
     }
 
+    /// Has accesses to I/O ports told.
+    ///
+    /// # Errors
+    /// ENOSYS where the library has no such function.
+    pub fn monitor_io(&self, domain: u32, on: bool) -> Result<()> {
+        let op = "xc_monitor_io";
+        let call = self.tables.control.xc_monitor_io.ok_or(Error::new(op, crate::errno::ENOSYS))?;
+        // SAFETY: the handle is open.
+        done(op, unsafe { call(self.handle, domain, on) })
+    }
+
     /// Has VM exits told, for counting them.
     ///
     /// # Errors

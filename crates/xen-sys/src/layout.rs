@@ -4,8 +4,8 @@
 use std::mem::offset_of;
 
 use crate::types::{
-    Cpuid, Debug, DescAccess, DomainInfo, DomctlMonitor, EventHead, EventV6, EventV7, HvmHwCpu, MemAccess, MovToMsr, RegsV6,
-    RegsV7, RingHead, SaveDescriptor, SelectorReg, ToolLog, WriteCtrlreg,
+    Cpuid, Debug, DescAccess, DomainInfo, DomctlMonitor, EventHead, EventV6, EventV7, HvmHwCpu, MemAccess, MovToMsr, PortIo,
+    RegsV6, RegsV7, RingHead, SaveDescriptor, SelectorReg, ToolLog, WriteCtrlreg,
 };
 
 macro_rules! golden {
@@ -26,6 +26,7 @@ golden! {
     Debug: 24 { gfn: 0, pending_dbg: 8, insn_length: 16, kind: 20 };
     Cpuid: 16 { insn_length: 0, leaf: 4, subleaf: 8 };
     DescAccess: 24 { instr_info: 0, exit_qualification: 8, descriptor: 16, is_write: 17 };
+    PortIo: 8 { bytes: 0, port: 4, r#in: 6, str: 7 };
     SelectorReg: 4;
     RingHead: 64 { req_prod: 0, req_event: 4, rsp_prod: 8, rsp_event: 12 };
     SaveDescriptor: 8 { typecode: 0, instance: 2, length: 4 };

@@ -301,6 +301,17 @@ pub struct DescAccess {
     pub pad: [u8; 6],
 }
 
+/// vm_event.h: `vm_event_io`, since 4.18.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Debug)]
+#[expect(missing_docs, reason = "the names are the header's")]
+pub struct PortIo {
+    pub bytes: u32,
+    pub port: u16,
+    pub r#in: u8,
+    pub str: u8,
+}
+
 /// vm_event.h: VM_EVENT_DESC_*.
 #[expect(missing_docs, reason = "the names are the header's")]
 pub mod descriptor {

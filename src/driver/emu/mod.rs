@@ -261,10 +261,10 @@ impl VmiFrames for EmuDriver {
 
 impl VmiEvents for EmuDriver {
     fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
-        if matches!(monitor, Monitor::DescriptorAccess | Monitor::GuestRequest) {
+        if matches!(monitor, Monitor::DescriptorAccess | Monitor::PortIo | Monitor::GuestRequest) {
             return Err(VmiError::NotSupported {
                 driver: "emu",
-                capability: "monitoring descriptor tables, and requests of the guest",
+                capability: "monitoring descriptor tables, I/O ports, and requests of the guest",
             });
         }
         self.machine.0.monitors.set(monitor, on);

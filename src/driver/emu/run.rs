@@ -75,7 +75,7 @@ impl Monitors {
             Monitor::Breakpoint => self.breakpoint = on,
             Monitor::Cpuid => self.cpuid = on,
             // Refused before.
-            Monitor::DescriptorAccess | Monitor::GuestRequest => {}
+            Monitor::DescriptorAccess | Monitor::PortIo | Monitor::GuestRequest => {}
             Monitor::ControlRegister(register) => {
                 if let Some(flag) = self.cr.get_mut(cr_number(register)) {
                     *flag = on;

@@ -3,8 +3,8 @@
 use std::mem::offset_of;
 
 use xen_sys::types::{
-    Cpuid, Debug, DescAccess, EventHead, HvmHwCpu, MemAccess, MovToMsr, RegsV6, SelectorReg, WriteCtrlreg, ctrlreg, descriptor,
-    flag, mem_access, reason,
+    Cpuid, Debug, DescAccess, EventHead, HvmHwCpu, MemAccess, MovToMsr, PortIo, RegsV6, SelectorReg, WriteCtrlreg, ctrlreg,
+    descriptor, flag, mem_access, reason,
 };
 
 use crate::addr::{Gfn, MemoryAccess, Va, VcpuId, View};
@@ -227,6 +227,12 @@ impl Request {
                 },
                 is_load: self.u8(U + offset_of!(DescAccess, is_write)) != 0,
             },
+            reason::IO => EventReason::PortIo {
+                port: self.u16(U + offset_of!(PortIo, port)),
+                bytes: self.u32(U + offset_of!(PortIo, bytes)) as u8,
+                is_read: self.u8(U + offset_of!(PortIo, r#in)) != 0,
+                is_string: self.u8(U + offset_of!(PortIo, str)) != 0,
+            },
             reason::GUEST_REQUEST => EventReason::GuestRequest,
             reason::EMUL_UNIMPLEMENTED => return Asked::Unimplemented,
             _ => return Asked::Unknown,
@@ -307,6 +313,12 @@ impl Response {
         put(&mut self.bytes, offset_of!(EventHead, reason), &reason::MEM_ACCESS.to_le_bytes());
         put(&mut self.bytes, U + offset_of!(MemAccess, gfn), &gfn.0.to_le_bytes());
         put(&mut self.bytes, U + offset_of!(MemAccess, flags), &u32::from(access.bits()).to_le_bytes());
+    }
+
+    /// The emulator executes the instruction, whatever it is. Xen looks at that flag for some reasons only, accesses to ports not among them
+    /// (`vm_event_emulate_check`), and for descriptor tables at nothing else.
+    pub fn emulate_any(&mut self) {
+        put(&mut self.bytes, offset_of!(EventHead, reason), &reason::DESCRIPTOR_ACCESS.to_le_bytes());
     }
 
     /// The emulator executes these bytes. Excludes new registers, whose place they take.

@@ -5,10 +5,11 @@ use std::time::Duration;
 use xen_sys::errno;
 use xen_sys::types::flag;
 
+use super::XenDriver;
 use super::codec::with_cpuid_results;
+use super::monitors::monitored;
 use super::run::{Held, Taken};
 use super::step::STEP_OFF;
-use super::{XenDriver, monitored};
 use crate::addr::{VcpuId, View};
 use crate::arch::amd64::GpRegisters;
 use crate::error::{Result, VmiError};

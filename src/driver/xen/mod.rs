@@ -9,6 +9,7 @@ mod codec;
 mod end;
 mod frames;
 mod insn;
+mod monitors;
 mod pages;
 mod repair;
 pub mod ring;
@@ -26,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashSet;
 use rustix::event::{EventfdFlags, eventfd};
-use xen_sys::types::{NO_ERROR_CODE, ctrlreg, event_type, monitor_event};
+use xen_sys::types::{NO_ERROR_CODE, event_type, monitor_event};
 use xen_sys::{DeviceModel, EventChannels, Xen, errno};
 
 use super::{
@@ -41,6 +42,7 @@ pub use abi::{Abi, Layout, MAX_EVENT};
 pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
 use end::left_behind;
 use frames::Frames;
+use monitors::monitored;
 use pages::Pages;
 use ring::Ring;
 use run::Vcpu;
@@ -344,14 +346,6 @@ impl XenDriver {
     }
 }
 
-/// Switching on what is on already is fine.
-fn monitored(result: xen_sys::Result<()>) -> xen_sys::Result<()> {
-    match result {
-        Err(error) if error.errno == errno::EEXIST => Ok(()),
-        result => result,
-    }
-}
-
 impl VmiInfo for XenDriver {
     fn info(&self) -> &VmInfo {
         &self.info
@@ -563,60 +557,6 @@ impl VmiEvents for XenDriver {
             epoll::add(&both, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(|error| os("epoll_ctl", error))?;
         }
         Ok(Some(both))
-    }
-}
-
-impl XenDriver {
-    fn switch_monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
-        if self.monitors.contains(&monitor) == on {
-            return Ok(());
-        }
-        let (control, domain) = (self.xen.control(), self.domain);
-        if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
-            // Else the register is written before the answer is there, and denying it comes too late.
-            control.monitor_control_registers(domain).map_err(|error| failed(&error))?;
-            self.decides_writes = true;
-        }
-        let control = self.xen.control();
-        let need = |bit: u32, capability: &'static str| {
-            if self.knows(bit) { Ok(()) } else { Err(VmiError::NotSupported { driver: "xen", capability }) }
-        };
-        let result = match monitor {
-            Monitor::Breakpoint => control.monitor_software_breakpoint(domain, on),
-            Monitor::ControlRegister(register) => {
-                need(monitor_event::WRITE_CTRLREG, "monitoring control registers")?;
-                let index = match register {
-                    ControlRegister::Cr0 => ctrlreg::CR0,
-                    ControlRegister::Cr3 => ctrlreg::CR3,
-                    ControlRegister::Cr4 => ctrlreg::CR4,
-                };
-                let ignored = self.ignored_bits.get(usize::from(index)).copied().unwrap_or(0);
-                control.monitor_write_ctrlreg(domain, index, on, true, ignored, false)
-            }
-            Monitor::Msr(msr) => {
-                need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;
-                control.monitor_mov_to_msr(domain, msr, on, false)
-            }
-            Monitor::Cpuid => {
-                need(monitor_event::CPUID, "monitoring CPUID")?;
-                control.monitor_cpuid(domain, on)
-            }
-            Monitor::DescriptorAccess => {
-                need(monitor_event::DESC_ACCESS, "monitoring descriptor tables")?;
-                control.monitor_descriptor_access(domain, on)
-            }
-            Monitor::GuestRequest => {
-                need(monitor_event::GUEST_REQUEST, "monitoring requests of the guest")?;
-                control.monitor_guest_request(domain, on, true, false)
-            }
-        };
-        monitored(result).map_err(|error| failed(&error))?;
-        if on {
-            self.monitors.insert(monitor);
-        } else {
-            self.monitors.remove(&monitor);
-        }
-        Ok(())
     }
 }
 

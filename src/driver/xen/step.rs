@@ -169,7 +169,10 @@ impl XenDriver {
                 Way::Emulate { discard: true }
             }
             // Told instead of executed; the emulator executes it, wherever the vCPU is.
-            EventAction::Continue if matches!(held.event.reason, EventReason::DescriptorAccess { .. }) && !is_moved_on => {
+            EventAction::Continue
+                if matches!(held.event.reason, EventReason::DescriptorAccess { .. } | EventReason::PortIo { .. })
+                    && !is_moved_on =>
+            {
                 Way::Emulate { discard: false }
             }
             EventAction::Continue | EventAction::Reinject | EventAction::Deny => Way::Go,
@@ -286,6 +289,8 @@ impl XenDriver {
                         answer.flag(if discard { flag::EMULATE | flag::EMULATE_NOWRITE } else { flag::EMULATE });
                         if let EventReason::MemoryAccess { pa, access, .. } = held.event.reason {
                             answer.access(pa.gfn(), access);
+                        } else {
+                            answer.emulate_any();
                         }
                     }
                     _ => {}
@@ -406,13 +411,14 @@ fn check_fit(event: &VmiEvent, action: EventAction) -> Result<()> {
     let fits = match action {
         EventAction::Reinject => matches!(event.reason, EventReason::Breakpoint { .. }),
         EventAction::Emulate => matches!(event.reason, EventReason::MemoryAccess { .. }),
-        // Xen's emulator leaves out what is stored, and not what is loaded; a request is done already, and CPUID too.
+        // Xen's emulator leaves out what is stored, and not what is loaded, nor what goes to a port; a request is done already, and CPUID too.
         EventAction::Deny => !matches!(
             event.reason,
             EventReason::Breakpoint { .. }
                 | EventReason::SingleStep { .. }
                 | EventReason::Cpuid { .. }
                 | EventReason::DescriptorAccess { .. }
+                | EventReason::PortIo { .. }
                 | EventReason::GuestRequest
         ),
         EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,

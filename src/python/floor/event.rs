@@ -48,6 +48,7 @@ impl VmiEvent {
             EventReason::WriteMsr { .. } => "write-msr",
             EventReason::Cpuid { .. } => "cpuid",
             EventReason::DescriptorAccess { .. } => "descriptor-access",
+            EventReason::PortIo { .. } => "port-io",
             EventReason::GuestRequest => "guest-request",
         }
     }
@@ -169,6 +170,27 @@ impl VmiEvent {
     fn subleaf(&self) -> Option<u32> {
         let EventReason::Cpuid { subleaf, .. } = self.event.reason else { return None };
         Some(subleaf)
+    }
+
+    /// The I/O port about to be read or written.
+    #[getter]
+    fn port(&self) -> Option<u16> {
+        let EventReason::PortIo { port, .. } = self.event.reason else { return None };
+        Some(port)
+    }
+
+    /// Bytes that go to or from a port at a time: 1, 2 or 4.
+    #[getter]
+    fn port_bytes(&self) -> Option<u8> {
+        let EventReason::PortIo { bytes, .. } = self.event.reason else { return None };
+        Some(bytes)
+    }
+
+    /// Whether the port is read; else it is written.
+    #[getter]
+    fn is_port_read(&self) -> Option<bool> {
+        let EventReason::PortIo { is_read, .. } = self.event.reason else { return None };
+        Some(is_read)
     }
 
     fn __repr__(&self) -> String {

@@ -28,7 +28,9 @@ fn every_kind_of_request_gets_exactly_one_answer_that_echoes_it() {
             let answers = fake.answers();
             assert_eq!(answers.len(), reason as usize + 1, "reason {reason}");
             let answer = answers.last().unwrap();
-            assert_eq!((answer.version, answer.reason, answer.vcpu), (kind.vm_event, reason, 0));
+            // An access to a port is answered as one to a descriptor table, and everything else as what it is.
+            let echoed = if reason == 16 { 13 } else { reason };
+            assert_eq!((answer.version, answer.reason, answer.vcpu), (kind.vm_event, echoed, 0));
             assert_eq!(answer.flags & PAUSED, PAUSED, "reason {reason}");
             assert_eq!(fake.state("held", 0), 0, "reason {reason}");
         }
@@ -223,6 +225,37 @@ fn a_descriptor_table_that_is_loaded_is_told_and_the_emulator_executes_it() {
             assert_eq!((answer.reason, answer.flags & (EMULATE | NOWRITE | INSN_DATA)), (13, EMULATE));
         }
         lab.vmi.driver_mut().monitor(Monitor::DescriptorAccess, false).unwrap();
+    }
+}
+
+#[test]
+fn an_access_to_a_port_is_told_and_the_emulator_executes_it_where_xen_can_tell_of_it() {
+    for kind in Kind::ALL {
+        let mut lab = tapped(kind, &[0x90, 0x90]);
+        let before = lab.fake.state("monitors", 0);
+        let monitored = lab.vmi.driver_mut().monitor(Monitor::PortIo, true);
+        if kind.minor < 18 {
+            assert!(matches!(monitored, Err(VmiError::NotSupported { .. })), "4.{}: {monitored:?}", kind.minor);
+            continue;
+        }
+        monitored.unwrap();
+        let mut event = [0; MAX_EVENT];
+        for (at, value) in [(0, kind.vm_event), (4, PAUSED), (8, 16), (24, 2), (28, 0x3f8)] {
+            event[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        // It is read, to memory.
+        event[24 + 6..24 + 8].copy_from_slice(&[1, 1]);
+        lab.fake.push_raw(&event);
+        let told = lab.event();
+        assert_eq!(told.reason, EventReason::PortIo { port: 0x3f8, bytes: 2, is_read: true, is_string: true });
+        let denied = lab.vmi.driver_mut().respond(told.vcpu, &VmiEventResponse::action(EventAction::Deny));
+        assert!(matches!(denied, Err(VmiError::InvalidArgument { .. })), "{denied:?}");
+        lab.vmi.driver_mut().respond(told.vcpu, &VmiEventResponse::CONTINUE).unwrap();
+        let answer = lab.last_answer();
+        // As for a descriptor table: the emulator is not asked for ports.
+        assert_eq!((answer.reason, answer.flags & (EMULATE | NOWRITE | INSN_DATA)), (13, EMULATE));
+        lab.vmi.driver_mut().monitor(Monitor::PortIo, false).unwrap();
+        assert_eq!(lab.fake.state("monitors", 0), before);
     }
 }
 

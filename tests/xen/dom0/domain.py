@@ -21,6 +21,14 @@ def xl(*words: str, check: bool = True) -> str:
     return done.stdout
 
 
+def release() -> tuple[int, int]:
+    """Of Xen, as (4, 17)."""
+    major, minor = (re.search(rf"^{name} *: (\d+)", xl("info"), re.MULTILINE) for name in ("xen_major", "xen_minor"))
+    assert major is not None
+    assert minor is not None
+    return int(major[1]), int(minor[1])
+
+
 def attach(target: str, *, on_write: vmitap.OnWrite | None = None) -> vmitap.Vm:
     """Without a watchdog, which is another Python that takes six seconds to start here. test_repair.py has it."""
     return vmitap.attach(target, on_write=on_write, watchdog=False)

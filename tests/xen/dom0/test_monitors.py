@@ -5,9 +5,11 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING
 
+import pytest
+
 import vmitap
 from demo_guest import KERNEL_WINDOW, assert_unseen, finish, start_demo, symbols
-from domain import Start, attach
+from domain import Start, attach, release
 from vmitap import Verdict
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 8
 KERNEL_GS_BASE = 0xC000_0102
+CONSOLE = 0xE9
 TSD = 1 << 2
 PWT = 1 << 3
 HYPERVISOR_LEAF = 0x4000_0000
@@ -80,6 +83,27 @@ def test_loads_and_stores_of_descriptor_tables_are_told_and_done(start: Start) -
     assert_unseen(seen)
     assert told == ["gdtr", "idtr"] * ROUNDS
     assert (gdt % 8, idt) == (7, 256 * 16 - 1)
+
+
+def test_accesses_to_ports_are_told_and_done(start: Start) -> None:
+    written: list[int] = []
+
+    def tell(hit: Hit) -> None:
+        event = hit.event
+        assert (event.port, event.port_bytes, event.is_port_read) == (CONSOLE, 1, False)
+        written.append(event.registers.rax & 0xFF)
+
+    start_probes(start)
+    with attach("xen:demo") as vm:
+        if release() < (4, 18):
+            with pytest.raises(vmitap.NotSupportedError):
+                vm.monitor_events(tell, ports=True)
+            finish(vm)
+            return
+        vm.monitor_events(tell, ports=True)
+        seen = finish(vm)
+    assert_unseen(seen)
+    assert bytes(written) == b"integrity: 2 checks, 0 mismatches\n"
 
 
 def test_what_is_denied_has_no_effect(start: Start) -> None:

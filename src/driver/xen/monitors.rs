@@ -1,0 +1,76 @@
+//! What Xen is asked to tell of, beside accesses to memory.
+
+use xen_sys::errno;
+use xen_sys::types::{ctrlreg, monitor_event};
+
+use super::{XenDriver, failed};
+use crate::arch::amd64::ControlRegister;
+use crate::driver::Monitor;
+use crate::error::{Result, VmiError};
+
+/// Switching on what is on already is fine.
+pub(super) fn monitored(result: xen_sys::Result<()>) -> xen_sys::Result<()> {
+    match result {
+        Err(error) if error.errno == errno::EEXIST => Ok(()),
+        result => result,
+    }
+}
+
+impl XenDriver {
+    /// Has something announced, or no longer.
+    pub(super) fn switch_monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
+        if self.monitors.contains(&monitor) == on {
+            return Ok(());
+        }
+        let (control, domain) = (self.xen.control(), self.domain);
+        if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
+            // Else the register is written before the answer is there, and denying it comes too late.
+            control.monitor_control_registers(domain).map_err(|error| failed(&error))?;
+            self.decides_writes = true;
+        }
+        let control = self.xen.control();
+        let need_it =
+            |there: bool, capability| if there { Ok(()) } else { Err(VmiError::NotSupported { driver: "xen", capability }) };
+        let need = |bit: u32, capability| need_it(self.knows(bit), capability);
+        let result = match monitor {
+            Monitor::Breakpoint => control.monitor_software_breakpoint(domain, on),
+            Monitor::ControlRegister(register) => {
+                need(monitor_event::WRITE_CTRLREG, "monitoring control registers")?;
+                let index = match register {
+                    ControlRegister::Cr0 => ctrlreg::CR0,
+                    ControlRegister::Cr3 => ctrlreg::CR3,
+                    ControlRegister::Cr4 => ctrlreg::CR4,
+                };
+                let ignored = self.ignored_bits.get(usize::from(index)).copied().unwrap_or(0);
+                control.monitor_write_ctrlreg(domain, index, on, true, ignored, false)
+            }
+            Monitor::Msr(msr) => {
+                need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;
+                control.monitor_mov_to_msr(domain, msr, on, false)
+            }
+            Monitor::Cpuid => {
+                need(monitor_event::CPUID, "monitoring CPUID")?;
+                control.monitor_cpuid(domain, on)
+            }
+            Monitor::DescriptorAccess => {
+                need(monitor_event::DESC_ACCESS, "monitoring descriptor tables")?;
+                control.monitor_descriptor_access(domain, on)
+            }
+            Monitor::PortIo => {
+                need_it(control.has_newer_monitors().1, "monitoring I/O ports")?;
+                control.monitor_io(domain, on)
+            }
+            Monitor::GuestRequest => {
+                need(monitor_event::GUEST_REQUEST, "monitoring requests of the guest")?;
+                control.monitor_guest_request(domain, on, true, false)
+            }
+        };
+        monitored(result).map_err(|error| failed(&error))?;
+        if on {
+            self.monitors.insert(monitor);
+        } else {
+            self.monitors.remove(&monitor);
+        }
+        Ok(())
+    }
+}
