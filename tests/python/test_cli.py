@@ -62,6 +62,20 @@ def test_the_demo_shows_a_guest_that_notices_nothing_and_a_control_that_notices(
     assert demo["speed"]["without_handler"]["hits"] == demo["speed"]["with_handler"]["hits"] == 20_000
 
 
+def test_bench_says_what_a_hit_costs_by_what_is_done_with_it() -> None:
+    [bench] = objects("bench", "--calls", "2000", "--turns", "1")
+    assert (bench["ok"], bench["calls"], bench["turns"]) == (True, 2000, 1)
+    costs = {each["way"]: each for each in bench["ways"]}
+    assert len(costs) == len(bench["ways"]) == 7
+    for each in bench["ways"]:
+        assert each["call_ns"] - each["beyond_ns"] == pytest.approx(bench["untapped_ns"])
+    assert costs["one that reads a string"]["call_ns"] > bench["untapped_ns"] > 0
+    plain = vmitap_command("bench", "--calls", "2000", "--turns", "1").stdout.splitlines()
+    assert plain[0].startswith("A call that is not tapped takes ")
+    assert plain[1].split("\t")[0] == "what is done with a hit"
+    assert len(plain) == 9
+
+
 def test_the_demo_decodes_arguments() -> None:
     [demo] = objects("demo", "--calls", "1000", "--rounds", "4")
     hits = demo["hidden"]["hits"]

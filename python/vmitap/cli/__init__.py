@@ -15,6 +15,7 @@ import click
 
 import vmitap
 from vmitap.cli import exits
+from vmitap.cli.bench import bench
 from vmitap.cli.demo import demo
 from vmitap.cli.doctor import doctor
 from vmitap.cli.domains import list_domains
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, doctor, info, journal, list_domains, read, repair, report, run, trace, translate):
+for command in (bench, demo, doctor, info, journal, list_domains, read, repair, report, run, trace, translate):
     cli.add_command(command)
 
 
