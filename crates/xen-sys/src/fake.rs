@@ -89,18 +89,28 @@ fn compile(kind: Kind) -> Result<PathBuf, String> {
     if let Some(path) = built.get(&kind) {
         return Ok(path.clone());
     }
-    let name = format!("xen-fake-{}-{}-{}-{}", std::process::id(), kind.vm_event, kind.minor, kind.without.unwrap_or("all"));
-    let (source, library) = (std::env::temp_dir().join(format!("{name}.c")), std::env::temp_dir().join(format!("{name}.so")));
-    std::fs::write(&source, SOURCE).map_err(|error| error.to_string())?;
-    let mut command = Command::new("cc");
-    command.args(["-shared", "-fPIC", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]).arg(&source).arg("-o").arg(&library);
-    command.arg(format!("-DVM_EVENT={}", kind.vm_event)).arg(format!("-DMINOR={}", kind.minor));
-    command.args(kind.without.map(|function| format!("-DWITHOUT_{function}")));
-    let output = command.output().map_err(|error| format!("a C compiler (cc) is needed: {error}"))?;
-    // The source is not needed any more, whatever came of it.
-    let _ = std::fs::remove_file(&source);
-    if !output.status.success() {
-        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    // Beside the test program, where it is thrown away with it, and by its content: the next run finds it.
+    let mut hasher = std::hash::DefaultHasher::new();
+    std::hash::Hash::hash(SOURCE, &mut hasher);
+    let of_source = std::hash::Hasher::finish(&hasher);
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let name = format!("xen-fake-{of_source:016x}-{}-{}-{}.so", kind.vm_event, kind.minor, kind.without.unwrap_or("all"));
+    let library = program.with_file_name(name);
+    if !library.exists() {
+        let name = |end: &str| library.with_extension(format!("{}.{end}", std::process::id()));
+        let (source, new) = (name("c"), name("new"));
+        std::fs::write(&source, SOURCE).map_err(|error| error.to_string())?;
+        let mut command = Command::new("cc");
+        command.args(["-shared", "-fPIC", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]).arg(&source).arg("-o").arg(&new);
+        command.arg(format!("-DVM_EVENT={}", kind.vm_event)).arg(format!("-DMINOR={}", kind.minor));
+        command.args(kind.without.map(|function| format!("-DWITHOUT_{function}")));
+        let output = command.output().map_err(|error| format!("a C compiler (cc) is needed: {error}"))?;
+        // The source is not needed any more, whatever came of it.
+        let _ = std::fs::remove_file(&source);
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+        }
+        std::fs::rename(&new, &library).map_err(|error| error.to_string())?;
     }
     built.insert(kind, library.clone());
     Ok(library)
@@ -292,7 +302,7 @@ impl Fake {
 
 impl Drop for Fake {
     fn drop(&mut self) {
-        // A file that stays in the temporary folder is no harm.
+        // A copy that stays is no harm: it is gone with the test program.
         let _ = std::fs::remove_file(&self.path);
     }
 }
