@@ -177,7 +177,7 @@ impl Breakpoint {
     /// Its name in a recording.
     pub fn label(&self, py: Python<'_>) -> String {
         if let Some(events) = self.common().events {
-            return describe(&events);
+            return events.to_string();
         }
         let symbol = self.own_symbol().map(|symbol| symbol.bind(py).to_string_lossy().into_owned());
         symbol.unwrap_or_else(|| format!("{:#x}", self.va.0))
@@ -365,7 +365,7 @@ impl Breakpoint {
 
     fn __repr__(&self, py: Python<'_>) -> String {
         if let Some(events) = self.common().events {
-            return format!("<Breakpoint {}, {}>", describe(&events), self.state(py));
+            return format!("<Breakpoint {events}, {}>", self.state(py));
         }
         let symbol = self.symbol(py).map_or_else(String::new, |symbol| format!(" {symbol}"));
         format!("<Breakpoint{symbol} at {:#x}, {}>", self.va.0, self.state(py))
@@ -384,11 +384,6 @@ impl Breakpoint {
         let handler = self.extra.get().and_then(|extra| extra.handler.lock().take());
         drop(handler);
     }
-}
-
-/// The events of a monitor in a few words.
-fn describe(events: &EventSet) -> String {
-    events.monitors().map(|monitor| monitor.to_string()).collect::<Vec<_>>().join(" + ")
 }
 
 /// Counters of one breakpoint, as a snapshot.

@@ -494,7 +494,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Everybody is told: carries the verdict out and answers the event.
     fn finish(&mut self) -> Result<()> {
         let Some(mut pending) = self.pending.take() else { return Ok(()) };
-        let done = self.carry_out(&pending);
+        let done = self.carry_out(&mut pending);
         self.end_flight();
         self.note_hold(&pending);
         if done.is_err() {
@@ -524,13 +524,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
     }
 
-    fn carry_out(&mut self, pending: &Pending) -> Result<()> {
+    fn carry_out(&mut self, pending: &mut Pending) -> Result<()> {
+        if matches!(pending.verdict, Some((_, Verdict::Deny))) && can_be_denied(&pending.event.reason) {
+            // Noted there: if the answer fails, it is denied all the same.
+            pending.course = Course::Deny;
+        }
+        let pending = &*pending;
         let event = &pending.event;
         let index = usize::from(event.vcpu.0);
         if pending.course == Course::Write && self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_none()) {
             self.prepare_write(event, None)?;
         }
-        let (mut gp, mut failed, mut course) = (None, Ok(()), pending.course);
+        let (mut gp, mut failed) = (None, Ok(()));
         if pending.touched {
             gp = Some(self.vmi.driver().registers(event.vcpu)?.gp);
         }
@@ -541,7 +546,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             match verdict {
                 Verdict::Continue | Verdict::Pause => {}
                 Verdict::Step(left) => vcpu.walk = Some(Walk { tap: *tap, done: 0, left: *left }),
-                Verdict::Deny if can_be_denied(&event.reason) => course = Course::Deny,
+                Verdict::Deny if pending.course == Course::Deny => {}
                 Verdict::Deny => {
                     let reason = "only a register write that a monitor announces can be denied".to_owned();
                     failed = Err(VmiError::InvalidArgument { what: "verdict", reason });
@@ -567,7 +572,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         // With another RIP the instruction is not executed.
         let leaves = gp.is_some_and(|gp| gp.rip != event.registers.gp.rip);
-        let course = if leaves { Course::Retry } else { course };
+        let course = if leaves { Course::Retry } else { pending.course };
         if leaves && let Some(vcpu) = self.vcpus.get_mut(index) {
             vcpu.after_write = None;
         }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use crate::driver::VmiDriver;
 
-use super::{Session, TapId};
+use super::{Session, TapId, TapKind};
 
 /// The shortest time that has a bucket of its own, as a power of two of nanoseconds.
 const LOW: u32 = 6;
@@ -203,7 +203,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub(super) fn enforce_budgets(&mut self) -> crate::Result<()> {
         while let Some(id) = self.over_budget.pop() {
             if let Some((va, per_second)) = self.taps.get(id).and_then(|tap| Some((tap.va, self.budget(id)?.per_second))) {
-                log::warn!("the breakpoint at {va} had more than {per_second} events in a second and is disabled");
+                let what = match self.taps.kind(id) {
+                    TapKind::Monitor(set) => format!("the monitor of {set}"),
+                    TapKind::Breakpoint | TapKind::Watch { .. } => format!("the breakpoint at {va}"),
+                };
+                log::warn!("{what} had more than {per_second} events in a second and is disabled");
             }
             self.stats.disabled_by_budget += 1;
             self.disable(id)?;

@@ -32,6 +32,12 @@ pub struct EventSet {
     pub requests: bool,
 }
 
+impl std::fmt::Display for EventSet {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.monitors().enumerate().try_for_each(|(at, monitor)| write!(f, "{}{monitor}", if at > 0 { " + " } else { "" }))
+    }
+}
+
 impl EventSet {
     /// What the driver has to announce for it, each once.
     pub fn monitors(&self) -> impl Iterator<Item = Monitor> {

@@ -167,6 +167,47 @@ def test_a_walk_goes_on_over_an_instruction_that_somebody_monitors(guest: vmitap
     assert found.msr == ROUNDS
 
 
+def place(vm: vmitap.Vm, function: str, code: str) -> int:
+    """Where an instruction is in a function."""
+    start = vm.symbol(function)
+    return start + vm.read(start, 0x80).index(bytes.fromhex(code))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_walk_gets_past_an_instruction_that_is_tapped_and_monitored(guest: vmitap.Vm, first: bool) -> None:
+    wrmsr = place(guest, "probe_registers", "0f30")
+    seen: list[tuple[int, int]] = []
+
+    def walk(hit: Hit) -> Verdict | None:
+        seen.append((hit.step, hit.address))
+        return Verdict.step(20) if hit.step == 0 else None
+
+    # It begins at the instruction, or comes to it.
+    guest.breakpoint(wrmsr if first else "probe_registers", walk, where=Filter.once())
+    tapped = guest.breakpoint(wrmsr)
+    monitored = guest.monitor_events(msr=KERNEL_GS_BASE, cr=("cr3", "cr4"), where=Reg.rip >= guest.symbol("probe_cpuid"))
+    found = finish(guest)
+    assert [step for step, _ in seen] == list(range(21))
+    assert len({address for _, address in seen}) == 21
+    assert (tapped.stats.hits, monitored.stats.hits, found.msr) == (ROUNDS, 3 * ROUNDS, ROUNDS)
+
+
+def test_what_is_behind_an_answered_instruction_is_hit(guest: vmitap.Vm) -> None:
+    cpuid = place(guest, "probe_cpuid", "0fa2")
+    taps = [guest.breakpoint(cpuid), guest.breakpoint(cpuid + 2)]
+    guest.monitor_events(lambda hit: Verdict.set_registers(rbx=9, rip=hit.regs.rip + 2), cpuid=True)
+    found = finish(guest)
+    assert [tap.stats.hits for tap in taps] == [ROUNDS, ROUNDS]
+    assert found.ebx == 9
+
+
+def test_after_rip_was_set_in_the_handler_the_next_instruction_is_told(guest: vmitap.Vm) -> None:
+    guest.monitor_events(lambda hit: hit.vm.set_registers(hit.vcpu, rip=hit.regs.rip + 2), cpuid=True)
+    written = guest.monitor_events(msr=KERNEL_GS_BASE, where=Reg.rip >= guest.symbol("probe_cpuid"))
+    finish(guest)
+    assert written.stats.hits == ROUNDS
+
+
 def test_filters_captures_events_budgets_and_states_work_as_for_breakpoints(guest: vmitap.Vm) -> None:
     odd = guest.monitor_events(msr=KERNEL_GS_BASE, where=Reg.rax % 2 == 1, capture={"low": Reg.rax}, key="k", tag="t")
     again = guest.monitor_events(msr=KERNEL_GS_BASE, key="k")

@@ -327,6 +327,29 @@ fn no_failure_lets_a_shadow_keep_bytes_that_were_overwritten() {
 }
 
 #[test]
+fn a_register_write_that_is_to_be_denied_is_denied_whichever_call_fails() {
+    for n in 1.. {
+        let mut w = empty();
+        let set = EventSet { msrs: [Some(0x10), None, None, None, None, None, None, None], ..EventSet::default() };
+        w.session.add(&TapSpec { kind: TapKind::Monitor(set), ..spec(&w.session, w.context, Va(0)) }).unwrap();
+        let event = int3(w.session.tap_view(), w.context, CODE, CODE_PA);
+        w.driver.inner().push_event(VmiEvent { reason: EventReason::WriteMsr { msr: 0x10, old: 0, new: 1 }, ..event });
+        assert!(matches!(poll(&mut w.session), Ok(Poll::Hit(_))));
+        w.driver.fail_nth(n);
+        let answered = w.session.answer(Verdict::Deny);
+        let is_done = w.driver.is_armed();
+        w.driver.fail_nth(0);
+        let answers = w.driver.inner().answers();
+        assert_eq!((answers.len(), answers[0].1.action), (1, vmitap::event::EventAction::Deny), "call {n}: {answered:?}");
+        if is_done {
+            assert!(answered.is_ok() && n > 1, "{n}");
+            return;
+        }
+        assert!(answered.is_err(), "call {n}");
+    }
+}
+
+#[test]
 fn a_store_that_is_to_be_denied_is_denied_whichever_call_fails() {
     for n in 1..8 {
         let mut w = empty();

@@ -43,7 +43,6 @@ impl Machine {
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
         let vcpu = self.integer_mut(index)?;
-        let rip = vcpu.rip();
         let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
@@ -52,9 +51,6 @@ impl Machine {
             vcpu.view = view;
         }
         vcpu.held = Held::No;
-        // With another RIP it is another instruction, which is announced in its turn.
-        vcpu.announced =
-            matches!(held, Held::Write(_) | Held::Cpuid) && vcpu.rip() == rip && response.action != EventAction::Deny;
         let back = vcpu.view;
         // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
         // a read. That is a write, and told as one, unless it is the very store that is answered here.
@@ -63,27 +59,33 @@ impl Machine {
             let guard = (view != back && !is_told && discard == [None; 2]).then_some(back);
             Some(Step { view, back, report, discard, guard })
         };
+        // With another RIP it is another instruction, which is announced in its turn.
+        let is_announced = matches!(held, Held::Write(_) | Held::Cpuid);
+        let is_done = is_announced && response.action != EventAction::Deny && vcpu.announced == Some(vcpu.rip());
+        // A step on which it was announced goes on where it was.
+        let mut pending = vcpu.step.take_if(|_| is_announced);
+        if !is_done {
+            vcpu.announced = None;
+            if let (Some(pending), None) = (pending.take(), response.view) {
+                vcpu.view = pending.back;
+            }
+        }
+        let go_on = |view, report| {
+            pending.map_or_else(|| step(view, report, [None; 2]), |pending| Some(Step { back, report, ..pending }))
+        };
         match response.action {
-            EventAction::Continue => {}
+            EventAction::Continue => vcpu.step = pending.map(|pending| Step { back, ..pending }),
             EventAction::Reinject => {
                 let Held::Breakpoint(len) = held else { return Ok(()) };
                 let next = vcpu.rip().wrapping_add(len.into());
                 deliver::software(vcpu, &memory, vector::BP, next);
             }
-            EventAction::FastSingleStep { view } => vcpu.step = step(view, false, [None; 2]),
-            EventAction::SingleStep { view } => {
-                vcpu.step = step(view, true, [None; 2]);
-            }
-            EventAction::Emulate => vcpu.step = step(View::DEFAULT, false, [None; 2]),
+            EventAction::FastSingleStep { view } => vcpu.step = go_on(view, None),
+            EventAction::SingleStep { view } => vcpu.step = go_on(view, Some(view)),
+            EventAction::Emulate => vcpu.step = step(View::DEFAULT, None, [None; 2]),
             EventAction::Deny => match held {
-                Held::Write(len) => {
-                    vcpu.set_rip(vcpu.rip().wrapping_add(len.into()));
-                    let pending = vcpu.step.take();
-                    if let Some(pending) = pending {
-                        vcpu.view = pending.back;
-                    }
-                }
-                _ => vcpu.step = step(View::DEFAULT, false, discard),
+                Held::Write(len) => vcpu.set_rip(vcpu.rip().wrapping_add(len.into())),
+                _ => vcpu.step = step(View::DEFAULT, None, discard),
             },
         }
         Ok(())
@@ -95,7 +97,7 @@ impl Machine {
         for index in 0..self.vcpus.len() {
             let vcpu = self.vcpu_mut(index)?;
             held += usize::from(std::mem::replace(&mut vcpu.held, Held::No) != Held::No);
-            vcpu.step = None;
+            (vcpu.step, vcpu.announced) = (None, None);
             vcpu.view = View::DEFAULT;
         }
         Ok(held)

@@ -198,7 +198,7 @@ impl Machine {
             held: Held::No,
             step: None,
             injection: None,
-            announced: false,
+            announced: None,
             denied_page: None,
             denied_store: false,
             cpuid_leaf: 0,
@@ -260,7 +260,7 @@ impl Machine {
             return false;
         }
         vcpu.held = Held::No;
-        vcpu.step = Some(Step { view: View::DEFAULT, back: view, report: false, discard: [None; 2], guard: Some(view) });
+        vcpu.step = Some(Step { view: View::DEFAULT, back: view, report: None, discard: [None; 2], guard: Some(view) });
         true
     }
 
@@ -316,6 +316,8 @@ impl Machine {
         let now = self.now;
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Ok(None) };
         if let Some(injection) = vcpu.injection.take() {
+            // Instead of what was announced.
+            vcpu.announced = None;
             let memory = Rc::clone(&self.memory);
             let vcpu = self.vcpu_mut(index)?;
             match injection.kind {
@@ -337,6 +339,10 @@ impl Machine {
             // What comes next to a vCPU that sleeps is the interrupt, and with its delivery the step is done: SDM vol. 3, 26.5.2.
             self.interrupt(index, vector)?;
             return self.finish(index, step);
+        }
+        if vcpu.announced == Some(vcpu.rip()) {
+            // Before any interrupt, whose handler may execute the like.
+            return self.step(index, self.in_place(index)?);
         }
         vcpu.apic.tick(now);
         let mut wants_interrupts = false;
@@ -493,6 +499,9 @@ impl Machine {
     pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<Raised> {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.held = held;
+        if matches!(held, Held::Write(_) | Held::Cpuid) {
+            vcpu.announced = Some(vcpu.rip());
+        }
         self.slice = self.slice.saturating_sub(DEAR);
         if !matches!(held, Held::Write(_) | Held::Cpuid) {
             // The instruction that was to be stepped has another fate now; the answer decides.

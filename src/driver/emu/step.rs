@@ -30,7 +30,7 @@ impl Machine {
     /// A step in the vCPU's own view that nobody asked for.
     pub(super) fn in_place(&self, index: usize) -> Result<Step> {
         let view = self.vcpu(index)?.view;
-        Ok(Step { view, back: view, report: false, discard: [None; 2], guard: None })
+        Ok(Step { view, back: view, report: None, discard: [None; 2], guard: None })
     }
 
     /// Carries out one instruction in the view of `step`; what is left to do stays in the vCPU.
@@ -251,14 +251,14 @@ impl Machine {
     pub(super) fn finish(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.step = None;
-        vcpu.announced = false;
-        if !step.report {
+        vcpu.announced = None;
+        let Some(view) = step.report else {
             vcpu.view = step.back;
             return Ok(None);
-        }
-        let mode = vcpu.mode(step.view);
+        };
+        let mode = vcpu.mode(view);
         let next = translate(&self.memory, &mode, vcpu.rip(), Access::Fetch, vcpu.cpl(), || 0).ok();
         let gfn = next.map(|page| Gfn(page.gfn));
-        Ok(Some(self.raise(index, step.view, EventReason::SingleStep { gfn }, Held::Stepped)?))
+        Ok(Some(self.raise(index, view, EventReason::SingleStep { gfn }, Held::Stepped)?))
     }
 }

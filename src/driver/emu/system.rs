@@ -25,7 +25,7 @@ impl Machine {
         let watches_cpuid = self.monitors.cpuid;
         // Of the state beyond the integer state SYSCALL only reads what is always up to date.
         let vcpu = self.integer_mut(index)?;
-        let announced = vcpu.announced;
+        let announced = vcpu.announced == Some(vcpu.rip());
         let kernel = vcpu.cpl() == 0;
         let rip = vcpu.rip();
         let next = rip.wrapping_add(len.into());
@@ -79,7 +79,7 @@ impl Machine {
         let vcpu = self.vcpu(index)?;
         let msr = vcpu.gpr(RCX) as u32;
         let new = vcpu.gpr(RDX) << 32 | vcpu.gpr(RAX) & 0xffff_ffff;
-        if self.monitors.msrs.contains(&msr) && !vcpu.announced {
+        if self.monitors.msrs.contains(&msr) && vcpu.announced != Some(vcpu.rip()) {
             let old = self.read_msr(index, msr)?;
             let reason = EventReason::WriteMsr { msr, old, new };
             return Ok(Went::Event(self.raise(index, view, reason, Held::Write(len))?));

@@ -25,8 +25,8 @@ pub struct Step {
     pub view: View,
     /// The view to be in afterwards.
     pub back: View,
-    /// Whether a single-step event follows.
-    pub report: bool,
+    /// A single-step event follows, in this view.
+    pub report: Option<View>,
     /// Pages whose stores are to have no effect: as many as one store can reach.
     pub discard: [Option<Gfn>; 2],
     /// The vCPU's own view, where a store that it denies is an access like any other although another view is in use.
@@ -82,8 +82,8 @@ pub struct Vcpu {
     pub held: Held,
     pub step: Option<Step>,
     pub injection: Option<Injection>,
-    /// The instruction at RIP was announced and is to be carried out now.
-    pub announced: bool,
+    /// Where the instruction is that was announced last, until it is done: it is not announced again.
+    pub announced: Option<u64>,
     /// The page of the access that was denied last, its virtual address and its length in bytes.
     pub denied_page: Option<(Gfn, u64, u16)>,
     /// That access was a store.

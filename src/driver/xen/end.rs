@@ -6,12 +6,10 @@ use xen_sys::errno;
 use xen_sys::types::flag;
 
 use super::XenDriver;
-use super::codec::with_cpuid_results;
 use super::monitors::monitored;
-use super::run::{Held, Taken};
+use super::run::Taken;
 use super::step::STEP_OFF;
 use crate::addr::{VcpuId, View};
-use crate::arch::amd64::GpRegisters;
 use crate::error::{Result, VmiError};
 use crate::event::EventReason;
 
@@ -161,7 +159,12 @@ impl XenDriver {
                     }
                 }
             }
-            EventReason::Cpuid { insn_len, .. } => gp = Some(after_cpuid(&held, insn_len)),
+            EventReason::Cpuid { .. } => gp = Some(self.behind(vcpu, &held, gp)?),
+            EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::GuestRequest
+                if gp.is_some() =>
+            {
+                gp = Some(self.behind(vcpu, &held, gp)?);
+            }
             _ => {}
         }
         if let Some(gp) = &gp {
@@ -212,13 +215,6 @@ impl XenDriver {
             note(left, "memory of shadow pages", Err(error));
         }
     }
-}
-
-/// Xen has done it: only RIP is left to be moved.
-fn after_cpuid(held: &Held, insn_len: u8) -> GpRegisters {
-    let own = held.gp.unwrap_or(held.event.registers.gp);
-    let new = with_cpuid_results(&held.request, &own);
-    GpRegisters { rip: own.rip.wrapping_add(insn_len.into()), ..new }
 }
 
 fn note(left: &mut Vec<LeftBehind>, what: &str, result: xen_sys::Result<()>) {

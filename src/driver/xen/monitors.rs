@@ -8,6 +8,10 @@ use crate::arch::amd64::ControlRegister;
 use crate::driver::Monitor;
 use crate::error::{Result, VmiError};
 
+/// Those that can be written and not read: IA32_PRED_CMD, IA32_FLUSH_CMD (Intel SDM vol. 4, table 2-2), and of the x2APIC's EOI and SELF IPI
+/// (vol. 3, table 12-6).
+const WRITE_ONLY: [u32; 4] = [0x49, 0x10b, 0x80b, 0x83f];
+
 /// Switching on what is on already is fine.
 pub(super) fn monitored(result: xen_sys::Result<()>) -> xen_sys::Result<()> {
     match result {
@@ -20,7 +24,12 @@ impl XenDriver {
     /// Has something announced, or no longer.
     pub(super) fn switch_monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
         if self.monitors.contains(&monitor) == on {
-            return Ok(());
+            // With a listener that has died Xen forgets what it told, and not what it has the processor do for that.
+            let lingers = matches!(monitor, Monitor::DescriptorAccess | Monitor::ControlRegister(ControlRegister::Cr3));
+            if on || !lingers || !self.has_deposed {
+                return Ok(());
+            }
+            self.switch_monitor(monitor, true)?;
         }
         let (control, domain) = (self.xen.control(), self.domain);
         if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
@@ -43,6 +52,12 @@ impl XenDriver {
                 };
                 let ignored = self.ignored_bits.get(usize::from(index)).copied().unwrap_or(0);
                 control.monitor_write_ctrlreg(domain, index, on, true, ignored, false)
+            }
+            Monitor::Msr(msr) if on && WRITE_ONLY.contains(&msr) => {
+                let reason = format!(
+                    "MSR {msr:#x} cannot be read, and Xen reads one before it tells of a write: the guest would get a #GP"
+                );
+                return Err(VmiError::InvalidArgument { what: "msr", reason });
             }
             Monitor::Msr(msr) => {
                 need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;

@@ -125,6 +125,14 @@ impl XenDriver {
         check_fit(&held.event, response.action)?;
         let back = response.view.unwrap_or_else(|| held.view());
         let gp = response.registers.or(held.gp);
+        let action = match response.action {
+            EventAction::SingleStep { view } if is_past(&held.event.reason) => return self.tell_step(vcpu, &held, view, gp),
+            // What was announced is carried out whichever view the vCPU is in.
+            EventAction::FastSingleStep { .. } if is_past(&held.event.reason) || is_emulated(&held.event.reason) => {
+                EventAction::Continue
+            }
+            action => action,
+        };
         let registers = Registers { gp: gp.unwrap_or(held.event.registers.gp), ..held.event.registers };
         let code = step_view.is_some().then(|| self.code_at(&held, &registers)).flatten();
         if let Some(view) = step_view
@@ -136,8 +144,8 @@ impl XenDriver {
             return Ok(());
         }
         let in_fast_step = self.vcpu(vcpu)?.is_in_fast_step(held.event.view.unwrap_or_default());
-        let way = self.way(&held, response.action, back, gp, code.as_ref(), in_fast_step)?;
-        self.carry_out(vcpu, &held, response.action, way, back, gp, in_fast_step)
+        let way = self.way(&held, action, back, gp, code.as_ref(), in_fast_step)?;
+        self.carry_out(vcpu, &held, action, way, back, gp, in_fast_step)
     }
 
     /// Decides.
@@ -230,21 +238,13 @@ impl XenDriver {
                 let kind = if kind == 0 { event_type::SW_EXC } else { kind };
                 self.inject_event(vcpu, 3, kind, xen_sys::types::NO_ERROR_CODE, len, 0)?;
             }
-            (EventAction::Continue, EventReason::Cpuid { insn_len, .. }) => {
-                // Xen has done it; only RIP is left to be moved, unless the caller has moved it: then it is not executed.
-                let own = gp.unwrap_or(at);
-                let new = if own.rip == at.rip { with_cpuid_results(&held.request, &own) } else { own };
-                gp = Some(moved(at.rip, new, insn_len));
-            }
-            (action, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. }) => {
+            (_, EventReason::Cpuid { .. }) => gp = Some(self.behind(vcpu, held, gp)?),
+            (action, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::GuestRequest) => {
                 if action == EventAction::Deny || gp.is_some_and(|gp| gp.rip != at.rip) {
                     answer.flag(flag::DENY);
                 }
-                // Xen is past it, and the registers that it is given have RIP in them.
-                if let Some(own) = gp.filter(|gp| gp.rip == at.rip) {
-                    let here = self.code_at(held, &held.event.registers);
-                    let (insn, _) = here.ok_or(VmiError::NotSupported { driver: "xen", capability: UNREADABLE })?;
-                    gp = Some(moved(at.rip, own, insn.len));
+                if gp.is_some() {
+                    gp = Some(self.behind(vcpu, held, gp)?);
                 }
             }
             _ => {}
@@ -254,7 +254,9 @@ impl XenDriver {
         }
         let domain = self.domain;
         let slot_stepping = self.vcpu(vcpu)?.stepping;
-        if in_fast_step && matches!(way, Way::Toggle(_) | Way::Emulate { .. }) {
+        // What is denied is said in the part of the answer that has the view after a fast step.
+        let is_denied = answer.flags() & flag::DENY != 0;
+        if in_fast_step && (is_denied || matches!(way, Way::Toggle(_) | Way::Emulate { .. })) {
             // Ends the fast step: another kind of step would be taken for its end.
             self.xen.control().debug_control(domain, STEP_OFF, vcpu.0.into()).map_err(|error| super::failed(&error))?;
         }
@@ -271,12 +273,16 @@ impl XenDriver {
                     answer.flag(flag::TOGGLE_SINGLESTEP);
                 }
                 answer.view(asked.view);
+                if is_emulated(&held.event.reason) && gp.is_none_or(|gp| gp.rip == at.rip) {
+                    answer.flag(flag::EMULATE);
+                    answer.emulate_any();
+                }
                 stepping = true;
                 rounds = Some(asked);
             }
             Way::Go | Way::Emulate { .. } | Way::Bytes(_) => {
                 answer.view(back);
-                if in_fast_step && way == Way::Go {
+                if in_fast_step && way == Way::Go && !is_denied {
                     // The step that is under way cannot be called off; it ends after one instruction in the vCPU's own view.
                     answer.fast_step(back);
                     fast = Some(Fast { view: back, back });
@@ -376,6 +382,42 @@ impl XenDriver {
     }
 
     /// The vCPU stays held, now for a store.
+    /// The registers behind an instruction that Xen is past, unless somebody had the vCPU go on elsewhere: then it is not executed.
+    pub(super) fn behind(&self, vcpu: VcpuId, held: &Held, gp: Option<GpRegisters>) -> Result<GpRegisters> {
+        let at = held.event.registers.gp;
+        let own = gp.unwrap_or(at);
+        match held.event.reason {
+            _ if own.rip != at.rip => Ok(own),
+            EventReason::Cpuid { insn_len, .. } => {
+                Ok(GpRegisters { rip: at.rip.wrapping_add(insn_len.into()), ..with_cpuid_results(&held.request, &own) })
+            }
+            // Where Xen has the vCPU by now.
+            _ => Ok(GpRegisters { rip: self.context_registers(vcpu)?.gp.rip, ..own }),
+        }
+    }
+
+    /// The instruction that was announced counts as stepped: the vCPU is held on, and what is told of it next is the end of the step.
+    fn tell_step(&mut self, vcpu: VcpuId, held: &Held, view: View, gp: Option<GpRegisters>) -> Result<()> {
+        let gp = self.behind(vcpu, held, gp)?;
+        if self.vcpu(vcpu)?.is_in_fast_step(held.event.view.unwrap_or_default()) {
+            self.xen.control().debug_control(self.domain, STEP_OFF, vcpu.0.into()).map_err(|error| super::failed(&error))?;
+            self.vcpu_mut(vcpu)?.fast = None;
+        }
+        let registers = Registers { gp, ..held.event.registers };
+        let gfn = self.translate(gp.rip, &registers).map(Pa::gfn);
+        let reason = EventReason::SingleStep { gfn };
+        let slot = self.vcpu_mut(vcpu)?;
+        slot.held = Some(Held {
+            event: VmiEvent { view: Some(view), registers, reason, ..held.event },
+            gp: Some(gp),
+            moved: None,
+            is_out: false,
+            ..*held
+        });
+        self.ready.push_back(vcpu);
+        Ok(())
+    }
+
     fn tell_store(&mut self, vcpu: VcpuId, event: &VmiEvent, gp: Option<GpRegisters>) {
         let Some(slot) = self.vcpus.get_mut(usize::from(vcpu.0)) else { return };
         let Some(held) = &mut slot.held else { return };
@@ -390,12 +432,20 @@ impl XenDriver {
     }
 }
 
-/// What would be needed to answer a register write with other registers.
-const UNREADABLE: &str = "setting registers where the instruction cannot be read";
+/// Xen is past the instruction when it tells of it.
+const fn is_past(reason: &EventReason) -> bool {
+    matches!(
+        reason,
+        EventReason::WriteControlRegister { .. }
+            | EventReason::WriteMsr { .. }
+            | EventReason::Cpuid { .. }
+            | EventReason::GuestRequest
+    )
+}
 
-/// Registers behind an instruction of this length, unless somebody had the vCPU go on elsewhere than at `rip`, where it is.
-const fn moved(rip: u64, gp: GpRegisters, len: u8) -> GpRegisters {
-    if gp.rip == rip { GpRegisters { rip: rip.wrapping_add(len as u64), ..gp } } else { gp }
+/// Xen tells of the instruction instead of executing it: its emulator does.
+const fn is_emulated(reason: &EventReason) -> bool {
+    matches!(reason, EventReason::DescriptorAccess { .. } | EventReason::PortIo { .. })
 }
 
 /// With no place left the first one goes: an instruction stores to fewer pages than there are places.

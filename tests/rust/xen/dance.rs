@@ -429,11 +429,59 @@ fn a_caller_who_moves_rip_has_answered_cpuid_or_left_a_register_write_out() {
         lab.fake.push(0, 4, 1);
         let event = lab.event();
         assert_eq!(event.registers.gp.rip, CODE + 3);
+        // Xen is past it by the time the answer comes.
+        lab.fake.set_reg(0, Reg::Rip, CODE + 6);
         let gp = GpRegisters { rbx: 9, rip, ..event.registers.gp };
         lab.vmi.driver_mut().respond(VcpuId(0), &VmiEventResponse { registers: Some(gp), ..VmiEventResponse::CONTINUE }).unwrap();
         assert_eq!(lab.last_answer().flags & DENY != 0, denies);
         assert_eq!((lab.fake.reg(0, Reg::Rbx), lab.fake.reg(0, Reg::Rip)), (9, then));
     }
+}
+
+#[test]
+fn a_step_from_an_announced_event_ends_behind_its_instruction_without_the_guest_running() {
+    // cpuid; then what stands for a request of the guest
+    let mut lab = tapped(XEN, &[0x90, 0x0f, 0xa2, 0x90, 0x90]);
+    for monitor in [Monitor::Cpuid, Monitor::GuestRequest] {
+        lab.vmi.driver_mut().monitor(monitor, true).unwrap();
+    }
+    let step = EventAction::SingleStep { view: lab.view };
+    lab.fake.set_reg(0, Reg::Rip, CODE + 1);
+    lab.fake.set_reg(0, Reg::Rax, 0);
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.answer(step);
+    let event = lab.event();
+    assert!(matches!(event.reason, EventReason::SingleStep { gfn: Some(gfn) } if gfn == Pa(CODE).gfn()), "{event:?}");
+    assert_eq!((event.view, event.registers.gp.rip, event.registers.gp.rax), (Some(lab.view), CODE + 3, 0x16));
+    assert_eq!(lab.fake.answers().len(), 0, "the request is still to be answered");
+    lab.answer(EventAction::Continue);
+    assert_eq!((lab.fake.reg(0, Reg::Rip), lab.fake.reg(0, Reg::Rax), lab.fake.answers().len()), (CODE + 3, 0x16, 1));
+    // Registers that are set while a request is held do not bring the vCPU back in front of it.
+    lab.fake.push(0, 8, 1);
+    let event = lab.event();
+    lab.fake.set_reg(0, Reg::Rip, CODE + 4);
+    let gp = GpRegisters { rax: 5, ..event.registers.gp };
+    lab.vmi.driver_mut().respond(VcpuId(0), &VmiEventResponse { registers: Some(gp), ..VmiEventResponse::CONTINUE }).unwrap();
+    assert_eq!((lab.fake.reg(0, Reg::Rip), lab.fake.reg(0, Reg::Rax)), (CODE + 4, 5));
+}
+
+#[test]
+fn a_denial_is_not_lost_where_a_fast_step_is_under_way() {
+    let mut lab = tapped(XEN, &[0x0f, 0x22, 0xc0, 0x90]);
+    lab.vmi.driver_mut().monitor(Monitor::ControlRegister(ControlRegister::Cr0), true).unwrap();
+    lab.fake.run(0, 1);
+    lab.event();
+    lab.step();
+    // The register is written in the middle of the step, in the default view.
+    lab.fake.push(0, 4, 1);
+    let event = lab.event();
+    assert!(matches!(event.reason, EventReason::WriteControlRegister { .. }), "{event:?}");
+    let deny = VmiEventResponse::action(EventAction::Deny).in_view(lab.view);
+    lab.vmi.driver_mut().respond(VcpuId(0), &deny).unwrap();
+    let answer = lab.last_answer();
+    assert_eq!((answer.flags & (DENY | FAST), answer.u[0]), (DENY, 0), "{answer:?}");
+    assert_eq!(lab.fake.state("single_step", 0), 0);
 }
 
 #[test]

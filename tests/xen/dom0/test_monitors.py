@@ -10,7 +10,7 @@ import pytest
 import vmitap
 from demo_guest import KERNEL_WINDOW, assert_unseen, finish, start_demo, symbols
 from domain import Start, attach, release
-from vmitap import Verdict
+from vmitap import Filter, Verdict
 
 if TYPE_CHECKING:
     from vmitap import Hit
@@ -145,6 +145,43 @@ def test_registers_that_are_set_while_a_write_is_held_do_not_repeat_it(start: St
         rounds, *_, msr = results(vm)[:6]
     assert_unseen(seen)
     assert (rounds, msr, bp.stats.hits) == (ROUNDS, ROUNDS, 2 * ROUNDS)
+
+
+def test_a_walk_over_everything_that_is_told_comes_to_its_end(start: Start) -> None:
+    steps: list[tuple[int, int]] = []
+    told: list[str] = []
+
+    def walk(hit: Hit) -> Verdict | None:
+        steps.append((hit.step, hit.address))
+        return Verdict.step(60) if hit.step == 0 else None
+
+    start_probes(start, "requests=1")
+    with attach("xen:demo") as vm:
+        vm.breakpoint(symbols()["probe_cpuid"], walk, where=Filter.once())
+        vm.monitor_events(
+            lambda hit: told.append(hit.event.reason), cr=("cr3", "cr4"), msr=KERNEL_GS_BASE, cpuid=True, descriptors=True, requests=True
+        )
+        seen = finish(vm)
+        rounds, eax, ebx, ecx, edx, msr, cr4_before, cr4_after, cr3_before, cr3_after, *_ = results(vm)
+    assert_unseen(seen)
+    assert (rounds, msr) == (ROUNDS, ROUNDS)
+    assert struct.pack("<3I", ebx, ecx, edx) == XEN
+    assert eax >= HYPERVISOR_LEAF
+    assert (cr4_before ^ cr4_after, cr3_before ^ cr3_after) == (TSD, PWT)
+    assert [step for step, _ in steps] == list(range(61))
+    assert len({address for _, address in steps}) > 50
+    kinds = ["cpuid", "write-msr", *["write-control-register"] * 2, *["descriptor-access"] * 2, "guest-request"]
+    assert told == kinds * ROUNDS
+
+
+def test_registers_that_are_set_while_a_request_is_held_are_its_answer(start: Start) -> None:
+    start_probes(start, "requests=1")
+    with attach("xen:demo") as vm:
+        bp = vm.monitor_events(lambda hit: hit.vm.set_registers(hit.vcpu, rax=0x1234), requests=True)
+        seen = finish(vm)
+        *_, requested = results(vm)
+    assert_unseen(seen)
+    assert (bp.stats.hits, requested) == (ROUNDS, 0x1234)
 
 
 def test_nobody_is_told_once_the_session_has_ended(start: Start) -> None:
