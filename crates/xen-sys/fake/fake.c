@@ -81,7 +81,7 @@ static struct {
     struct event answers[256];
     int answer_count, bound;
     uint64_t ignored;
-    int bp, step, cpuid, unimplemented, cr, descriptors, requests, ports, param_set, altp2m_on, unsupported_insn;
+    int bp, step, cpuid, unimplemented, cr, descriptors, exits, requests, ports, param_set, altp2m_on, unsupported_insn;
     bool was_there[GFNS];                                      /* max_mapped_pfn never shrinks */
     long wiped, ring_full, exposures;
     int automatic, always;
@@ -163,6 +163,7 @@ long fake_state(const char *what, long i)
     if (!strcmp(what, "maps")) return d.maps;
     if (!strcmp(what, "listening")) return d.ring != 0;
     if (!strcmp(what, "altp2m")) return d.altp2m_on;
+    if (!strcmp(what, "exits")) return d.exits;
     if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr + d.descriptors + d.requests + d.ports;
     if (!strcmp(what, "ignored")) return d.ignored;
     if (!strcmp(what, "wiped")) return d.wiped;
@@ -472,7 +473,8 @@ int xc_monitor_cpuid(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER
 #ifndef WITHOUT_xc_monitor_emul_unimplemented
 int xc_monitor_emul_unimplemented(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.unimplemented); }
 #endif
-int xc_monitor_descriptor_access(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.descriptors); }
+/* What the processor does for it ends when it is switched off, and not with the listener. */
+int xc_monitor_descriptor_access(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); if (d.descriptors != on) d.exits = on; SWITCH(d.descriptors); }
 int xc_monitor_guest_request(void *x, uint32_t dom, bool on, bool sync, bool user) { (void)x; (void)dom; (void)sync; (void)user; ENTER(); SWITCH(d.requests); }
 #if MINOR >= 18
 int xc_monitor_io(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.ports); }

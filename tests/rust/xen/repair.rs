@@ -7,7 +7,7 @@ use vmitap::arch::amd64::AddressContext;
 use vmitap::driver::xen::{XenDriver, XenOptions};
 use vmitap::driver::{VmiControl, VmiDriver};
 use vmitap::session::journal::Journal;
-use vmitap::session::{Journaled, Limits, Poll, Session, TapKind, TapSpec, Verdict, repair};
+use vmitap::session::{EventSet, Journaled, Limits, Poll, Session, TapKind, TapSpec, Verdict, repair};
 use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Pa, Va, VcpuId, VmiError};
 use xen_sys::fake::{Fake, Kind};
@@ -26,6 +26,8 @@ fn script(driver: Box<dyn VmiDriver>, fake: &Fake) -> Result<(), VmiError> {
     let context = AddressContext { root: Pa(0), levels: 4 };
     let watch = TapKind::Watch { len: 8, access: MemoryAccess::W };
     let watch = session.add(&TapSpec { kind: watch, va: Va(0x9000), context, ..spec(view, true) })?;
+    let set = EventSet { registers: [false, true, false], descriptors: true, ..EventSet::default() };
+    let monitor = session.add(&TapSpec { kind: TapKind::Monitor(set), va: Va(0), ..spec(view, false) })?;
     let other = session.create_view(MemoryAccess::RWX)?;
     fake.automatic(50);
     for turn in 0..8 {
@@ -39,6 +41,7 @@ fn script(driver: Box<dyn VmiDriver>, fake: &Fake) -> Result<(), VmiError> {
             4 => drop(session.add(&TapSpec { view: other, ..spec(view, true) })?),
             5 => session.switch_to_view(other)?,
             6 => session.remove(tap)?,
+            7 => session.remove(monitor)?,
             _ => {}
         }
     }
@@ -77,8 +80,20 @@ fn killed(kind: Kind, death: Option<Death>, meanwhile: i32) -> (usize, bool) {
     fake.automatic(0);
     fake.always(0);
     assert_eq!(folder.files(), 0);
-    for what in ["listening", "monitors", "views", "altp2m", "pauses", "held", "single_step", "view", "uds", "int3s", "exposures"]
-    {
+    for what in [
+        "listening",
+        "monitors",
+        "views",
+        "altp2m",
+        "pauses",
+        "held",
+        "single_step",
+        "view",
+        "uds",
+        "int3s",
+        "exposures",
+        "exits",
+    ] {
         for vcpu in [0, 1] {
             assert_eq!(fake.state(what, vcpu), 0, "{death:?}: {what} of vCPU {vcpu}");
         }
