@@ -24,18 +24,52 @@ pub struct Corrupt {
     pub slots: u32,
 }
 
+/// The memory of a ring. Tests have one whose every order of accesses is tried.
+pub trait RingPage {
+    /// Reads an aligned word, and with it what its writer wrote before it (acquire).
+    fn load(&self, offset: usize) -> Option<u32>;
+    /// Writes an aligned word after everything that was written before (release).
+    fn store(&self, offset: usize, value: u32) -> Option<()>;
+    /// Copies bytes out.
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Option<()>;
+    /// Copies bytes in.
+    fn write(&self, offset: usize, bytes: &[u8]) -> Option<()>;
+}
+
+impl RingPage for Mapping {
+    #[inline]
+    fn load(&self, offset: usize) -> Option<u32> {
+        Self::load(self, offset)
+    }
+
+    #[inline]
+    fn store(&self, offset: usize, value: u32) -> Option<()> {
+        Self::store(self, offset, value)
+    }
+
+    #[inline]
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Option<()> {
+        Self::read(self, offset, buf)
+    }
+
+    #[inline]
+    fn write(&self, offset: usize, bytes: &[u8]) -> Option<()> {
+        Self::write(self, offset, bytes)
+    }
+}
+
 /// The ring, from our end.
 #[derive(Debug)]
-pub struct Ring {
-    page: Mapping,
+pub struct Ring<P = Mapping> {
+    page: P,
     layout: Layout,
     taken: u32,
     answered: u32,
 }
 
-impl Ring {
+impl<P: RingPage> Ring<P> {
     /// Initialises the page, in which nothing has happened yet (SHARED_RING_INIT and BACK_RING_INIT).
-    pub fn new(page: Mapping, layout: Layout) -> Self {
+    pub fn new(page: P, layout: Layout) -> Self {
         let ring = Self { page, layout, taken: 0, answered: 0 };
         ring.set(RSP_PROD, 0);
         ring.set(RSP_EVENT, 1);
@@ -54,7 +88,7 @@ impl Ring {
     }
 
     /// The page.
-    pub const fn page(&self) -> &Mapping {
+    pub const fn page(&self) -> &P {
         &self.page
     }
 

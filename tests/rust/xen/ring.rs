@@ -1,10 +1,12 @@
 //! The ring: exactly one response for each request, whatever is in it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use loom::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use vmitap::arch::amd64::ControlRegister;
-use vmitap::driver::xen::ring::Ring;
+use vmitap::driver::xen::ring::{Ring, RingPage};
 use vmitap::driver::xen::{Layout, MAX_EVENT};
 use vmitap::driver::{Monitor, VmiEvents, Wait};
 use vmitap::event::{DescriptorRegister, EventAction, EventReason, VmiEventResponse};
@@ -331,4 +333,93 @@ fn between_two_threads_no_request_is_lost_and_nothing_is_seen_before_it_is_whole
         producer.join().unwrap();
         assert_eq!((ring.take(), ring.unanswered()), (Ok(None), 0));
     }
+}
+
+/// A ring's page whose indices and slots are words of loom's, so that every order of accesses that the memory model allows is tried. A slot
+/// is the one number that all its bytes are.
+struct Words {
+    indices: [AtomicU32; 4],
+    slots: Vec<AtomicU32>,
+    layout: Layout,
+    /// How an index is stored.
+    release: Ordering,
+}
+
+impl Words {
+    fn slot(&self, offset: usize) -> Option<&AtomicU32> {
+        self.slots.get((offset - size_of::<RingHead>()) / self.layout.size)
+    }
+}
+
+#[derive(Clone)]
+struct Modelled(Arc<Words>);
+
+impl RingPage for Modelled {
+    fn load(&self, offset: usize) -> Option<u32> {
+        Some(self.0.indices.get(offset / 4)?.load(Ordering::Acquire))
+    }
+
+    fn store(&self, offset: usize, value: u32) -> Option<()> {
+        self.0.indices.get(offset / 4)?.store(value, self.0.release);
+        Some(())
+    }
+
+    // The bytes of a slot are plain memory: nothing orders them but the indices.
+    fn read(&self, offset: usize, buf: &mut [u8]) -> Option<()> {
+        buf.fill(self.0.slot(offset)?.load(Ordering::Relaxed) as u8);
+        Some(())
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) -> Option<()> {
+        self.0.slot(offset)?.store(bytes[0].into(), Ordering::Relaxed);
+        Some(())
+    }
+}
+
+/// Every order in which Xen puts two requests in and takes two answers while we take and answer them.
+fn in_every_order(release: Ordering) {
+    const REQUESTS: u32 = 2;
+    loom::model(move || {
+        let layout = Layout::V7;
+        let word = || AtomicU32::new(0);
+        let slots = (0..layout.slots()).map(|_| word()).collect();
+        let words = Words { indices: std::array::from_fn(|_| word()), slots, layout, release };
+        let page = Modelled(Arc::new(words));
+        let mut ring = Ring::new(page.clone(), layout);
+        let xen = loom::thread::spawn(move || {
+            for put in 0..REQUESTS {
+                page.0.slots[put as usize].store(put + 1, Ordering::Relaxed);
+                page.0.indices[0].store(put + 1, Ordering::Release);
+            }
+            for answered in 0..REQUESTS {
+                while page.0.indices[2].load(Ordering::Acquire) <= answered {
+                    loom::thread::yield_now();
+                }
+                assert_eq!(page.0.slots[answered as usize].load(Ordering::Relaxed), 100 + answered, "an answer that is whole");
+            }
+        });
+        for taken in 0..REQUESTS {
+            let request = loop {
+                match ring.take().unwrap() {
+                    Some(request) => break request,
+                    None => loom::thread::yield_now(),
+                }
+            };
+            assert_eq!(u32::from(request[0]), taken + 1, "a request that is whole");
+            assert!(ring.answer(&[100 + taken as u8; MAX_EVENT]));
+        }
+        xen.join().unwrap();
+        assert_eq!((ring.take(), ring.unanswered()), (Ok(None), 0));
+    });
+}
+
+#[test]
+fn in_every_order_of_both_ends_requests_and_answers_are_whole_and_none_is_lost() {
+    in_every_order(Ordering::Release);
+}
+
+#[test]
+#[should_panic(expected = "an answer that is whole")]
+fn with_a_store_that_orders_nothing_some_order_shows_an_answer_that_is_not_whole() {
+    in_every_order(Ordering::Relaxed);
 }
