@@ -57,8 +57,10 @@ def session(turn: int) -> list[vmitap.VmitapError]:
     do(lambda: vm.run(timeout=5, max_hits=3))
     registers = do(lambda: vm.registers(0))
     do(lambda: vm.translate(symbols()["open_file"], root=registers.cr3))
-    with vm.pause():
-        do(second.remove)
+    pause = vm.pause()
+    do(pause.__enter__)
+    do(second.remove)
+    do(lambda: pause.__exit__(None, None, None))
     do(watch.remove)
     do(lambda: vm.views.switch_to(other))
     do(lambda: vm.run(timeout=5, max_hits=2))
