@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 import vmitap
-from demo_guest import begin, start_demo, symbols, truth
+from demo_guest import begin, start_demo, symbols
 from domain import Start, attach, wait_for
 from faults import FAIL, NOTHING, arm, between, state
+from outside import Outside
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,15 +86,16 @@ def is_typed(error: vmitap.VmitapError, number: int) -> bool:
             return False
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.long)])
 def test_a_call_that_fails_is_told_and_the_next_try_does_it(start: Start, capsys: pytest.CaptureFixture[str], every: int) -> None:
     most = 400
     guest = start_demo(start, f"mode=calls calls={TURN * most} paced={TURN} parts=1 callers=1")
     turn, told = 1, 0
 
+    outside = Outside(guest)
+
     def is_over() -> bool:
-        with attach("xen:demo") as vm:
-            return truth(vm).calls["open_file"] == TURN * turn * guest.vcpus
+        return outside.truth().calls["open_file"] == TURN * turn * guest.vcpus
 
     with between():
         arm(NOTHING, 0)
@@ -114,13 +116,11 @@ def test_a_call_that_fails_is_told_and_the_next_try_does_it(start: Start, capsys
             assert all(is_typed(error, number) for error in failed), what
             assert memory() == before, what
             told += len(failed)
-            with attach("xen:demo") as vm:
-                begin(vm, turn)
+            outside.begin(turn)
             wait_for(f"the guest's turn {turn}, after {what}", is_over)
     with capsys.disabled():
         print(f"\n{turn - 1} of {calls} calls failed, {told} of them were told\n")
     assert told > (turn - 1) // 2
-    with attach("xen:demo") as vm:
-        begin(vm, most)
+    outside.begin(most)
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console, limit=60)
     assert ", 0 mismatches" in guest.console

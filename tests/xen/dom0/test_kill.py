@@ -16,6 +16,7 @@ import vmitap
 from demo_guest import begin, start_demo, symbols, truth
 from domain import Start, attach, wait_for
 from faults import KILL_AFTER, KILL_BEFORE, NOTHING, arm, between, state
+from outside import Outside
 from xentrace import table
 
 if TYPE_CHECKING:
@@ -89,9 +90,10 @@ def test_a_tool_that_dies_at_any_call_leaves_a_guest_that_can_be_brought_back(st
     turns = 1 + sum(POINTS.values())
     guest = start_demo(start, f"mode=calls calls={TURN * turns} paced={TURN} parts=1 callers=1")
 
+    outside = Outside(guest)
+
     def is_over(turn: int) -> bool:
-        with attach("xen:demo") as vm:
-            return truth(vm).calls["open_file"] == TURN * turn * guest.vcpus
+        return outside.truth().calls["open_file"] == TURN * turn * guest.vcpus
 
     deaths: dict[str, list[str]] = {stage: [] for stage in STAGES}
     repairs = 0
@@ -118,8 +120,7 @@ def test_a_tool_that_dies_at_any_call_leaves_a_guest_that_can_be_brought_back(st
                 assert vmitap.repair("xen:demo") is not None, (stage, at)
                 repairs += 1
             assert vmitap.repair("xen:demo") is None
-            with attach("xen:demo") as vm:
-                begin(vm, turn)
+            outside.begin(turn)
             wait_for(f"turn {turn}, after a death at call {at} of {stage}", lambda turn=turn: is_over(turn))  # type: ignore[misc]
     rows: list[tuple[object, ...]] = [(stage, calls[stage], len(deaths[stage]), ", ".join(sorted(set(deaths[stage])))) for stage in STAGES]
     with capsys.disabled():

@@ -74,10 +74,10 @@ def kill_a_tool(stage: str) -> None:
 
 
 # By hand all of them are tried, and more: test_kill.py.
-LONG = [pytest.param(stage, marks=pytest.mark.long) for stage in ("attached", "steps", "paused")]
+LONG = [pytest.param(stage, marks=pytest.mark.long) for stage in ("attached", "steps", "paused", "removed")]
 
 
-@pytest.mark.parametrize("stage", ["hits", "held", "removed", *LONG])
+@pytest.mark.parametrize("stage", ["hits", "held", *LONG])
 def test_the_watchdog_brings_a_domain_back_whose_tool_was_killed(start: Start, stage: str) -> None:
     guest = start_demo(start, f"mode=calls calls={CALLS} parts=1 callers=1")
     # A test that failed may have left one.

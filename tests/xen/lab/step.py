@@ -18,8 +18,18 @@ class LabError(Exception):
     """Something the lab needs is missing or went wrong; the text is for the person at the screen."""
 
 
+_begin = ""
+
+
+def begin_lines_with(text: str) -> None:
+    """Of this process, from now on."""
+    global _begin
+    _begin = text
+
+
 def say(text: str) -> None:
-    print(text, flush=True)
+    # One write a line: two machines share the screen.
+    print("".join(f"{_begin}{line}\n" for line in text.split("\n")), end="", flush=True)
 
 
 @contextmanager
@@ -30,7 +40,7 @@ def step(name: str) -> Iterator[None]:
     try:
         yield
     except LabError as error:
-        print(f"\nxen-lab: step failed: {name}\n{error}", file=sys.stderr, flush=True)
+        print(f"\n{_begin}xen-lab: step failed: {name}\n{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     taken = time.monotonic() - began
     if taken >= 1:
