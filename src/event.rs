@@ -76,6 +76,11 @@ pub enum EventReason {
         /// It is loaded; else it is stored to memory or to a register.
         is_load: bool,
     },
+    /// A debug exception of the guest's own (#DB) is about to be delivered: its trap flag, its debug registers.
+    DebugException {
+        /// What DR6 is to say: bit 14 for the trap flag, bits 0 to 3 for breakpoints (Intel SDM vol. 3, 18.2.3).
+        pending: u64,
+    },
     /// An I/O port is about to be read or written.
     PortIo {
         /// Which.
@@ -104,7 +109,8 @@ pub enum DescriptorRegister {
 /// What is to happen to the vCPU of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum EventAction {
-    /// Go on: retry the instruction, or carry out the register write, the CPUID or the load or store of a descriptor table or the access to a port that was announced.
+    /// Go on: retry the instruction, or carry out the register write, the CPUID or the load or store of a descriptor table the access to a port or the exception that was
+    /// announced.
     #[default]
     Continue,
     /// Deliver the INT3 to the guest through its own IDT, as if nobody had looked.
@@ -123,7 +129,8 @@ pub enum EventAction {
     },
     /// Serve the denied read from the default view without switching: the guest gets the original bytes.
     Emulate,
-    /// Skip the effect of the denied write, or of the announced register write: the instruction counts as executed. Not for CPUID, which Xen
+    /// Skip the effect of the denied write, or of the announced register write: the instruction counts as executed. Of an announced exception:
+    /// the guest does not get it. Not for CPUID, which Xen
     /// has executed by then: whoever does not want its results answers it, with registers and RIP behind it.
     Deny,
 }

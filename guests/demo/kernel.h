@@ -202,6 +202,8 @@ u64 mismatches_seen(void);
 /* probe.c */
 void probe(u64 round, int requests);
 void probe_give(void);
+void probe_trace(void);
+void probe_traced(void);
 
 /* syscall.c */
 void syscall_handler(struct frame *frame);

@@ -170,6 +170,8 @@ static void probes_mode(u64 rounds)
 		probe(round, number("requests=", 0) != 0);
 		if (number("give=", 0) && round == rounds / 2)
 			probe_give();
+		if (number("trace=", 0))
+			probe_trace();
 	}
 	if (checking)
 		check_integrity();

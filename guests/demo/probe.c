@@ -30,6 +30,8 @@ struct {
 	long requested;
 	/* How many pages it took back, with give=1. */
 	long given;
+	/* Debug exceptions it got, with trace=1: one for each instruction of probe_trace with the trap flag on. */
+	u64 traced;
 } probe_results;
 
 /* The page that is given back: nobody needs it. */
@@ -93,6 +95,17 @@ TRACEABLE void probe_give(void)
 	long result = HYPERCALL_MEMORY_OP;
 	__asm__ volatile("vmcall" : "+a"(result) : "D"(DECREASE_RESERVATION), "S"(&reservation) : "memory");
 	probe_results.given = result;
+}
+
+void probe_traced(void)
+{
+	probe_results.traced++;
+}
+
+/* Executes a few instructions with the trap flag on. */
+TRACEABLE void probe_trace(void)
+{
+	__asm__ volatile("pushfq; orq $0x100, (%%rsp); popfq; nop; nop; nop; pushfq; andq $~0x100, (%%rsp); popfq" ::: "memory", "cc");
 }
 
 void probe(u64 round, int requests)

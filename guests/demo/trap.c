@@ -15,6 +15,7 @@
 #define APIC_PERIODIC (1 << 17)
 #define APIC_ALL_BUT_SELF (3 << 18)
 
+#define VECTOR_DEBUG 1
 #define VECTOR_BREAKPOINT 3
 #define VECTOR_DOUBLE_FAULT 8
 #define VECTOR_PAGE_FAULT 14
@@ -163,6 +164,9 @@ void trap_handler(struct frame *frame)
 		schedule();
 		break;
 	case VECTOR_SPURIOUS:
+		break;
+	case VECTOR_DEBUG:
+		probe_traced();
 		break;
 	case VECTOR_BREAKPOINT:
 		this_cpu()->current->traps++;

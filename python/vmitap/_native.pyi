@@ -522,6 +522,7 @@ class Vm:
         *,
         cr: Literal["cr0", "cr3", "cr4"] | Iterable[Literal["cr0", "cr3", "cr4"]] | None = None,
         msr: int | Iterable[int] | None = None,
+        debug: bool = False,
         cpuid: bool = False,
         descriptors: bool = False,
         ports: bool = False,
@@ -545,6 +546,8 @@ class Vm:
         Args:
             cr: control registers whose writes are reported.
             msr: numbers of model-specific registers whose writes are reported, 8 at most; further ones in another monitor.
+            debug: report debug exceptions (#DB) of the guest's own, by its trap flag or its debug registers; one that is denied it does not
+                get. On the embedded driver those of the trap flag.
             cpuid: report CPUID.
             descriptors: report loads and stores of GDTR, IDTR, LDTR and TR; on Xen only.
             ports: report reads and writes of I/O ports; on Xen from 4.18 on, where its emulator carries them out.
@@ -1438,6 +1441,7 @@ class JournalEvent:
         "cpuid",
         "descriptor-access",
         "port-io",
+        "debug-exception",
         "guest-request",
     ]:
         """What happened, as `VmiEvent.reason`."""
@@ -1751,7 +1755,7 @@ class Verdict:
         """
     @staticmethod
     def deny() -> Verdict:
-        """The register write of a `Vm.monitor_events` has no effect, and counts as executed.
+        """The register write of a `Vm.monitor_events` has no effect, and counts as executed; a debug exception is kept from the guest.
 
         For any other hit, CPUID included, it is an error and the vCPU goes on as with `continue_`.
 
@@ -2235,6 +2239,7 @@ class VmiEvent:
         "cpuid",
         "descriptor-access",
         "port-io",
+        "debug-exception",
         "guest-request",
     ]:
         """What happened.
@@ -2280,6 +2285,9 @@ class VmiEvent:
     @property
     def subleaf(self) -> int | None:
         """ECX of a CPUID."""
+    @property
+    def pending(self) -> int | None:
+        """What DR6 is to say of a debug exception."""
     @property
     def port(self) -> int | None:
         """The I/O port about to be read or written."""

@@ -64,6 +64,7 @@ pub enum FlightKind {
     DescriptorAccess,
     GuestRequest,
     PortIo,
+    DebugException,
 }
 
 /// What became of an event.
@@ -89,7 +90,7 @@ pub enum FlightOutcome {
 }
 
 impl FlightKind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Breakpoint,
         Self::MemoryAccess,
         Self::SingleStep,
@@ -99,6 +100,7 @@ impl FlightKind {
         Self::DescriptorAccess,
         Self::GuestRequest,
         Self::PortIo,
+        Self::DebugException,
     ];
 
     /// The name that Python's `VmiEvent.reason` has for it.
@@ -113,6 +115,7 @@ impl FlightKind {
             Self::DescriptorAccess => "descriptor-access",
             Self::GuestRequest => "guest-request",
             Self::PortIo => "port-io",
+            Self::DebugException => "debug-exception",
         }
     }
 }
@@ -253,6 +256,7 @@ impl FlightRecorder {
             EventReason::WriteMsr { msr, .. } => (FlightKind::WriteMsr, msr.into(), MemoryAccess::NONE),
             EventReason::Cpuid { leaf, .. } => (FlightKind::Cpuid, leaf.into(), MemoryAccess::NONE),
             EventReason::DescriptorAccess { .. } => (FlightKind::DescriptorAccess, rip, MemoryAccess::NONE),
+            EventReason::DebugException { .. } => (FlightKind::DebugException, rip, MemoryAccess::NONE),
             EventReason::PortIo { port, .. } => (FlightKind::PortIo, port.into(), MemoryAccess::NONE),
             EventReason::GuestRequest => (FlightKind::GuestRequest, rip, MemoryAccess::NONE),
         };

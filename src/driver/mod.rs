@@ -73,6 +73,8 @@ pub enum Monitor {
     ControlRegister(crate::arch::amd64::ControlRegister),
     /// Writes to one model-specific register.
     Msr(u32),
+    /// Debug exceptions (#DB) of the guest's own.
+    Debug,
     /// CPUID.
     Cpuid,
     /// Loads and stores of GDTR, IDTR, LDTR and TR: LGDT, SGDT, LIDT, SIDT, LLDT, SLDT, LTR, STR.
@@ -92,6 +94,7 @@ impl std::fmt::Display for Monitor {
             Self::ControlRegister(Cr3) => "cr3",
             Self::ControlRegister(Cr4) => "cr4",
             Self::Msr(msr) => return write!(f, "msr {msr:#x}"),
+            Self::Debug => "debug",
             Self::Cpuid => "cpuid",
             Self::DescriptorAccess => "descriptors",
             Self::PortIo => "ports",

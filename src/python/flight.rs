@@ -205,9 +205,11 @@ impl JournalEvent {
     fn address(&self) -> Option<u64> {
         let FlightEvent { kind, address, .. } = self.event;
         match kind {
-            FlightKind::Breakpoint | FlightKind::SingleStep | FlightKind::DescriptorAccess | FlightKind::GuestRequest => {
-                Some(address)
-            }
+            FlightKind::Breakpoint
+            | FlightKind::SingleStep
+            | FlightKind::DescriptorAccess
+            | FlightKind::DebugException
+            | FlightKind::GuestRequest => Some(address),
             FlightKind::MemoryAccess if address != 0 => Some(address),
             _ => None,
         }

@@ -251,6 +251,19 @@ impl Shared {
 
     // --- who runs the loop ---
 
+    /// Ends a session nobody holds any more; there is nobody to raise to.
+    pub fn end(self: &Arc<Self>) {
+        if self.is_closed() {
+            return;
+        }
+        Python::attach(|py| {
+            if let Err(error) = self.close(py) {
+                log::error!("a session was not ended with detach(), and then: {error}");
+                super::log::flush(py);
+            }
+        });
+    }
+
     /// Makes this thread the one that runs the loop.
     pub fn start_run(self: &Arc<Self>, op: &'static str) -> PyResult<Running> {
         self.check_open()?;

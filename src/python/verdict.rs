@@ -49,7 +49,7 @@ impl Verdict {
         }
     }
 
-    /// The register write of a `Vm.monitor_events` has no effect, and counts as executed.
+    /// The register write of a `Vm.monitor_events` has no effect, and counts as executed; a debug exception is kept from the guest.
     #[staticmethod]
     fn deny() -> Self {
         Self(Said::To(session::Verdict::Deny))

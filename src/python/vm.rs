@@ -368,7 +368,7 @@ impl Vm {
     }
 
     /// Reports what vCPUs announce, wherever they are; without a handler it is also a decorator that sets one.
-    #[pyo3(signature = (handler=None, *, cr=None, msr=None, cpuid=false, descriptors=false, ports=false, requests=false, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
+    #[pyo3(signature = (handler=None, *, cr=None, msr=None, debug=false, cpuid=false, descriptors=false, ports=false, requests=false, r#where=None, capture=None, abi=None, key=None, tag=None, deadline=None, budget=None))]
     #[expect(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "the signature Python sees")]
     fn monitor_events(
         &self,
@@ -376,6 +376,7 @@ impl Vm {
         handler: Option<Py<PyAny>>,
         cr: Option<&Bound<'_, PyAny>>,
         msr: Option<&Bound<'_, PyAny>>,
+        debug: bool,
         cpuid: bool,
         descriptors: bool,
         ports: bool,
@@ -388,8 +389,11 @@ impl Vm {
         deadline: Option<f64>,
         budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<Breakpoint>> {
-        let kind =
-            Kind::Monitor(plant::event_set(cr, msr, EventSet { cpuid, descriptors, ports, requests, ..EventSet::default() })?);
+        let kind = Kind::Monitor(plant::event_set(
+            cr,
+            msr,
+            EventSet { debug, cpuid, descriptors, ports, requests, ..EventSet::default() },
+        )?);
         let abi = self.abi(abi)?;
         let captured = expression::captured(py, capture, None, abi)?;
         let given = plant::given(py, handler, None, key, tag, (deadline, None), (r#where, captured, abi), budget)?;
@@ -673,7 +677,7 @@ impl Vm {
 
     fn __clear__(&self) {
         if self.scope.is_none() {
-            end(&self.shared);
+            self.shared.end();
         }
     }
 }
@@ -681,20 +685,7 @@ impl Vm {
 impl Drop for Vm {
     fn drop(&mut self) {
         if self.scope.is_none() {
-            end(&self.shared);
+            self.shared.end();
         }
     }
-}
-
-/// Ends a session nobody holds any more; there is nobody to raise to.
-fn end(shared: &Arc<Shared>) {
-    if shared.is_closed() {
-        return;
-    }
-    Python::attach(|py| {
-        if let Err(error) = shared.close(py) {
-            log::error!("a session was not ended with detach(), and then: {error}");
-            super::log::flush(py);
-        }
-    });
 }

@@ -213,6 +213,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Ok(self.sort_announced(event, home))
             }
             EventReason::WriteMsr { .. }
+            | EventReason::DebugException { .. }
             | EventReason::Cpuid { .. }
             | EventReason::DescriptorAccess { .. }
             | EventReason::PortIo { .. }
@@ -548,7 +549,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 Verdict::Step(left) => vcpu.walk = Some(Walk { tap: *tap, done: 0, left: *left }),
                 Verdict::Deny if pending.course == Course::Deny => {}
                 Verdict::Deny => {
-                    let reason = "only a register write that a monitor announces can be denied".to_owned();
+                    let reason = "only a register write or a debug exception that a monitor announces can be denied".to_owned();
                     failed = Err(VmiError::InvalidArgument { what: "verdict", reason });
                 }
                 Verdict::SetRegisters(changes) if is_announced(&event.reason) && !changes.moves(event.registers.gp.rip) => {

@@ -172,6 +172,7 @@ fn monitor_of(name: &str) -> Option<Monitor> {
         "int3" => Monitor::Breakpoint,
         "cpuid" => Monitor::Cpuid,
         "descriptors" => Monitor::DescriptorAccess,
+        "debug" => Monitor::Debug,
         "ports" => Monitor::PortIo,
         "requests" => Monitor::GuestRequest,
         "cr0" => Monitor::ControlRegister(ControlRegister::Cr0),

@@ -22,6 +22,8 @@ pub struct EventSet {
     pub registers: [bool; 3],
     /// Writes of these model-specific registers.
     pub msrs: [Option<u32>; MAX_MSRS],
+    /// Debug exceptions of the guest's own.
+    pub debug: bool,
     /// Executions of CPUID.
     pub cpuid: bool,
     /// Loads and stores of GDTR, IDTR, LDTR and TR.
@@ -42,8 +44,8 @@ impl EventSet {
     /// What the driver has to announce for it, each once.
     pub fn monitors(&self) -> impl Iterator<Item = Monitor> {
         let registers = [ControlRegister::Cr0, ControlRegister::Cr3, ControlRegister::Cr4].map(Monitor::ControlRegister);
-        let single = [Monitor::Cpuid, Monitor::DescriptorAccess, Monitor::PortIo, Monitor::GuestRequest];
-        let on = self.registers.into_iter().chain([self.cpuid, self.descriptors, self.ports, self.requests]);
+        let single = [Monitor::Debug, Monitor::Cpuid, Monitor::DescriptorAccess, Monitor::PortIo, Monitor::GuestRequest];
+        let on = self.registers.into_iter().chain([self.debug, self.cpuid, self.descriptors, self.ports, self.requests]);
         let msrs = self.msrs;
         let msrs = (0..).zip(msrs).filter_map(move |(at, msr)| {
             let is_first = !msrs.iter().take(at).any(|before| *before == msr);
@@ -62,6 +64,7 @@ impl EventSet {
         match *reason {
             EventReason::WriteControlRegister { register, .. } => self.registers.get(of_register(register)) == Some(&true),
             EventReason::WriteMsr { msr, .. } => self.msrs.contains(&Some(msr)),
+            EventReason::DebugException { .. } => self.debug,
             EventReason::Cpuid { .. } => self.cpuid,
             EventReason::DescriptorAccess { .. } => self.descriptors,
             EventReason::PortIo { .. } => self.ports,
@@ -78,7 +81,7 @@ pub(super) const fn is_announced(reason: &EventReason) -> bool {
 
 /// Whether the effect of an event can be left out.
 pub(super) const fn can_be_denied(reason: &EventReason) -> bool {
-    matches!(reason, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. })
+    matches!(reason, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::DebugException { .. })
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {

@@ -220,7 +220,7 @@ pub enum Verdict {
     SetRegisters(Box<GpChanges>),
     /// The vCPU goes on instruction by instruction: after each of so many there is a hit again, with [`Hit::step`] from 1 on.
     Step(u32),
-    /// The register write that was announced has no effect, and counts as executed. For hits of a monitor.
+    /// The register write that was announced has no effect, and counts as executed; the guest does not get the exception. For hits of a monitor.
     Deny,
     /// The vCPU stands where it is until the next [`super::Session::poll`], which goes on as with `Continue`.
     Pause,

@@ -208,6 +208,30 @@ def test_after_rip_was_set_in_the_handler_the_next_instruction_is_told(guest: vm
     assert written.stats.hits == ROUNDS
 
 
+TRACED = 112  # the offset of `traced` in `probe_results`
+STEPS = 6
+"""Debug exceptions of one `probe_trace`: behind each instruction that begins with the trap flag on."""
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_debug_exceptions_of_the_guest_are_told_and_delivered_or_kept_from_it(kept: bool) -> None:
+    seen: list[int] = []
+
+    def tell(hit: Hit) -> Verdict | None:
+        seen.append(hit.address)
+        assert (hit.event.reason, hit.event.pending) == ("debug-exception", 1 << 14)
+        return Verdict.deny() if kept else None
+
+    with vmitap.attach("demo", cmdline=f"mode=probes probes={ROUNDS} trace=1") as vm:
+        tapped = vm.breakpoint(place(vm, "probe_trace", "909090") + 1)
+        bp = vm.monitor_events(tell, debug=True)
+        finish(vm)
+        assert vm.read_u64(vm.symbol("probe_results") + TRACED) == (0 if kept else STEPS * ROUNDS)
+        assert (bp.stats.hits, tapped.stats.hits, len(set(seen))) == (STEPS * ROUNDS, ROUNDS, STEPS)
+        start = vm.symbol("probe_trace")
+        assert all(start < address < start + 0x40 for address in seen)
+
+
 def test_filters_captures_events_budgets_and_states_work_as_for_breakpoints(guest: vmitap.Vm) -> None:
     odd = guest.monitor_events(msr=KERNEL_GS_BASE, where=Reg.rax % 2 == 1, capture={"low": Reg.rax}, key="k", tag="t")
     again = guest.monitor_events(msr=KERNEL_GS_BASE, key="k")

@@ -81,7 +81,7 @@ static struct {
     struct event answers[256];
     int answer_count, bound;
     uint64_t ignored;
-    int bp, step, cpuid, unimplemented, cr, descriptors, exits, requests, ports, param_set, altp2m_on, unsupported_insn;
+    int bp, step, cpuid, unimplemented, cr, descriptors, exits, requests, ports, debug, param_set, altp2m_on, unsupported_insn;
     bool was_there[GFNS];                                      /* max_mapped_pfn never shrinks */
     long wiped, ring_full, exposures;
     int automatic, always;
@@ -164,7 +164,7 @@ long fake_state(const char *what, long i)
     if (!strcmp(what, "listening")) return d.ring != 0;
     if (!strcmp(what, "altp2m")) return d.altp2m_on;
     if (!strcmp(what, "exits")) return d.exits;
-    if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr + d.descriptors + d.requests + d.ports;
+    if (!strcmp(what, "monitors")) return d.bp + d.step + d.cpuid + d.unimplemented + d.cr + d.descriptors + d.requests + d.ports + d.debug;
     if (!strcmp(what, "ignored")) return d.ignored;
     if (!strcmp(what, "wiped")) return d.wiped;
     if (!strcmp(what, "exposures")) return d.exposures;
@@ -464,11 +464,12 @@ void *xc_monitor_enable(void *x, uint32_t dom, uint32_t *port)
     d.req_prod = d.rsp_cons = 0; *port = 42; d.maps++;
     return d.ring;
 }
-int xc_monitor_disable(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); *fake_knob("busy") = 0; d.ring = 0; d.bp = d.step = d.cpuid = d.unimplemented = d.cr = d.descriptors = d.requests = d.ports = 0; return 0; }
+int xc_monitor_disable(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); *fake_knob("busy") = 0; d.ring = 0; d.bp = d.step = d.cpuid = d.unimplemented = d.cr = d.descriptors = d.requests = d.ports = d.debug = 0; return 0; }
 int xc_monitor_get_capabilities(void *x, uint32_t dom, uint32_t *out) { (void)x; (void)dom; ENTER(); *out = 0x1b7b | (knob("single_step") ? 4 : 0) | (knob("emul_monitor") ? 1 << 10 : 0); return 0; }
 #define SWITCH(field) do { if (field == on) return ERR(EEXIST); field = on; return 0; } while (0)
 int xc_monitor_singlestep(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.step); }
 int xc_monitor_software_breakpoint(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.bp); }
+int xc_monitor_debug_exceptions(void *x, uint32_t dom, bool on, bool sync) { (void)x; (void)dom; (void)sync; ENTER(); SWITCH(d.debug); }
 int xc_monitor_cpuid(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.cpuid); }
 #ifndef WITHOUT_xc_monitor_emul_unimplemented
 int xc_monitor_emul_unimplemented(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); SWITCH(d.unimplemented); }

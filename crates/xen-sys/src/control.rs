@@ -93,6 +93,8 @@ calls! {
     monitor_singlestep = xc_monitor_singlestep(on: bool);
     /// Has INT3s told.
     monitor_software_breakpoint = xc_monitor_software_breakpoint(on: bool);
+    /// Has debug exceptions of the guest's own told.
+    monitor_debug_exceptions = xc_monitor_debug_exceptions(on: bool, sync: bool);
     /// Has CPUIDs told.
     monitor_cpuid = xc_monitor_cpuid(on: bool);
     /// Has loads and stores of descriptor-table registers told.

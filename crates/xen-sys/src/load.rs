@@ -106,6 +106,7 @@ table! {
         xc_monitor_mov_to_msr: unsafe extern "C" fn(Handle, Domid, u32, bool, bool) -> c_int,
         xc_monitor_singlestep: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
         xc_monitor_software_breakpoint: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
+        xc_monitor_debug_exceptions: unsafe extern "C" fn(Handle, Domid, bool, bool) -> c_int,
         xc_monitor_cpuid: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
         xc_monitor_emul_unimplemented: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,
         xc_monitor_descriptor_access: unsafe extern "C" fn(Handle, Domid, bool) -> c_int,

@@ -86,6 +86,7 @@ pub mod monitor_event {
     pub const SINGLESTEP: u32 = 2;
     pub const SOFTWARE_BREAKPOINT: u32 = 3;
     pub const GUEST_REQUEST: u32 = 4;
+    pub const DEBUG_EXCEPTION: u32 = 5;
     pub const CPUID: u32 = 6;
     pub const DESC_ACCESS: u32 = 9;
     pub const EMUL_UNIMPLEMENTED: u32 = 10;

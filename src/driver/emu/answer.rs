@@ -10,7 +10,7 @@ use crate::event::{EventAction, VmiEventResponse};
 use super::deliver;
 use super::hooks::translate;
 use super::memory::Memory;
-use super::run::Machine;
+use super::run::{Machine, trap};
 use super::sys::Access;
 use super::vcpu::{Held, Step, Vcpu};
 
@@ -35,14 +35,15 @@ impl Machine {
         let fits = match response.action {
             EventAction::Reinject => matches!(held, Held::Breakpoint(_)),
             EventAction::Emulate => held == Held::Access,
-            EventAction::Deny => matches!(held, Held::Access | Held::Write(_)),
+            EventAction::Deny => matches!(held, Held::Access | Held::Write(_) | Held::Debug),
             EventAction::Continue | EventAction::FastSingleStep { .. } | EventAction::SingleStep { .. } => true,
         };
         if !fits {
             let reason = format!("{:?} does not answer this kind of event", response.action);
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
-        let vcpu = self.integer_mut(index)?;
+        let vcpu = if held == Held::Debug { self.vcpu_mut(index)? } else { self.integer_mut(index)? };
+        let rip = vcpu.rip();
         let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
@@ -70,6 +71,9 @@ impl Machine {
                 vcpu.view = pending.back;
             }
         }
+        if held == Held::Debug && response.action != EventAction::Deny && vcpu.rip() == rip {
+            trap(vcpu, &memory);
+        }
         let go_on = |view, report| {
             pending.map_or_else(|| step(view, report, [None; 2]), |pending| Some(Step { back, report, ..pending }))
         };
@@ -85,6 +89,7 @@ impl Machine {
             EventAction::Emulate => vcpu.step = step(View::DEFAULT, None, [None; 2]),
             EventAction::Deny => match held {
                 Held::Write(len) => vcpu.set_rip(vcpu.rip().wrapping_add(len.into())),
+                Held::Debug => {}
                 _ => vcpu.step = step(View::DEFAULT, None, discard),
             },
         }

@@ -50,6 +50,13 @@ pub(super) const RDI: u8 = 7;
 
 const DR6_BS: u64 = 1 << 14;
 
+/// Delivers the debug exception of the trap flag.
+pub(super) fn trap(vcpu: &mut Vcpu, memory: &Memory) {
+    let dr6 = vcpu.context.u64(vcpu.layout.dr6);
+    vcpu.context.set_u64(vcpu.layout.dr6, dr6 | DR6_BS);
+    deliver::fault(vcpu, memory, Fault::plain(vector::DB));
+}
+
 /// Wakes a wait: a flag that the loop looks at.
 #[derive(Debug, Default)]
 pub struct Bell(AtomicBool);
@@ -64,6 +71,7 @@ impl Waker for Bell {
 #[derive(Debug, Default)]
 pub struct Monitors {
     breakpoint: bool,
+    debug: bool,
     pub(super) cpuid: bool,
     pub(super) cr: [bool; 5],
     pub(super) msrs: FxHashSet<u32>,
@@ -73,6 +81,7 @@ impl Monitors {
     pub fn set(&mut self, monitor: Monitor, on: bool) {
         match monitor {
             Monitor::Breakpoint => self.breakpoint = on,
+            Monitor::Debug => self.debug = on,
             Monitor::Cpuid => self.cpuid = on,
             // Refused before.
             Monitor::DescriptorAccess | Monitor::PortIo | Monitor::GuestRequest => {}
@@ -434,14 +443,18 @@ impl Machine {
             return self.denied(index, which, denied, step);
         }
         let memory = Rc::clone(&self.memory);
+        let tells_debug = self.monitors.debug;
         let vcpu = self.vcpu_mut(index)?;
         match (exit, ended) {
             (Exit::Interrupt(vector), _) => {
                 let is_software = vcpu.context.u32(vcpu.layout.exception_is_int) != 0;
                 if vector == vector::DB {
-                    let dr6 = vcpu.context.u64(vcpu.layout.dr6);
-                    vcpu.context.set_u64(vcpu.layout.dr6, dr6 | DR6_BS);
-                    deliver::fault(vcpu, &memory, Fault::plain(vector));
+                    if tells_debug {
+                        let reason = EventReason::DebugException { pending: DR6_BS };
+                        let view = step.map_or(vcpu.view, |step| step.view);
+                        return Ok(Some(self.raise(index, view, reason, Held::Debug)?));
+                    }
+                    trap(vcpu, &memory);
                 } else if is_software {
                     let next = vcpu.rip();
                     // A failing gate must find RIP at the instruction: INT n is two bytes long.

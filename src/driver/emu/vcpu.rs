@@ -56,6 +56,8 @@ pub enum Held {
     Write(u8),
     /// A CPUID, announced and not done.
     Cpuid,
+    /// A debug exception, announced and not delivered.
+    Debug,
 }
 
 /// Flags that the engine keeps outside of its word for RFLAGS while it runs. A run that begins takes them out of it, one that ends puts them

@@ -179,6 +179,7 @@ impl Request {
             reason::SOFTWARE_BREAKPOINT => {
                 EventReason::Breakpoint { gfn: Gfn(self.u64(U + offset_of!(Debug, gfn))), insn_len: self.breakpoint().0 }
             }
+            reason::DEBUG_EXCEPTION => EventReason::DebugException { pending: self.u64(U + offset_of!(Debug, pending_dbg)) },
             reason::SINGLESTEP => EventReason::SingleStep { gfn: Some(Gfn(self.u64(U))).filter(|gfn| gfn.0 != u64::MAX) },
             reason::MEM_ACCESS => {
                 let flags = self.u32(U + offset_of!(MemAccess, flags));

@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use xen_sys::errno;
-use xen_sys::types::flag;
+use xen_sys::types::{event_type, flag};
 
 use super::XenDriver;
 use super::monitors::monitored;
 use super::run::Taken;
 use super::step::STEP_OFF;
 use crate::addr::{VcpuId, View};
+use crate::arch::amd64::vector;
 use crate::error::{Result, VmiError};
 use crate::event::EventReason;
 
@@ -157,6 +158,12 @@ impl XenDriver {
                         // It is executed again, and told again or delivered by the processor.
                         log::debug!("{error}");
                     }
+                }
+            }
+            EventReason::DebugException { pending } if gp.is_none() => {
+                let none = xen_sys::types::NO_ERROR_CODE;
+                if let Err(error) = self.inject_event(vcpu, vector::DB, event_type::HW_EXC, none, 0, pending) {
+                    log::warn!("a debug exception of vCPU {vcpu} is lost: {error}");
                 }
             }
             EventReason::Cpuid { .. } => gp = Some(self.behind(vcpu, &held, gp)?),

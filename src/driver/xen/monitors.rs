@@ -63,6 +63,10 @@ impl XenDriver {
                 need(monitor_event::MOV_TO_MSR, "monitoring model-specific registers")?;
                 control.monitor_mov_to_msr(domain, msr, on, false)
             }
+            Monitor::Debug => {
+                need(monitor_event::DEBUG_EXCEPTION, "monitoring debug exceptions")?;
+                control.monitor_debug_exceptions(domain, on, true)
+            }
             Monitor::Cpuid => {
                 need(monitor_event::CPUID, "monitoring CPUID")?;
                 control.monitor_cpuid(domain, on)

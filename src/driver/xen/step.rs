@@ -20,7 +20,7 @@ use super::codec::{Request, Response, with_cpuid_results};
 use super::insn::{self, Insn};
 use super::run::{Held, Vcpu};
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{GpRegisters, Registers, walk};
+use crate::arch::amd64::{GpRegisters, Registers, vector, walk};
 use crate::error::{Result, VmiError};
 use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 
@@ -128,9 +128,7 @@ impl XenDriver {
         let action = match response.action {
             EventAction::SingleStep { view } if is_past(&held.event.reason) => return self.tell_step(vcpu, &held, view, gp),
             // What was announced is carried out whichever view the vCPU is in.
-            EventAction::FastSingleStep { .. } if is_past(&held.event.reason) || is_emulated(&held.event.reason) => {
-                EventAction::Continue
-            }
+            EventAction::FastSingleStep { .. } if is_announced(&held.event.reason) => EventAction::Continue,
             action => action,
         };
         let registers = Registers { gp: gp.unwrap_or(held.event.registers.gp), ..held.event.registers };
@@ -237,6 +235,11 @@ impl XenDriver {
                 let (len, kind) = held.request.breakpoint();
                 let kind = if kind == 0 { event_type::SW_EXC } else { kind };
                 self.inject_event(vcpu, 3, kind, xen_sys::types::NO_ERROR_CODE, len, 0)?;
+            }
+            (action, EventReason::DebugException { pending })
+                if action != EventAction::Deny && gp.is_none_or(|gp| gp.rip == at.rip) =>
+            {
+                self.inject_event(vcpu, vector::DB, event_type::HW_EXC, xen_sys::types::NO_ERROR_CODE, 0, pending)?;
             }
             (_, EventReason::Cpuid { .. }) => gp = Some(self.behind(vcpu, held, gp)?),
             (action, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::GuestRequest) => {
@@ -441,6 +444,11 @@ const fn is_past(reason: &EventReason) -> bool {
             | EventReason::Cpuid { .. }
             | EventReason::GuestRequest
     )
+}
+
+/// It is no access to memory and no breakpoint: something is about to be done.
+const fn is_announced(reason: &EventReason) -> bool {
+    is_past(reason) || is_emulated(reason) || matches!(reason, EventReason::DebugException { .. })
 }
 
 /// Xen tells of the instruction instead of executing it: its emulator does.

@@ -48,6 +48,7 @@ impl VmiEvent {
             EventReason::WriteMsr { .. } => "write-msr",
             EventReason::Cpuid { .. } => "cpuid",
             EventReason::DescriptorAccess { .. } => "descriptor-access",
+            EventReason::DebugException { .. } => "debug-exception",
             EventReason::PortIo { .. } => "port-io",
             EventReason::GuestRequest => "guest-request",
         }
@@ -170,6 +171,13 @@ impl VmiEvent {
     fn subleaf(&self) -> Option<u32> {
         let EventReason::Cpuid { subleaf, .. } = self.event.reason else { return None };
         Some(subleaf)
+    }
+
+    /// What DR6 is to say of a debug exception.
+    #[getter]
+    fn pending(&self) -> Option<u64> {
+        let EventReason::DebugException { pending } = self.event.reason else { return None };
+        Some(pending)
     }
 
     /// The I/O port about to be read or written.

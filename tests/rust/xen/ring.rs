@@ -262,6 +262,27 @@ fn an_access_to_a_port_is_told_and_the_emulator_executes_it_where_xen_can_tell_o
 }
 
 #[test]
+fn a_debug_exception_of_the_guest_is_told_and_injected_unless_it_is_denied() {
+    for kind in Kind::ALL {
+        let mut lab = tapped(kind, &[0x90, 0x90]);
+        let before = lab.fake.state("monitors", 0);
+        lab.vmi.driver_mut().monitor(Monitor::Debug, true).unwrap();
+        for (action, injected) in
+            [(EventAction::Continue, 1), (EventAction::Deny, 1), (EventAction::FastSingleStep { view: vmitap::View::DEFAULT }, 2)]
+        {
+            lab.fake.push(0, 9, 1);
+            let told = lab.event();
+            assert_eq!(told.reason, EventReason::DebugException { pending: 0 });
+            lab.vmi.driver_mut().respond(told.vcpu, &VmiEventResponse::action(action)).unwrap();
+            assert_eq!(lab.fake.calls("xendevicemodel_inject_event"), injected, "{action:?}");
+            assert_eq!(lab.fake.state("held", 0), 0);
+        }
+        lab.vmi.driver_mut().monitor(Monitor::Debug, false).unwrap();
+        assert_eq!(lab.fake.state("monitors", 0), before);
+    }
+}
+
+#[test]
 fn a_request_of_the_guest_is_told_and_answered() {
     let mut lab = tapped(Kind::ALL[1], &[0x90]);
     lab.vmi.driver_mut().monitor(Monitor::GuestRequest, true).unwrap();

@@ -174,6 +174,26 @@ def test_registers_that_are_set_while_a_request_is_held_are_its_answer(start: St
     assert (bp.stats.hits, requested) == (ROUNDS, 0x1234)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_debug_exceptions_of_the_guest_are_told_and_delivered_or_kept_from_it(start: Start, kept: bool) -> None:
+    seen: list[int] = []
+
+    def tell(hit: Hit) -> Verdict | None:
+        seen.append(hit.address - symbols()["probe_trace"])
+        return Verdict.deny() if kept else None
+
+    start_probes(start, "trace=1")
+    with attach("xen:demo") as vm:
+        bp = vm.monitor_events(tell, debug=True)
+        seen_by_guest = finish(vm)
+        (traced,) = struct.unpack("<Q", vm.read_pa(symbols()["probe_results"] - KERNEL_WINDOW + 112, 8))
+    assert_unseen(seen_by_guest)
+    each = len(set(seen))
+    assert (bp.stats.hits, seen) == (each * ROUNDS, seen[:each] * ROUNDS)
+    assert each == 6
+    assert traced == (0 if kept else len(seen))
+
+
 def test_nobody_is_told_once_the_session_has_ended(start: Start) -> None:
     start_probes(start, "requests=1")
     with attach("xen:demo") as vm:
