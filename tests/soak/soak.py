@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import vmitap
 from vmitap import Access, Arg, Budget, Cstr, Filter, OnWrite, Reg, Verdict
@@ -37,6 +37,7 @@ GUESTS = Path(__file__).resolve().parent.parent / "guests"
 # The addresses of tests/guests/paging.S that come and go.
 PAGED = (0x80_0020_5040, 0x80_0020_0040, 0x80_0060_0040, 0x100_0000_3040)
 NEVER_MAPPED = 0x7000_0000_0000
+CONTROL_REGISTERS: tuple[Literal["cr0", "cr3", "cr4"], ...] = ("cr0", "cr3", "cr4")
 
 # What the process may grow by. The allocator's own ups and downs were seen to be 9 MiB in two minutes; in an hour, 1.5 KiB lost in
 # each session is more than this.
@@ -154,6 +155,13 @@ class Session:
         access = self.rng.choice([Access.R, Access.W, Access.R | Access.W])
         self.taps.append(vm.watch(self.guest.data, self.rng.choice([1, 8, 64]), access, self.handler()))
 
+    def monitor(self, vm: vmitap.Vm) -> None:
+        rng = self.rng
+        cr = rng.sample(CONTROL_REGISTERS, rng.randrange(3))
+        # The EOI and the timer's count: what guests write all the time.
+        msr = rng.sample([0x80B, 0x838, 0xC000_0102], rng.randrange(3))
+        self.taps.append(vm.monitor_events(self.handler(), cr=cr, msr=msr, cpuid=True, debug=rng.random() < 0.5, where=self.filter()))
+
     def remove(self, vm: vmitap.Vm) -> None:
         for tap in self.rng.sample(self.taps, min(len(self.taps), 3)):
             tap.remove()
@@ -207,7 +215,18 @@ class Session:
 
     def play(self) -> None:
         rng = self.rng
-        actions = [self.tap, self.tap, self.returning, self.many, self.watch, self.remove, self.toggle, self.write, self.record]
+        actions = [
+            self.tap,
+            self.tap,
+            self.returning,
+            self.many,
+            self.watch,
+            self.monitor,
+            self.remove,
+            self.toggle,
+            self.write,
+            self.record,
+        ]
         actions += [self.listen, self.refused]
         vcpus = rng.randrange(1, self.guest.vcpus + 1)
         with vmitap.attach(self.guest.target, memory=self.guest.memory, vcpus=vcpus, cmdline=self.guest.cmdline) as vm:
