@@ -457,12 +457,17 @@ fn assert_same(found: &(Seen, Vec<String>), wanted: &(Seen, Vec<String>), when: 
 /// Fails each driver call of `op` in turn, reads too. After each failure guest and books are as before and the error names the call;
 /// the retry does all of it. Returns how many calls there are.
 pub fn each_call_failing<W: World>(make: impl Fn() -> W, op: impl Fn(&mut W) -> Result<()>) -> usize {
+    each_call_failing_with(5, make, op)
+}
+
+/// The same, with that errno.
+pub fn each_call_failing_with<W: World>(errno: i32, make: impl Fn() -> W, op: impl Fn(&mut W) -> Result<()>) -> usize {
     let mut world = make();
     op(&mut world).unwrap();
     let wanted = both(&world);
     for n in 1.. {
         let mut world = make();
-        if !fails_whole(&mut world, n, &op) {
+        if !fails_whole(&mut world, (n, errno), &op) {
             assert!(n > 1, "it makes no call");
             return n - 1;
         }
@@ -476,7 +481,7 @@ pub fn each_call_failing<W: World>(make: impl Fn() -> W, op: impl Fn(&mut W) -> 
 /// to make.
 pub fn each_call_failing_on_one<W: World>(world: &mut W, op: impl Fn(&mut W) -> Result<()>) -> usize {
     let mut n = 1;
-    while fails_whole(world, n, &op) {
+    while fails_whole(world, (n, 5), &op) {
         n += 1;
     }
     assert!(n > 1, "it makes no call");
@@ -484,10 +489,10 @@ pub fn each_call_failing_on_one<W: World>(world: &mut W, op: impl Fn(&mut W) -> 
 }
 
 /// Does `op` with call `n` failing. False if there is no such call: then it is done.
-fn fails_whole<W: World>(world: &mut W, n: usize, op: impl Fn(&mut W) -> Result<()>) -> bool {
+fn fails_whole<W: World>(world: &mut W, (n, errno): (usize, i32), op: impl Fn(&mut W) -> Result<()>) -> bool {
     let before = both(world);
     let driver = world.driver();
-    driver.fail_nth(n);
+    driver.fail_nth_with(n, Failure::Errno(errno));
     let result = op(world);
     let is_done = driver.is_armed();
     driver.fail_nth(0);
@@ -495,7 +500,10 @@ fn fails_whole<W: World>(world: &mut W, n: usize, op: impl Fn(&mut W) -> Result<
         result.unwrap();
         return false;
     }
-    let Err(VmiError::Driver { op: failed, errno: 5, .. }) = &result else { panic!("call {n}: {result:?}") };
+    let failed = match &result {
+        Err(VmiError::Driver { op, errno: told, .. }) if *told == errno => op,
+        other => panic!("call {n} with {errno}: {other:?}"),
+    };
     assert_same(&both(world), &before, &format!("call {n}, {failed}"));
     true
 }

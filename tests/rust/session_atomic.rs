@@ -10,7 +10,8 @@ use vmitap::session::{EventSet, GpChanges, Limits, Poll, Session, TapId, TapKind
 use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Pa, Result, Va, VcpuId, View, VmiError};
 
-use super::harness::{Faulty, Seen, World, each_call_failing};
+use super::failures::ERRNOS;
+use super::harness::{Faulty, Seen, World, each_call_failing_with};
 use super::session::{CODE, CODE_PA, STACK, access, guest, int3, spec};
 
 /// A session, and its driver.
@@ -165,10 +166,12 @@ fn hit() -> Mock {
 }
 
 #[test]
-fn whichever_call_of_an_operation_fails_nothing_has_changed_and_a_retry_does_it() {
+fn whichever_call_of_an_operation_fails_with_whichever_errno_nothing_has_changed_and_a_retry_does_it() {
     for (index, (make, op)) in OPERATIONS.iter().enumerate() {
-        println!("operation {index}");
-        each_call_failing(make, op);
+        for errno in ERRNOS {
+            println!("operation {index} with {errno}");
+            each_call_failing_with(errno, make, op);
+        }
     }
 }
 
