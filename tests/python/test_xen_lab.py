@@ -1,6 +1,7 @@
 """The lab's own parts that need no Xen: what it calls a failure, and what it packs and unpacks (docs/xen-lab.md)."""
 
 import io
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -99,3 +100,12 @@ def test_a_program_that_is_missing_is_named_with_the_command_that_installs_it(mo
     with pytest.raises(LabError, match="objcopy, make") as error:
         check_host()
     assert "sudo apt-get install binutils make" in str(error.value)
+
+
+def test_the_library_that_fails_has_every_function_that_vmitap_needs() -> None:
+    root = Path(__file__).parents[2]
+    tables = (root / "crates" / "xen-sys" / "src" / "load.rs").read_text().split("table! {")[1:]
+    functions = [name for table in tables for name in re.findall(r"^        (x\w+): unsafe", table.split("} optional {")[0], re.MULTILINE)]
+    passed_on = (root / "tests" / "xen" / "faults" / "faults.c").read_text()
+    assert len(functions) > 50
+    assert [name for name in functions if not re.search(rf"\b{name}\b", passed_on)] == []
