@@ -96,6 +96,13 @@ pub enum EventReason {
     GuestRequest,
 }
 
+impl EventReason {
+    /// Whether something is about to be done, and that is no access to memory and no breakpoint: it is done when the vCPU goes on.
+    pub const fn is_announced(&self) -> bool {
+        !matches!(self, Self::Breakpoint { .. } | Self::MemoryAccess { .. } | Self::SingleStep { .. })
+    }
+}
+
 /// A register that is loaded and stored by instructions of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[expect(missing_docs, reason = "the names are the manual's")]

@@ -12,7 +12,7 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
-use super::monitor::{can_be_denied, is_announced};
+use super::monitor::can_be_denied;
 use super::pending::{Course, Pending, Walk};
 use super::tap::{Rare, Tap};
 use super::write::{AfterWrite, is_store};
@@ -552,7 +552,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     let reason = "only a register write or a debug exception that a monitor announces can be denied".to_owned();
                     failed = Err(VmiError::InvalidArgument { what: "verdict", reason });
                 }
-                Verdict::SetRegisters(changes) if is_announced(&event.reason) && !changes.moves(event.registers.gp.rip) => {
+                Verdict::SetRegisters(changes) if event.reason.is_announced() && !changes.moves(event.registers.gp.rip) => {
                     let reason = "an event of a monitor cannot be changed, only left with another rip".to_owned();
                     failed = Err(VmiError::InvalidArgument { what: "verdict", reason });
                 }

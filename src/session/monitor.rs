@@ -74,11 +74,6 @@ impl EventSet {
     }
 }
 
-/// Whether an event is told before what it tells of has happened, and that is no access to memory.
-pub(super) const fn is_announced(reason: &EventReason) -> bool {
-    !matches!(reason, EventReason::Breakpoint { .. } | EventReason::MemoryAccess { .. } | EventReason::SingleStep { .. })
-}
-
 /// Whether the effect of an event can be left out.
 pub(super) const fn can_be_denied(reason: &EventReason) -> bool {
     matches!(reason, EventReason::WriteControlRegister { .. } | EventReason::WriteMsr { .. } | EventReason::DebugException { .. })
@@ -97,19 +92,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.needs(monitor) { Ok(()) } else { self.vmi.driver_mut().monitor(monitor, on) }
     }
 
-    /// Has all events of a set announced, or on an error none that was not before.
-    pub(super) fn start_monitors(&mut self, tap: TapId, set: EventSet) -> Result<()> {
+    /// Has the events of a set announced, or no longer, as far as nobody else needs them; on an error all is as before.
+    fn switch_monitors(&mut self, set: EventSet, on: bool) -> Result<()> {
         let mut done = Vec::new();
         for monitor in set.monitors() {
-            if let Err(cause) = self.announce(monitor, true) {
+            if let Err(cause) = self.announce(monitor, on) {
                 let mut left = Left::default();
                 for monitor in done {
-                    left.note(self.announce(monitor, false), || format!("the monitor {monitor}"));
+                    left.note(self.announce(monitor, !on), || format!("{} monitor {monitor}", if on { "the" } else { "no" }));
                 }
                 return Err(left.after(cause));
             }
             done.push(monitor);
         }
+        Ok(())
+    }
+
+    /// Has all events of a set announced, or on an error none that was not before.
+    pub(super) fn start_monitors(&mut self, tap: TapId, set: EventSet) -> Result<()> {
+        self.switch_monitors(set, true)?;
         self.monitors.push((tap, set));
         Ok(())
     }
@@ -118,19 +119,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub(super) fn stop_monitors(&mut self, tap: TapId) -> Result<()> {
         let Some(at) = self.monitors.iter().position(|(id, _)| *id == tap) else { return Ok(()) };
         let (_, set) = self.monitors.remove(at);
-        let mut done = Vec::new();
-        for monitor in set.monitors() {
-            if let Err(cause) = self.announce(monitor, false) {
-                let mut left = Left::default();
-                for monitor in done {
-                    left.note(self.announce(monitor, true), || format!("no monitor {monitor}"));
-                }
-                self.monitors.insert(at, (tap, set));
-                return Err(left.after(cause));
-            }
-            done.push(monitor);
-        }
-        Ok(())
+        self.switch_monitors(set, false).inspect_err(|_| self.monitors.insert(at, (tap, set)))
     }
 
     /// At the end of the session: what could not be switched off is tried again the next time.

@@ -43,7 +43,6 @@ impl Machine {
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
         let vcpu = if held == Held::Debug { self.vcpu_mut(index)? } else { self.integer_mut(index)? };
-        let rip = vcpu.rip();
         let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
@@ -62,7 +61,8 @@ impl Machine {
         };
         // With another RIP it is another instruction, which is announced in its turn.
         let is_announced = matches!(held, Held::Write(_) | Held::Cpuid);
-        let is_done = is_announced && response.action != EventAction::Deny && vcpu.announced == Some(vcpu.rip());
+        let goes_on_there = response.action != EventAction::Deny && vcpu.announced == Some(vcpu.rip());
+        let is_done = is_announced && goes_on_there;
         // A step on which it was announced goes on where it was.
         let mut pending = vcpu.step.take_if(|_| is_announced);
         if !is_done {
@@ -71,7 +71,7 @@ impl Machine {
                 vcpu.view = pending.back;
             }
         }
-        if held == Held::Debug && response.action != EventAction::Deny && vcpu.rip() == rip {
+        if held == Held::Debug && goes_on_there {
             trap(vcpu, &memory);
         }
         let go_on = |view, report| {

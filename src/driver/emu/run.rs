@@ -512,7 +512,7 @@ impl Machine {
     pub(super) fn raise(&mut self, index: usize, view: View, reason: EventReason, held: Held) -> Result<Raised> {
         let Some(vcpu) = self.vcpus.get_mut(index) else { return Err(self.no_vcpu(index)) };
         vcpu.held = held;
-        if matches!(held, Held::Write(_) | Held::Cpuid) {
+        if matches!(held, Held::Write(_) | Held::Cpuid | Held::Debug) {
             vcpu.announced = Some(vcpu.rip());
         }
         self.slice = self.slice.saturating_sub(DEAR);

@@ -128,7 +128,7 @@ impl XenDriver {
         let action = match response.action {
             EventAction::SingleStep { view } if is_past(&held.event.reason) => return self.tell_step(vcpu, &held, view, gp),
             // What was announced is carried out whichever view the vCPU is in.
-            EventAction::FastSingleStep { .. } if is_announced(&held.event.reason) => EventAction::Continue,
+            EventAction::FastSingleStep { .. } if held.event.reason.is_announced() => EventAction::Continue,
             action => action,
         };
         let registers = Registers { gp: gp.unwrap_or(held.event.registers.gp), ..held.event.registers };
@@ -444,11 +444,6 @@ const fn is_past(reason: &EventReason) -> bool {
             | EventReason::Cpuid { .. }
             | EventReason::GuestRequest
     )
-}
-
-/// It is no access to memory and no breakpoint: something is about to be done.
-const fn is_announced(reason: &EventReason) -> bool {
-    is_past(reason) || is_emulated(reason) || matches!(reason, EventReason::DebugException { .. })
 }
 
 /// Xen tells of the instruction instead of executing it: its emulator does.
