@@ -328,7 +328,7 @@ def test_the_watchdog_repairs_also_when_the_tool_is_killed_while_it_attaches(lib
 
 def test_an_attach_that_fails_leaves_neither_journal_nor_watchdog(library: Path, state: Path) -> None:
     code = """
-fake.fake_fail(b"xc_altp2m_create_view", 1, 12)
+fake.fake_fail(b"xc_monitor_enable", 1, 12)
 try:
     vmitap.attach("xen:guest")
 except vmitap.VmitapError as error:
