@@ -45,24 +45,36 @@ def nothing(hit: vmitap.Hit) -> None:
     """The shortest handler."""
 
 
-WAYS: dict[str, tuple[Callable[[vmitap.Hit], None] | None, Filter | None, dict[str, Capturable] | None]] = {
-    "counted": (None, None, None),
-    "filtered out": (None, Arg(1) == 1 << 63, None),
-    "4 columns captured": (None, None, {"a": Arg(0), "b": Arg(1), "c": Reg.rip, "d": Reg.rsp}),
-    "handler, hits in a crowd": (nothing, None, None),
-    "handler, hits one by one": (nothing, Filter.every(ALONE), None),
+@dataclass(frozen=True)
+class Way:
+    """What is done with a hit."""
+
+    handler: Callable[[vmitap.Hit], None] | None = None
+    where: Filter | None = None
+    capture: dict[str, Capturable] | None = None
+    budget: vmitap.Budget | None = None
+
+
+WAYS = {
+    "counted": Way(),
+    "counted, as an event": Way(budget=vmitap.Budget(per_second=1 << 40)),
+    "filtered out": Way(where=Arg(1) == 1 << 63),
+    "4 columns captured": Way(capture={"a": Arg(0), "b": Arg(1), "c": Reg.rip, "d": Reg.rsp}),
+    "handler, hits in a crowd": Way(nothing),
+    "handler, hits one by one": Way(nothing, where=Filter.every(ALONE)),
 }
+"""What is only counted raises no event, unless there is a budget that is to be charged for it."""
 
 
 def measure(way: str, hits: int) -> Cost:
     """One way, once."""
-    handler, where, capture = WAYS[way]
+    how = WAYS[way]
     with vmitap.attach("demo", cmdline=f"mode=calls calls={hits} check=0") as vm:
-        bp = vm.breakpoint("open_file", handler, where=where, capture=capture)
+        bp = vm.breakpoint("open_file", how.handler, where=how.where, capture=how.capture, budget=how.budget)
         begin, begin_busy = perf_counter(), thread_time()
         result = vm.run(timeout=600)
         elapsed, busy = perf_counter() - begin, thread_time() - begin_busy
-        if result.hits + result.filtered != hits or (handler is None) != (result.py_calls == 0):
+        if result.hits + result.filtered != hits or (how.handler is None) != (result.py_calls == 0):
             raise SystemExit(f"{way}: {result}")
         return Cost(busy / hits * 1e6, elapsed / hits * 1e6, bp.stats.hold_p50 * 1e6, bp.stats.hold_p99 * 1e6)
 
@@ -117,8 +129,9 @@ def main() -> None:
         for way, cost in costs.items():
             print(f"  {way:<38}{cost.busy:>12.2f}{cost.call:>12.2f}{cost.held_p50:>12.2f}{cost.held_p99:>12.2f}")
     alone = measured["alone"]
-    dispatch = alone["handler, hits in a crowd"].busy - alone["counted"].busy
-    print(f"a handler: {dispatch:.2f} us beyond the step, {'met' if dispatch <= 0.5 else 'MISSED'}: at most 0.5 us wanted")
+    for step in ("counted, as an event", "counted"):
+        dispatch = alone["handler, hits in a crowd"].busy - alone[step].busy
+        print(f"a handler: {dispatch:.2f} us beyond the same hit {step}; {'met' if dispatch <= 0.5 else 'MISSED'}: at most 0.5 us wanted")
 
 
 if __name__ == "__main__":

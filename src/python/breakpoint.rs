@@ -338,6 +338,7 @@ impl Breakpoint {
         }
         self.check_there(py)?;
         let before = self.extra().handler.lock().replace(handler.clone_ref(py));
+        self.shared().handlers.fetch_add(1, Ordering::AcqRel);
         drop(before);
         self.shared().quick(py, |inner| inner.session.set_wanted(self.id(), true));
         Ok(handler)

@@ -145,8 +145,8 @@ struct Loop {
     answer: Option<Answer>,
     /// When it was met.
     met_at: Option<Instant>,
-    /// The object of the tap that was hit last.
-    breakpoint: Option<(session::TapId, Py<Breakpoint>)>,
+    /// The tap that was hit last.
+    told: Option<Told>,
     /// The first thing that went wrong in a handler.
     raised: Option<PyErr>,
     /// The hit whose handler gave the verdict that counts, until its event is answered.
@@ -155,6 +155,28 @@ struct Loop {
     event: Option<(Instant, VcpuId)>,
     paused: bool,
     detach: bool,
+}
+
+/// A tap that is hit, and whom its hits are told: looked up once for hits that follow each other.
+struct Told {
+    tap: session::TapId,
+    breakpoint: Py<Breakpoint>,
+    handler: Option<Py<PyAny>>,
+    /// The number of the handlers there were.
+    handlers: u64,
+}
+
+impl Told {
+    fn find(py: Python<'_>, shared: &Shared, tap: session::TapId) -> Option<Self> {
+        let handlers = shared.handlers.load(Ordering::Acquire);
+        let breakpoint = shared.breakpoint(py, tap)?;
+        let handler = breakpoint.get().handler(py);
+        Some(Self { tap, breakpoint, handler, handlers })
+    }
+
+    fn is_of(&self, shared: &Shared, tap: session::TapId) -> bool {
+        self.tap == tap && self.handlers == shared.handlers.load(Ordering::Acquire)
+    }
 }
 
 /// Lets the guest run and calls handlers until something ends it, or until `enough` once no event is in hand: then `None`.
@@ -304,19 +326,26 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session
     if state.event.replace((hit.at, hit.vcpu)) != Some((hit.at, hit.vcpu)) {
         state.decider = None;
     }
-    if state.breakpoint.as_ref().is_none_or(|(tap, _)| *tap != hit.tap) {
-        state.breakpoint = shared.breakpoint(py, hit.tap).map(|breakpoint| (hit.tap, breakpoint));
-    }
-    let Some((_, breakpoint)) = &state.breakpoint else { return };
-    let breakpoint = breakpoint.clone_ref(py);
+    let known = state.told.take().filter(|told| told.is_of(shared, hit.tap));
+    let Some(told) = known.or_else(|| Told::find(py, shared, hit.tap)) else { return };
+    tell(py, shared, state, &told, hit, now, asked);
+    state.told = Some(told);
+}
+
+fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit: Arc<session::Hit>, now: Instant, asked: Asked) {
+    let breakpoint = &told.breakpoint;
     let tap = breakpoint.get();
     let listeners = if hit.ask || hit.question.is_some() { Vec::new() } else { listeners_of(shared, hit.tap) };
+    let function;
     // After an error nobody is called any more, but no hit is kept back from those who only look.
     let handler = match (state.raised.is_some(), hit.ask, hit.question) {
         (true, ..) => None,
-        (false, _, Some(number)) => tap.predicate(py, number),
-        (false, true, None) => tap.ask().map(|ask| ask.clone_ref(py)),
-        (false, false, None) => tap.handler(py),
+        (false, _, Some(number)) => {
+            function = tap.predicate(py, number);
+            function.as_ref()
+        }
+        (false, true, None) => tap.ask(),
+        (false, false, None) => told.handler.as_ref(),
     };
     if handler.is_none() && listeners.is_empty() {
         return;
@@ -334,7 +363,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session
         enqueue(py, shared, &listener, &object);
     }
     let Some(handler) = handler else { return };
-    let said = call(py, shared, state, &breakpoint, &handler, &object, asked);
+    let said = call(py, shared, state, breakpoint, handler, &object, asked);
     if generation != 0 {
         shared.next_generation();
     }

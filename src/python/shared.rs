@@ -72,6 +72,8 @@ pub struct Shared {
     pub taps: Mutex<Vec<Option<Py<Breakpoint>>>>,
     /// Numbers of the owners that were given as `key`.
     pub keys: Py<PyDict>,
+    /// One more with each tap that gets another handler.
+    pub handlers: AtomicU64,
     key_count: AtomicU64,
     pub listeners: Mutex<Vec<Arc<Listener>>>,
     /// There may be one: hits are not to take that lock for nothing.
@@ -118,6 +120,7 @@ impl Shared {
             abi,
             taps: Mutex::default(),
             keys: PyDict::new(py).unbind(),
+            handlers: AtomicU64::new(0),
             key_count: AtomicU64::new(0),
             listeners: Mutex::default(),
             has_listeners: AtomicBool::new(false),

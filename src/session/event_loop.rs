@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::addr::{Gfn, MemoryAccess, Pa, Va, View};
-use crate::arch::amd64::{AddressContext, ControlRegister};
+use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
+use crate::arch::amd64::{AddressContext, ControlRegister, GpRegisters};
 use crate::capture::FlightOutcome;
 use crate::core::VmiCore;
 use crate::driver::{VmiDriver, Wait};
@@ -14,7 +14,7 @@ use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
 use super::monitor::can_be_denied;
 use super::pending::{Course, Pending, Walk};
-use super::tap::{Rare, Tap};
+use super::tap::Tap;
 use super::write::{AfterWrite, is_store};
 use super::{Hit, Limits, Poll, Session, TapId, Verdict};
 
@@ -29,6 +29,15 @@ pub(super) enum Sorted {
     Answer(Course),
     /// Somebody wants it: it is in `Session::pending`.
     Wanted,
+}
+
+/// Where a hit was met.
+#[derive(Clone, Copy)]
+struct Met {
+    va: Va,
+    pa: Pa,
+    access: MemoryAccess,
+    step: u32,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -56,9 +65,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.update_pages(None, None)?;
         }
         let now = self.answered_at.take().unwrap_or_else(Instant::now);
-        let patience = now + PATIENCE;
-        let deadline = limits.deadline.map_or(patience, |deadline| deadline.min(patience));
-        let mut timeout = deadline.saturating_duration_since(now);
+        let left_at = |then: Instant| match limits.deadline {
+            // The usual case behind a hit, and a difference takes long to find.
+            Some(deadline) if deadline <= then => Duration::ZERO,
+            Some(deadline) => deadline.saturating_duration_since(then),
+            None => PATIENCE,
+        };
+        let mut timeout = left_at(now).min(PATIENCE);
         let mut left = EVENTS;
         loop {
             if stop_at.is_some_and(|stop_at| self.stats.hits >= stop_at) {
@@ -99,7 +112,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             left -= 1;
             if left == 0 {
                 left = EVENTS;
-                timeout = deadline.saturating_duration_since(Instant::now());
+                let then = Instant::now();
+                timeout = left_at(then).min(PATIENCE.saturating_sub(then.saturating_duration_since(now)));
                 if timeout.is_zero() {
                     self.flush_followed()?;
                     return Ok(Poll::Timeout);
@@ -152,7 +166,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
-                self.go_on(event, home, course, None)?;
+                self.go_on(event.vcpu, home, course, None)?;
                 Ok(false)
             }
         }
@@ -241,6 +255,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.expect_flight(FlightOutcome::Filtered, None);
             return Sorted::Answer(course);
         }
+        let met = Met { va, pa, access, step: 0 };
+        if let [id] = *self.owners.as_slice()
+            && !self.returns.are_awaited()
+            && let Some(tap) = self.taps.only_handed(id)
+        {
+            tap.hits += 1;
+            self.stats.hits += 1;
+            let wanted = std::mem::take(&mut self.owners);
+            self.pend(event, home, course, met, wanted);
+            return Sorted::Wanted;
+        }
         self.begin_hold();
         self.returned(event);
         let first = self.owners.first().copied();
@@ -275,28 +300,33 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.sampler.in_hand = None;
         // Given back by `finish`.
         let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
-        let mut pending = self.pending(event, home, course, (va, pa), access, wanted);
-        pending.questions = questions;
-        self.pending = Some(pending);
+        self.pend(event, home, course, met, wanted).questions = questions;
         Sorted::Wanted
     }
 
-    fn pending(
-        &mut self,
-        event: &VmiEvent,
-        home: View,
-        course: Course,
-        (va, pa): (Va, Pa),
-        access: MemoryAccess,
-        wanted: Vec<TapId>,
-    ) -> Box<Pending> {
-        let pending = Pending {
-            event: *event,
-            home,
-            course,
+    /// An event for those that want it. It is kept where the one before was, unless somebody has kept that.
+    fn pend(&mut self, event: &VmiEvent, home: View, course: Course, met: Met, wanted: Vec<TapId>) -> &mut Pending {
+        let Met { va, pa, access, step } = met;
+        let tap = wanted.first().copied().unwrap_or(TapId(u32::MAX));
+        let of = |at| Hit {
+            tap,
+            vcpu: event.vcpu,
+            view: home,
+            registers: event.registers,
             va,
             pa,
             access,
+            reason: event.reason,
+            step,
+            ask: false,
+            question: None,
+            at,
+        };
+        let now = Instant::now();
+        let with = |hit| Pending {
+            hit,
+            view: event.view,
+            course,
             wanted,
             told: 0,
             questions: Vec::new(),
@@ -305,17 +335,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             asking: None,
             touched: false,
             moved_to: None,
-            step: 0,
-            received: Instant::now(),
             is_out: false,
         };
-        match self.spare.take() {
-            Some(mut spare) => {
-                *spare = pending;
-                spare
-            }
-            None => Box::new(pending),
+        let Some(mut spare) = self.spare.take() else {
+            return self.pending.insert(Box::new(with(Arc::new(of(now)))));
+        };
+        let mut hit = spare.hit;
+        match Arc::get_mut(&mut hit) {
+            Some(place) => *place = of(now),
+            None => hit = Arc::new(of(now)),
         }
+        *spare = with(hit);
+        self.pending.insert(spare)
     }
 
     /// A write to a hidden page that no watch is for.
@@ -323,10 +354,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let EventReason::MemoryAccess { pa, va, access, .. } = event.reason else { return Ok(Sorted::Answer(Course::Retry)) };
         match self.decide_write(event, event.view.unwrap_or(self.tap_view)) {
             (WriteDecision::Ask, Some(tap)) => {
-                let at = (va.unwrap_or_default(), pa);
-                let mut pending = self.pending(event, home, Course::Write, at, access, Vec::new());
-                pending.asking = Some(tap);
-                self.pending = Some(pending);
+                let met = Met { va: va.unwrap_or_default(), pa, access, step: 0 };
+                self.pend(event, home, Course::Write, met, Vec::new()).asking = Some(tap);
                 Ok(Sorted::Wanted)
             }
             (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
@@ -357,9 +386,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         walk.done += 1;
         let (tap, done) = (walk.tap, walk.done);
         let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
-        let mut pending = self.pending(event, home, Course::Retry, (rip, pa), MemoryAccess::X, vec![tap]);
-        pending.step = done;
-        self.pending = Some(pending);
+        let met = Met { va: rip, pa, access: MemoryAccess::X, step: done };
+        self.pend(event, home, Course::Retry, met, vec![tap]);
         Sorted::Wanted
     }
 
@@ -384,20 +412,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 flight.note(FlightOutcome::Handling, Some(tap.0));
                 flight.expect(FlightOutcome::Handled, Some(tap.0));
             }
-            return Some(Arc::new(Hit {
-                tap,
-                vcpu: pending.event.vcpu,
-                view: pending.home,
-                registers: pending.event.registers,
-                va: pending.va,
-                pa: pending.pa,
-                access: pending.access,
-                reason: pending.event.reason,
-                step: pending.step,
-                ask,
-                question,
-                at: pending.received,
-            }));
+            let hit = &pending.hit;
+            if (hit.tap, hit.ask, hit.question) != (tap, ask, question) {
+                // Who was told before keeps what they were told.
+                let hit = Arc::make_mut(&mut pending.hit);
+                (hit.tap, hit.ask, hit.question) = (tap, ask, question);
+            }
+            return Some(Arc::clone(&pending.hit));
         }
     }
 
@@ -410,7 +431,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// `Continue` then.
     pub fn answer(&mut self, verdict: Verdict) -> Result<()> {
         let Some(pending) = self.pending.as_mut().filter(|pending| pending.is_out) else {
-            return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
+            return Err(VmiError::NoPendingEvent { vcpu: VcpuId(0) });
         };
         if pending.is_question {
             return self.answer_question_of_filter(false);
@@ -444,7 +465,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The watches of a write to a hidden page are told; now the policies are asked.
     fn ask_after_watches(&mut self) -> Result<()> {
         let Some(pending) = &self.pending else { return Ok(()) };
-        let (event, view) = (pending.event, pending.event.view.unwrap_or(self.tap_view));
+        let (event, view) = (pending.event(), pending.view.unwrap_or(self.tap_view));
         let (decision, asked) = self.decide_write(&event, view);
         let Some(pending) = &mut self.pending else { return Ok(()) };
         match decision {
@@ -467,7 +488,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub fn answer_write(&mut self, policy: OnWrite) -> Result<()> {
         let is_asked = |pending: &&mut Box<Pending>| pending.is_out && pending.told > pending.wanted.len();
         let Some(pending) = self.pending.as_mut().filter(is_asked) else {
-            return Err(VmiError::NoPendingEvent { vcpu: crate::addr::VcpuId(0) });
+            return Err(VmiError::NoPendingEvent { vcpu: VcpuId(0) });
         };
         if policy == OnWrite::Ask {
             let reason = "a question cannot be answered with `ask`".to_owned();
@@ -482,7 +503,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if policy == OnWrite::Deny {
             pending.course = Course::Deny;
         } else {
-            let (event, home) = (pending.event, pending.home());
+            let (event, home) = (pending.event(), pending.home());
             if let Err(error) = self.prepare_write(&event, Some(policy)) {
                 self.pending = None;
                 self.rescue(&event, home, false);
@@ -499,7 +520,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.end_flight();
         self.note_hold(&pending);
         if done.is_err() {
-            self.rescue(&pending.event, pending.home(), pending.course == Course::Deny);
+            self.rescue(&pending.event(), pending.home(), pending.course == Course::Deny);
         }
         self.owners = std::mem::take(&mut pending.wanted);
         self.spare = Some(pending);
@@ -508,16 +529,19 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     fn note_hold(&mut self, pending: &Pending) {
         let now = Instant::now();
-        let held = now.saturating_duration_since(pending.received);
+        let held = now.saturating_duration_since(pending.hit.at);
         self.answered_at = Some(now);
         self.last_hold = Some((now, held));
         self.stats.hold_total += held;
         self.stats.hold_max = self.stats.hold_max.max(held);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
-        self.count_hold(&pending.wanted, held.as_nanos() as u64);
+        let held_ns = held.as_nanos() as u64;
         for tap in &pending.wanted {
             self.stats.handled += 1;
-            if let Some(Rare { handed, .. }) = self.taps.rare_or_new(*tap) {
+            self.holds.add(held_ns);
+            if let Some(rare) = self.taps.rare_or_new(*tap) {
+                rare.holds.get_or_insert_default().add(held_ns);
+                let handed = &mut rare.handed;
                 handed.count += 1;
                 handed.total += held;
                 handed.max = handed.max.max(held);
@@ -526,22 +550,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn carry_out(&mut self, pending: &mut Pending) -> Result<()> {
-        if matches!(pending.verdict, Some((_, Verdict::Deny))) && can_be_denied(&pending.event.reason) {
+        if matches!(pending.verdict, Some((_, Verdict::Deny))) && can_be_denied(&pending.hit.reason) {
             // Noted there: if the answer fails, it is denied all the same.
             pending.course = Course::Deny;
         }
         let pending = &*pending;
-        let event = &pending.event;
+        let event = &*pending.hit;
         let index = usize::from(event.vcpu.0);
         if pending.course == Course::Write && self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_none()) {
-            self.prepare_write(event, None)?;
+            self.prepare_write(&pending.event(), None)?;
+        }
+        if pending.verdict.is_none() && !pending.touched {
+            return self.go_on(event.vcpu, pending.home(), pending.course, None);
         }
         let (mut gp, mut failed) = (None, Ok(()));
         if pending.touched {
             gp = Some(self.vmi.driver().registers(event.vcpu)?.gp);
         }
         if let (Some((tap, verdict)), Some(vcpu)) = (&pending.verdict, self.vcpus.get_mut(index)) {
-            if pending.step > 0 && *verdict != Verdict::Pause {
+            if event.step > 0 && *verdict != Verdict::Pause {
                 vcpu.walk = None;
             }
             match verdict {
@@ -577,23 +604,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if leaves && let Some(vcpu) = self.vcpus.get_mut(index) {
             vcpu.after_write = None;
         }
-        self.go_on(event, pending.home(), course, gp)?;
+        self.go_on(event.vcpu, pending.home(), course, gp.as_ref())?;
         failed
     }
 
     /// Answers an event.
-    fn go_on(
-        &mut self,
-        event: &VmiEvent,
-        home: View,
-        course: Course,
-        registers: Option<crate::arch::amd64::GpRegisters>,
-    ) -> Result<()> {
+    fn go_on(&mut self, id: VcpuId, home: View, course: Course, registers: Option<&GpRegisters>) -> Result<()> {
         if !self.spent.is_empty() {
             self.remove_spent()?;
         }
         let clean = View::DEFAULT;
-        let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(()) };
+        let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0)) else { return Ok(()) };
         // What is denied is not stepped: a walk ends there.
         if vcpu.walk.is_some_and(|walk| walk.left == 0) || course == Course::Deny {
             vcpu.walk = None;
@@ -610,8 +631,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Course::Deny => EventAction::Deny,
         };
         vcpu.home = matches!(course, Course::StepClean | Course::Emulate | Course::Write | Course::Deny).then_some(home);
-        let response = VmiEventResponse { action, view: Some(home), registers };
-        self.vmi.driver_mut().respond(event.vcpu, &response)
+        let response = VmiEventResponse { action, view: Some(home), registers: registers.copied() };
+        self.vmi.driver_mut().respond(id, &response)
     }
 }
 

@@ -123,9 +123,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(pending) = pending else { return Ok(()) };
         (pending.is_out, pending.is_question) = (false, false);
         let clock = || began.elapsed().as_nanos() as u64;
-        let event = &pending.event;
-        let scene =
-            Scene { vmi: Some(vmi), registers: (&event.registers).into(), vcpu: event.vcpu, va: pending.va, clock: &clock };
+        let hit = &pending.hit;
+        let scene = Scene { vmi: Some(vmi), registers: (&hit.registers).into(), vcpu: hit.vcpu, va: hit.va, clock: &clock };
         let filter = taps.rare_mut(id).and_then(|rare| rare.filter.as_mut());
         let said = filter.map(|filter| filter.look(id, machine, &scene));
         let passes = matches!(said, Some(Admission::Passes));
@@ -141,7 +140,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     spent.push(id);
                 }
                 let wanted = tap.is_wanted();
-                let (event, va) = (*event, pending.va);
+                let (event, va) = (pending.event(), pending.hit.va);
                 self.capture(id, &event, va);
                 if wanted {
                     return Ok(());

@@ -215,12 +215,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(())
     }
 
-    /// Counts how long a vCPU stood still for hits of these taps.
-    pub(super) fn count_hold(&mut self, ids: &[TapId], held_ns: u64) {
-        self.count_hold_times(ids, held_ns, 1);
-    }
-
-    fn count_hold_times(&mut self, ids: &[TapId], held_ns: u64, times: u32) {
+    /// Counts how long a vCPU stood still for hits of these taps, which stand for so many.
+    pub(super) fn count_hold(&mut self, ids: &[TapId], held_ns: u64, times: u32) {
         for id in ids {
             self.holds.add_times(held_ns, times);
             self.taps.add_hold(*id, held_ns, times);
@@ -244,7 +240,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some((since, times)) = self.sampler.in_hand.take() else { return };
         if !captured {
             let owners = std::mem::take(&mut self.owners);
-            self.count_hold_times(&owners, since.elapsed().as_nanos() as u64, times);
+            self.count_hold(&owners, since.elapsed().as_nanos() as u64, times);
             self.owners = owners;
         }
     }

@@ -282,7 +282,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let mut registers = self.vmi.driver().registers(vcpu)?;
         changes.apply(&mut registers.gp);
         self.vmi.driver_mut().set_registers(vcpu, &registers)?;
-        if let Some(pending) = self.pending.as_mut().filter(|pending| pending.event.vcpu == vcpu) {
+        if let Some(pending) = self.pending.as_mut().filter(|pending| pending.hit.vcpu == vcpu) {
             pending.touched = true;
         }
         Ok(())
@@ -433,7 +433,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             tap.set_state(TapState::Removed);
         }
         if let Some(pending) = self.pending.take()
-            && let Some(vcpu) = self.vcpus.get_mut(usize::from(pending.event.vcpu.0))
+            && let Some(vcpu) = self.vcpus.get_mut(usize::from(pending.hit.vcpu.0))
         {
             vcpu.raw = Some(pending.home());
         }

@@ -1,13 +1,13 @@
 //! What is owed to each vCPU: the answer to its event, and what comes after a step.
 
-use std::time::Instant;
+use std::sync::Arc;
 
-use crate::addr::{MemoryAccess, Pa, Va, View};
+use crate::addr::View;
 use crate::event::{EventAction, VmiEvent, VmiEventResponse};
 
 use super::filter::Question;
 use super::write::AfterWrite;
-use super::{TapId, Verdict};
+use super::{Hit, TapId, Verdict};
 
 /// A vCPU between its events.
 #[derive(Clone, Default, Debug)]
@@ -60,14 +60,11 @@ pub enum Course {
 /// An event that is not answered yet, and the taps that are still to be told.
 #[derive(Debug)]
 pub struct Pending {
-    pub event: VmiEvent,
-    /// The view the vCPU goes on in.
-    pub home: View,
+    /// The event, as whoever is told next sees it. Its view is the one the vCPU goes on in.
+    pub hit: Arc<Hit>,
+    /// The view of the event itself.
+    pub view: Option<View>,
     pub course: Course,
-    /// Where it happened.
-    pub va: Va,
-    pub pa: Pa,
-    pub access: MemoryAccess,
     /// Taps to be told, and how many were.
     pub wanted: Vec<TapId>,
     pub told: usize,
@@ -83,9 +80,6 @@ pub struct Pending {
     pub touched: bool,
     /// A handler moved the vCPUs to another view.
     pub moved_to: Option<View>,
-    /// The number of the step, for an event of a walk.
-    pub step: u32,
-    pub received: Instant,
     /// Handed out and not answered.
     pub is_out: bool,
 }
@@ -93,6 +87,11 @@ pub struct Pending {
 impl Pending {
     /// The view the vCPU is to be in.
     pub fn home(&self) -> View {
-        self.moved_to.unwrap_or(self.home)
+        self.moved_to.unwrap_or(self.hit.view)
+    }
+
+    /// The event as the driver raised it.
+    pub fn event(&self) -> VmiEvent {
+        VmiEvent { view: self.view, ..self.hit.event() }
     }
 }

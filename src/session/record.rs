@@ -156,7 +156,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let held = (self.began.elapsed().as_nanos() as u64).saturating_sub(self.captured_at);
         let owners = std::mem::take(&mut self.owners);
-        self.count_hold(&owners, held);
+        self.count_hold(&owners, held, 1);
         self.owners = owners;
         self.settle()
     }

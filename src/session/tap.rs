@@ -226,6 +226,13 @@ impl Taps {
         self.get(id).is_some_and(|tap| !tap.is(flag::WANTED | flag::ONCE | flag::SPECIAL))
     }
 
+    /// It, if its hits are handed out and nothing else is done with them.
+    #[inline]
+    pub fn only_handed(&mut self, id: TapId) -> Option<&mut Tap> {
+        let others = flag::ONCE | flag::SPECIAL | flag::FILTERED;
+        self.get_mut(id).filter(|tap| tap.flags & (flag::WANTED | others) == flag::WANTED)
+    }
+
     /// Counts how long a vCPU stood still for a hit, which stands for so many.
     pub fn add_hold(&mut self, id: TapId, held_ns: u64, times: u32) {
         if let Some(rare) = self.rare_or_new(id) {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::{MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{AddressContext, GpRegisters, Registers};
-use crate::event::EventReason;
+use crate::event::{EventReason, VmiEvent};
 use crate::tap::OnWrite;
 
 use super::monitor::EventSet;
@@ -150,6 +150,13 @@ pub struct Hit {
     pub question: Option<u16>,
     /// When the event was received.
     pub at: Instant,
+}
+
+impl Hit {
+    /// The event as the driver raised it.
+    pub const fn event(&self) -> VmiEvent {
+        VmiEvent { vcpu: self.vcpu, view: Some(self.view), registers: self.registers, reason: self.reason }
+    }
 }
 
 /// Names of the general-purpose registers, in the order of [`GpChanges`].

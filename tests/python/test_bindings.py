@@ -158,6 +158,38 @@ def test_detach_in_a_handler_takes_effect_after_it(vm: Vm, how: str) -> None:
         vm.run()
 
 
+def test_hits_that_are_kept_stay_what_they_were(vm: Vm) -> None:
+    seen: list[tuple[object, int, int, float]] = []
+    kept: list[Hit] = []
+
+    def looks(hit: Hit) -> None:
+        facts = (hit.key, hit.regs.rsp, hit.address, hit.timestamp)
+        seen.append(facts)
+        # Some are kept and some are not, of both owners.
+        if len(seen) % 3:
+            kept.append(hit)
+
+    for name in ("open_file", "check_licence"):
+        vm.breakpoint(name, looks, key=f"{name} 1")
+        vm.breakpoint(name, looks, key=f"{name} 2")
+    vm.run(timeout=5, max_hits=40)
+    expected = [facts for number, facts in enumerate(seen, 1) if number % 3]
+    assert len({key for key, *_ in expected}) == 4
+    assert [(hit.key, hit.regs.rsp, hit.address, hit.timestamp) for hit in kept] == expected
+
+
+def test_another_handler_is_called_from_the_next_hit_on(vm: Vm) -> None:
+    called: list[str] = []
+
+    def first(hit: Hit) -> None:
+        called.append("first")
+        hit.breakpoint(lambda hit: called.append("second"))
+
+    vm.breakpoint("open_file", first)
+    vm.run(timeout=5, max_hits=3)
+    assert called == ["first", "second", "second"]
+
+
 def test_the_vm_of_a_hit_ends_with_its_handler(vm: Vm) -> None:
     kept: list[tuple[Hit, Vm]] = []
     vm.breakpoint("open_file", lambda hit: kept.append((hit, hit.vm)))

@@ -42,7 +42,12 @@ impl Machine {
             let reason = format!("{:?} does not answer this kind of event", response.action);
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
-        let vcpu = if held == Held::Debug { self.vcpu_mut(index)? } else { self.integer_mut(index)? };
+        let only_steps = response.registers.is_none() && matches!(response.action, EventAction::FastSingleStep { .. });
+        let vcpu = match held {
+            Held::Debug => self.vcpu_mut(index)?,
+            Held::Breakpoint(_) if only_steps => self.apart_mut(index)?,
+            _ => self.integer_mut(index)?,
+        };
         let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);

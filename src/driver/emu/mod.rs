@@ -272,7 +272,7 @@ impl VmiEvents for EmuDriver {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
-        self.machine.0.wait(timeout, &mut |_| false)
+        self.wait_counting(timeout, &mut |_| false)
     }
 
     fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {

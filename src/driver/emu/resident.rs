@@ -61,6 +61,12 @@ impl Machine {
         self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
     }
 
+    /// The vCPU, of which only what is no processor state may be changed.
+    pub(super) fn apart_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
+        let count = self.vcpus.len() as u16;
+        self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
+    }
+
     /// Brings what the main engine alone has of a vCPU's state home. The engine holds nobody's then, if it held this one's.
     pub(super) fn unload(&mut self, index: usize) {
         let Some(resident) = self.resident.take_if(|resident| resident.index == index) else { return };

@@ -244,8 +244,9 @@ impl Machine {
                 && !self.is_counted(&raised, counts)
             {
                 let Raised { index, view, reason } = raised;
-                let registers = self.vcpu(index)?.registers();
-                return Ok(Wait::Event(VmiEvent { vcpu: VcpuId(index as u16), view: Some(view), registers, reason }));
+                let vcpu = self.vcpu(index)?;
+                let (id, view) = (VcpuId(index as u16), Some(view));
+                return Ok(Wait::Event(VmiEvent { vcpu: id, view, registers: vcpu.registers(), reason }));
             }
             // The clock is read only now and then: a turn may take less time than reading it.
             turns += 1;
