@@ -27,8 +27,9 @@ def start_linux(start: Start) -> Domain:
     """A Linux guest that has come up and waits to be told how many rounds to work."""
     CONSOLE.unlink(missing_ok=True)  # of an earlier guest of the same name
     code = address(TAPPED) - KERNEL_WINDOW
-    # lpj: no calibration; mem: the kernel leaves the truth page alone.
-    words = f"console=hvc0 quiet mitigations=off lpj=600000 mem={MEMORY - 1}M -- truth={TRUTH:#x} code={code:#x}"
+    # lpj: no calibration, it is the speed of the emulated clock (lab/bochs.py) through HZ, which is 100.
+    # mem: the kernel leaves the truth page alone.
+    words = f"console=hvc0 quiet mitigations=off lpj=2000000 mem={MEMORY - 1}M -- truth={TRUTH:#x} code={code:#x}"
     guest = start("linux", "/boot/vmlinux", words, memory=MEMORY, more='ramdisk="/boot/linux-guest.cpio"')
     wait_for("Linux", lambda: CONSOLE.exists() and f"linux guest: {VCPUS} vCPUs" in CONSOLE.read_text(errors="replace"), limit=60)
     return guest
