@@ -1,45 +1,180 @@
 """The lab's own parts that need no Xen: what it calls a failure, and what it packs and unpacks (docs/xen-lab.md)."""
 
 import io
+import os
 import re
 import shutil
+import subprocess
+import sys
 import zipfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from lab import job, machine
+from lab import job
+from lab import verdict as verdicts
 from lab.cpio import Archive
 from lab.host import check_host
-from lab.release import RELEASES
 from lab.step import LabError
 
-XEN = RELEASES["4.17"]
+ROOT = Path(__file__).parents[2]
+TESTS = """\
+import pytest
+
+@pytest.mark.seconds(21)
+def test_slow():
+    pass
+
+@pytest.mark.parametrize("n", ["a", "b.c/d", "[e]"])
+def test_quick(n):
+    pass
+
+@pytest.mark.parametrize("n", range(4))
+def test_short(n):
+    pass
+
+def test_left_out():
+    assert False
+"""
+NAMES = {
+    "test_x.py::test_slow",
+    *(f"test_x.py::test_quick[{n}]" for n in ("a", "b.c/d", "[e]")),
+    *(f"test_x.py::test_short[{n}]" for n in range(4)),
+}
 
 
-def junit(folder: Path, **counts: int) -> Path:
-    attributes = " ".join(f'{name}="{count}"' for name, count in counts.items())
-    path = folder / "junit.xml"
-    path.write_text(f"<testsuites><testsuite {attributes}/></testsuites>")
-    return path
+Machines = Callable[..., dict[Path, int]]
 
 
-def test_tests_that_all_ran_and_passed_are_a_success(tmp_path: Path) -> None:
-    assert machine.verdict(XEN, 0, junit(tmp_path, tests=3, failures=0, errors=0, skipped=0)) == 0
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], tuple[Path, list[int]]]:
+    """Runs pytest for each of the machines; only the first time that the same is asked for."""
+
+    @cache
+    def run(parts: int, only: str) -> tuple[Path, list[int]]:
+        folder = tmp_path_factory.mktemp("machines")
+        (folder / "test_x.py").write_text(TESTS)
+        env = os.environ | {"PYTHONPATH": str(ROOT / "tests" / "xen" / "dom0")}
+        statuses = []
+        for n in range(1, parts + 1):
+            (folder / str(n)).mkdir()
+            own = ["--part", f"{n}/{parts}", f"--collected={n}/collected.txt", f"--junitxml={n}/junit.xml"]
+            command = [sys.executable, "-m", "pytest", "-p", "parts", "-p", "no:cacheprovider", "--strict-markers", "-k", only, *own]
+            statuses.append(subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False).returncode)
+        return folder, statuses
+
+    return run
 
 
-def test_a_failure_is_pytests_own_status(tmp_path: Path) -> None:
-    assert machine.verdict(XEN, 1, junit(tmp_path, tests=3, failures=1, errors=0, skipped=0)) == 1
+@pytest.fixture
+def machines(tmp_path: Path, once: Callable[[int, str], tuple[Path, list[int]]]) -> Machines:
+    """What pytest leaves in each machine: its status by the folder of its results."""
+
+    def run(parts: int, only: str = "not left_out") -> dict[Path, int]:
+        folder, statuses = once(parts, only)
+        shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+        return {tmp_path / str(n): status for n, status in enumerate(statuses, 1)}
+
+    return run
 
 
-@pytest.mark.parametrize(("tests", "skipped"), [(3, 1), (0, 0)])
-def test_a_run_that_skipped_a_test_or_had_none_is_a_failure(tmp_path: Path, tests: int, skipped: int) -> None:
-    assert machine.verdict(XEN, 0, junit(tmp_path, tests=tests, failures=0, errors=0, skipped=skipped)) == 1
+def ran(junit: Path) -> list[str]:
+    return [f"{case.get('classname')}.py::{case.get('name')}" for case in ElementTree.parse(junit).iter("testcase")]
 
 
+def edit(path: Path, pattern: str, new: str) -> None:
+    text, count = re.subn(pattern, new, path.read_text())
+    assert count == 1
+    path.write_text(text)
+
+
+def verdict(folder: Path, parts: dict[Path, int]) -> int:
+    return verdicts.verdict("4.17", parts, folder / "results" / "junit.xml")
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 9])
+def test_machines_that_share_the_tests_run_each_of_them_once(tmp_path: Path, machines: Machines, parts: int) -> None:
+    found = machines(parts)
+    of_each = [ran(folder / "junit.xml") for folder in found]
+    assert sorted(name for names in of_each for name in names) == sorted(NAMES)
+    assert verdict(tmp_path, found) == 0
+    if parts > 1:
+        # The slow one takes as long as all the others.
+        assert ["test_x.py::test_slow"] in of_each
+        assert sorted(ran(tmp_path / "results" / "junit.xml")) == sorted(NAMES)
+
+
+def test_a_filter_that_leaves_a_machine_without_tests_is_no_failure(tmp_path: Path, machines: Machines) -> None:
+    found = machines(3, "slow")
+    assert sorted(found.values()) == [0, 5, 5]
+    assert verdict(tmp_path, found) == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_run_without_tests_is_a_failure(tmp_path: Path, machines: Machines, parts: int) -> None:
+    assert verdict(tmp_path, machines(parts, "nothing")) != 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_failure_in_any_machine_is_pytests_own_status(tmp_path: Path, machines: Machines, parts: int) -> None:
+    found = machines(parts, "slow or left_out")
+    assert sorted(found.values()) == [0, 1][-parts:]
+    assert verdict(tmp_path, found) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", ["junit.xml", "collected.txt"])
 @pytest.mark.parametrize("status", [0, 70])
-def test_a_run_without_results_is_a_failure(tmp_path: Path, status: int) -> None:
-    assert machine.verdict(XEN, status, tmp_path / "junit.xml") != 0
+def test_a_machine_without_results_is_a_failure(tmp_path: Path, machines: Machines, parts: int, name: str, status: int) -> None:
+    found = machines(parts)
+    last = tmp_path / str(parts)
+    (last / name).unlink()
+    assert verdict(tmp_path, found | {last: status}) == (status or 1)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_test_that_was_skipped_is_a_failure(tmp_path: Path, machines: Machines, parts: int) -> None:
+    found = machines(parts)
+    edit(tmp_path / "1" / "junit.xml", r'skipped="0"', 'skipped="1"')
+    assert verdict(tmp_path, found) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_test_that_no_machine_ran_is_a_failure(
+    tmp_path: Path, machines: Machines, capsys: pytest.CaptureFixture[str], parts: int
+) -> None:
+    found = machines(parts)
+    edit(tmp_path / "1" / "junit.xml", r'<testcase [^>]*name="test_slow"[^>]*/>', "")
+    assert verdict(tmp_path, found) == 1
+    assert "no machine ran test_x.py::test_slow" in capsys.readouterr().out
+
+
+def test_a_test_that_two_machines_ran_is_a_failure(tmp_path: Path, machines: Machines, capsys: pytest.CaptureFixture[str]) -> None:
+    found = machines(2)
+    case = re.findall(r"<testcase [^>]*/>", (tmp_path / "1" / "junit.xml").read_text())[0]
+    edit(tmp_path / "2" / "junit.xml", "</testsuite>", f"{case}</testsuite>")
+    assert verdict(tmp_path, found) == 1
+    assert "2 machines ran test_x.py::test_slow" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [1, 2])
+def test_a_test_that_only_some_machines_collected_is_a_failure(
+    tmp_path: Path, machines: Machines, capsys: pytest.CaptureFixture[str], part: int
+) -> None:
+    found = machines(2)
+    edit(tmp_path / str(part) / "collected.txt", r"test_x.py::test_slow\n", "")
+    assert verdict(tmp_path, found) == 1
+    assert "not every machine collected test_x.py::test_slow" in capsys.readouterr().out
+
+
+def test_a_test_that_was_not_collected_is_a_failure(tmp_path: Path, machines: Machines, capsys: pytest.CaptureFixture[str]) -> None:
+    found = machines(1)
+    edit(tmp_path / "1" / "collected.txt", r"test_x.py::test_slow\n", "")
+    assert verdict(tmp_path, found) == 1
+    assert "nobody collected test_x.py::test_slow" in capsys.readouterr().out
 
 
 def test_a_job_goes_in_and_results_come_out(tmp_path: Path) -> None:
@@ -103,9 +238,8 @@ def test_a_program_that_is_missing_is_named_with_the_command_that_installs_it(mo
 
 
 def test_the_library_that_fails_has_every_function_that_vmitap_needs() -> None:
-    root = Path(__file__).parents[2]
-    tables = (root / "crates" / "xen-sys" / "src" / "load.rs").read_text().split("table! {")[1:]
+    tables = (ROOT / "crates" / "xen-sys" / "src" / "load.rs").read_text().split("table! {")[1:]
     functions = [name for table in tables for name in re.findall(r"^        (x\w+): unsafe", table.split("} optional {")[0], re.MULTILINE)]
-    passed_on = (root / "tests" / "xen" / "faults" / "faults.c").read_text()
+    passed_on = (ROOT / "tests" / "xen" / "faults" / "faults.c").read_text()
     assert len(functions) > 50
     assert [name for name in functions if not re.search(rf"\b{name}\b", passed_on)] == []

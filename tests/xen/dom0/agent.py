@@ -37,13 +37,13 @@ def run(arguments: list[str], limit: float) -> int:
     if child == 0:
         status = 70
         try:
-            sys.path.insert(0, str(JOB / "site"))
+            sys.path[:0] = [str(JOB), str(JOB / "site")]
             os.environ["PYTHONPATH"] = str(JOB / "site")
             os.environ["LLVM_PROFILE_FILE"] = str(OUT / "coverage-%p.profraw")
             os.chdir(JOB)
             import pytest
 
-            status = int(pytest.main([*arguments, f"--junitxml={OUT}/junit.xml"]))
+            status = int(pytest.main([*arguments, f"--collected={OUT}/collected.txt", f"--junitxml={OUT}/junit.xml"]))
         except BaseException:
             traceback.print_exc()
         sys.exit(status)

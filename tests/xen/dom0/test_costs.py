@@ -18,6 +18,7 @@ NOISE = 20
     # Toggled, Xen arms the trap once more before it hears that it is over (vmx_intr_assist): a second exit that nobody is told of.
     [("auto", 1, 0), ("fast", 1, 1), ("toggle", 2, 2)],
 )
+@pytest.mark.seconds(1.5)
 def test_a_hit_costs_so_many_exits_and_hypercalls(
     start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stepping: str, notifies: int, monitor_traps: int
 ) -> None:

@@ -86,7 +86,9 @@ def is_typed(error: vmitap.VmitapError, number: int) -> bool:
             return False
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "every", [pytest.param(11, marks=pytest.mark.seconds(3)), pytest.param(1, marks=[pytest.mark.long, pytest.mark.seconds(30)])]
+)
 def test_a_call_that_fails_is_told_and_the_next_try_does_it(start: Start, capsys: pytest.CaptureFixture[str], every: int) -> None:
     most = 400
     guest = start_demo(start, f"mode=calls calls={TURN * most} paced={TURN} parts=1 callers=1")

@@ -1,9 +1,12 @@
 """Hits and calls are equal, and the guest sees nothing: the point of it all."""
 
+import pytest
+
 from demo_guest import READ_KINDS, assert_unseen, finish, start_demo, symbols
 from domain import Start, attach
 
 
+@pytest.mark.seconds(5)
 def test_every_call_is_a_hit_and_no_kind_of_read_finds_anything(start: Start) -> None:
     start_demo(start, "mode=calls calls=300 parts=1", vcpus=1, kinds=READ_KINDS)
     with attach("xen:demo") as vm:

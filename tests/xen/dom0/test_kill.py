@@ -86,6 +86,7 @@ def calls_of_stages() -> dict[str, int]:
     return {stage: end - begin for stage, begin, end in zip(STAGES, begins, ends, strict=True)}
 
 
+@pytest.mark.seconds(10)
 def test_a_tool_that_dies_at_any_call_leaves_a_guest_that_can_be_brought_back(start: Start, capsys: pytest.CaptureFixture[str]) -> None:
     turns = 1 + sum(POINTS.values())
     guest = start_demo(start, f"mode=calls calls={TURN * turns} paced={TURN} parts=1 callers=1")

@@ -3,6 +3,8 @@
 import struct
 import time
 
+import pytest
+
 import vmitap
 from domain import Start, attach
 from linux_guest import CALLS, TAPPED, TRUTH, address, start_linux
@@ -27,6 +29,7 @@ def work(vm: vmitap.Vm, rounds: int) -> dict[str, list[int]]:
     return seen
 
 
+@pytest.mark.seconds(4)
 def test_every_call_of_a_kernel_function_is_a_hit_and_linux_sees_nothing(start: Start) -> None:
     start_linux(start)
     paths = set()

@@ -78,6 +78,7 @@ LONG = [pytest.param(stage, marks=pytest.mark.long) for stage in ("attached", "s
 
 
 @pytest.mark.parametrize("stage", ["hits", "held", *LONG])
+@pytest.mark.seconds(2.5)
 def test_the_watchdog_brings_a_domain_back_whose_tool_was_killed(start: Start, stage: str) -> None:
     guest = start_demo(start, f"mode=calls calls={CALLS} parts=1 callers=1")
     # A test that failed may have left one.

@@ -75,6 +75,7 @@ def test_what_is_not_hidden_is_seen(start: Start) -> None:
 
 
 @pytest.mark.parametrize("on_write", [vmitap.OnWrite.REAPPLY, vmitap.OnWrite.REMOVE])
+@pytest.mark.seconds(1.5)
 def test_a_write_to_a_hidden_page_does_what_its_policy_says(start: Start, on_write: vmitap.OnWrite) -> None:
     """The guest's checker writes each word of its text as it finds it (`lock xadd` of 0), the tapped one among them."""
     guest = start_demo(start, "mode=calls calls=10 parts=2", vcpus=1, kinds=["xadd"])
@@ -92,6 +93,7 @@ def test_a_write_to_a_hidden_page_does_what_its_policy_says(start: Start, on_wri
     wait_for("the guest's verdict", lambda: "integrity:" in guest.console)
 
 
+@pytest.mark.seconds(1.5)
 def test_a_write_that_asks_is_asked_about_with_its_hit(start: Start) -> None:
     start_demo(start, "mode=calls calls=10 parts=2", vcpus=1, kinds=["xadd"])
     asked: list[bool] = []

@@ -8,19 +8,23 @@ import multiprocessing
 import os
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import bochs, machine
+from . import bochs, coverage
 from .apt import Suite
 from .host import check_host
 from .kernel import kernel
+from .machine import machines
 from .release import RELEASES
 from .step import begin_lines_with, say, step
+from .verdict import verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from .machine import Machine
+
+# A machine needs half a minute until its first test, and a good 600 MiB.
+MOST_PARTS = 4
 
 
 def arguments() -> argparse.Namespace:
@@ -28,6 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--wheel", type=Path, required=True, help="the wheel to install in dom0")
     parser.add_argument("--xen", choices=[*RELEASES, "all"], default="all", help="which release")
     parser.add_argument("--vcpus", type=int, default=2, help="how many vCPUs the guests have")
+    parser.add_argument("--parts", type=int, help="machines a release, which share its tests (as many as there are processors for)")
     parser.add_argument("--filter", default="", help="run only these tests (pytest -k)")
     parser.add_argument("--long", action="store_true", help="also the tests that take minutes")
     parser.add_argument("--pytest", default="", help="further arguments for pytest")
@@ -68,25 +73,38 @@ def run(options: argparse.Namespace, cache: Path) -> int:
         packages = [name for line in bochs.PACKAGES.read_text().splitlines() if not line.startswith("#") for name in line.split()]
         emulator = suites[bochs.SUITE].unpack(packages, cache / "bochs")
     wanted = [release for release in RELEASES.values() if options.xen in (release.xen, "all")]
-    roots = []
+    processors = len(os.sched_getaffinity(0))
+    parts = options.parts or min(MOST_PARTS, max(1, processors // len(wanted)))
+    made: dict[str, list[Machine]] = {}
     for release in wanted:
         with step(f"Xen {release.xen}: Debian's packages"):
-            roots.append(suites[release.suite].unpack(release.packages, cache / f"xen-{release.xen}"))
-    machines = [partial(machine.run, release, root, linux, emulator, options, cache) for release, root in zip(wanted, roots, strict=True)]
-    if len(machines) == 1 or len(os.sched_getaffinity(0)) == 1:
-        return max(start() for start in machines)
-    return side_by_side({release.xen: start for release, start in zip(wanted, machines, strict=True)})
+            root = suites[release.suite].unpack(release.packages, cache / f"xen-{release.xen}")
+        made[release.xen] = machines(release, root, linux, emulator, options, cache, parts)
+    if options.build_only:
+        return 0
+    everyone = [each for of_one in made.values() for each in of_one]
+    together = len(everyone) > 1 and (processors > 1 or parts > 1)
+    statuses = iter(side_by_side(everyone) if together else [each.run() for each in everyone])
+    found = []
+    for xen, of_one in made.items():
+        parts_of_one = {each.results: next(statuses) for each in of_one}
+        results = cache / f"run-{xen}/results"
+        found.append(verdict(xen, parts_of_one, results / "junit.xml"))
+        if options.coverage:
+            with step(f"Xen {xen}: coverage"):
+                coverage.report(list(parts_of_one), results, options.coverage)
+    return max(found)
 
 
-def side_by_side(machines: dict[str, Callable[[], int]]) -> int:
-    """Bochs uses one processor: each machine has a process of its own, whose lines begin with the release."""
+def side_by_side(machines: list[Machine]) -> list[int]:
+    """The statuses. Bochs uses one processor: each machine has a process of its own, whose lines begin with its name."""
 
-    def child(name: str, start: Callable[[], int]) -> None:
-        begin_lines_with(f"{name} | ")
-        sys.exit(start())
+    def child(machine: Machine) -> None:
+        begin_lines_with(f"{machine.name} | ")
+        sys.exit(machine.run())
 
     fork = multiprocessing.get_context("fork")
-    children = [fork.Process(target=child, args=each) for each in machines.items()]
+    children = [fork.Process(target=child, args=(each,)) for each in machines]
     try:
         for each in children:
             each.start()
@@ -97,7 +115,7 @@ def side_by_side(machines: dict[str, Callable[[], int]]) -> int:
             each.terminate()
         for each in children:
             each.join()
-    return max(abs(each.exitcode or 0) for each in children)
+    return [abs(each.exitcode or 0) for each in children]
 
 
 sys.exit(main())

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .step import LabError, run, say
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-def report(results: Path, library: Path) -> None:
+
+def report(parts: Sequence[Path], results: Path, library: Path) -> None:
     """Prints a line for each file of the Xen driver, and writes `coverage.txt` with all. `library` is instrumented, not stripped."""
-    profiles = list(results.glob("*.profraw"))
+    profiles = [profile for part in parts for profile in part.glob("*.profraw")]
     if not profiles:
         raise LabError("the tests left no coverage: was the wheel built with -C instrument-coverage?")
     tools = Path(run(["rustc", "--print", "sysroot"]).strip()) / "lib/rustlib"
