@@ -1,6 +1,7 @@
 """The lab's own parts that need no Xen: what it calls a failure, and what it packs and unpacks (docs/xen-lab.md)."""
 
 import io
+import marshal
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lab import job
+from lab import compile_job, job
 from lab import verdict as verdicts
 from lab.cpio import Archive
 from lab.host import check_host
@@ -126,6 +127,12 @@ def test_a_failure_in_any_machine_is_pytests_own_status(tmp_path: Path, machines
 
 
 @pytest.mark.parametrize("parts", [1, 2])
+def test_a_failure_that_no_status_tells_of_is_one(tmp_path: Path, machines: Machines, parts: int) -> None:
+    found = machines(parts, "slow or left_out")
+    assert verdict(tmp_path, dict.fromkeys(found, 0)) == 1
+
+
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("name", ["junit.xml", "collected.txt"])
 @pytest.mark.parametrize("status", [0, 70])
 def test_a_machine_without_results_is_a_failure(tmp_path: Path, machines: Machines, parts: int, name: str, status: int) -> None:
@@ -175,6 +182,23 @@ def test_a_test_that_was_not_collected_is_a_failure(tmp_path: Path, machines: Ma
     edit(tmp_path / "1" / "collected.txt", r"test_x.py::test_slow\n", "")
     assert verdict(tmp_path, found) == 1
     assert "nobody collected test_x.py::test_slow" in capsys.readouterr().out
+
+
+def test_pytest_takes_the_byte_code_that_comes_with_a_job_and_still_shows_values(tmp_path: Path) -> None:
+    source, helper = tmp_path / "test_x.py", tmp_path / "helper.py"
+    helper.write_text("VALUE = 3\n")
+    source.write_text("from helper import VALUE\ndef test_x():\n    assert VALUE == 4\n")
+    compile_job.main(tmp_path)
+    helper.write_text("VALUE = 4\n")  # only in its byte code is it 3
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--debug={tmp_path}/said", str(source)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, capture_output=True, text=True, check=False
+    )
+    assert "assert 3 == 4" in done.stdout
+    assert "found cached rewritten pyc for" in (tmp_path / "said").read_text()
+    # Where the tests are in dom0.
+    files = {marshal.loads(pyc.read_bytes()[16:]).co_filename for pyc in tmp_path.glob("__pycache__/test_x.*")}
+    assert files == {"/job/test_x.py"}
 
 
 def test_a_job_goes_in_and_results_come_out(tmp_path: Path) -> None:

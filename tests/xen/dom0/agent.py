@@ -28,6 +28,8 @@ def fetch(disk: int) -> None:
         archive.extractall(JOB)
     for wheel in JOB.glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(JOB / "site")
+    for module in JOB.glob("*.py"):
+        os.utime(module, (0, 0))  # which its byte code names (lab/compile_job.py)
     OUT.mkdir()
 
 

@@ -12,7 +12,7 @@ from . import bootdisk, job
 from .bochs import Bochs
 from .guests import demo_image, faults_library, linux_initramfs
 from .initramfs import DOM0, initramfs
-from .python import python
+from .python import byte_code, python
 from .root import Root
 from .step import LabError, say, step
 
@@ -86,17 +86,19 @@ def machines(
     folder.mkdir()
     with step(f"Xen {release.xen}: images"):
         root = Root(release, packages)
+        libraries = python(root, cache)
         guest = {name: linux / name for name in ("vmlinux", "System.map")} | {"linux-guest.cpio": linux_initramfs(folder)}
         boot = bootdisk.make(
             folder,
             xen=root.xen(),
             kernel=(linux / "vmlinux").read_bytes(),
-            initramfs=initramfs(root, python(root, cache), {f"boot/{name}": path for name, path in guest.items()}),
+            initramfs=initramfs(root, libraries, {f"boot/{name}": path for name, path in guest.items()}),
             memory=MEMORY,
             xen_line=XEN_LINE,
             kernel_line=KERNEL_LINE,
         )
         files = _job_files(options) | {"libfaults.so": faults_library(folder, release.xen)}
+        files |= byte_code(root, libraries, files, folder / "job")
     folders = [folder] if parts == 1 else [folder / str(n) for n in range(1, parts + 1)]
     names = [str(each.relative_to(cache)).removeprefix("run-") for each in folders]
     jobs = [files | {"arguments": _arguments(options, f"{n}/{parts}")} for n in range(1, parts + 1)]

@@ -37,6 +37,8 @@ def verdict(xen: str, parts: Mapping[Path, int], junit: Path) -> int:
     wrong = unaccounted(list(parts))
     if count["skipped"] or not count["tests"]:
         wrong.append("every test must run")
+    if status == 0 and (count["failures"] or count["errors"]):
+        wrong.append("a failure that no machine's status tells of")
     for each in wrong:
         say(f"xen-lab: Xen {xen}: {each}")
     return status or (1 if wrong else 0)
