@@ -166,3 +166,34 @@ impl Cache {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use xen_sys::fake::{DOMAIN, Fake, Kind};
+
+    use super::*;
+
+    #[test]
+    fn a_mapping_is_made_anew_when_it_is_old_and_those_of_the_pool_stay() {
+        let fake = Fake::new(Kind::ALL[1]);
+        let xen = xen_sys::Xen::open_named(fake.path(), |_, _| {}).unwrap();
+        let pages = Pages::new(xen.foreign_memory().unwrap(), DOMAIN);
+        pages.pin(&[5, 6]).unwrap();
+        let look = |expected| {
+            for gfn in [3, 5, 6] {
+                pages.touch(Gfn(gfn)).unwrap();
+            }
+            assert_eq!((pages.maps(), fake.state("maps", 0)), expected);
+        };
+        let began = pages.period_began.get();
+        look((2, 2));
+        pages.age(began + LIFE);
+        look((2, 2));
+        pages.age(began + LIFE + Duration::from_millis(1));
+        look((2, 2));
+        pages.age(began + LIFE * 2);
+        look((3, 2));
+        pages.clear();
+        assert_eq!(fake.state("maps", 0), 0);
+    }
+}
