@@ -2608,7 +2608,11 @@ class PageTableMonitor:
         Stores that other vCPUs have begun are left alone. For each address the page-out comes before the page-in.
         """
     def clear(self) -> None:
-        """Restores the access of every table and forgets every address."""
+        """Restores the access of every table and forgets every address.
+
+        Raises:
+            UndoFailedError: some tables could not be given back, and it says of which addresses; these are still monitored.
+        """
 
 @final
 class _Script:

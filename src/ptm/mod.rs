@@ -224,14 +224,17 @@ impl PageTableMonitor {
         }
         let path = page.kept.path();
         self.release(vmi, rights, id, &path)?;
-        if let Ok(slot) = self.index.find_entry(hash(va.page(), context), |known| *known == id) {
+        self.drop_page(id);
+        Ok(true)
+    }
+
+    /// Takes a page out of the books that is found through no table any more.
+    fn drop_page(&mut self, id: u32) {
+        let Some(page) = self.pages.get_mut(id as usize).and_then(Option::take) else { return };
+        if let Ok(slot) = self.index.find_entry(hash(page.va, page.kept.context()), |known| *known == id) {
             slot.remove();
         }
-        if let Some(slot) = self.pages.get_mut(id as usize) {
-            *slot = None;
-        }
         self.free.push(id);
-        Ok(true)
     }
 
     /// Watches the tables in one more view. Twice is fine.
@@ -489,16 +492,20 @@ impl PageTableMonitor {
     /// Restores the access of every table and forgets everything.
     ///
     /// # Errors
-    /// [`VmiError::UndoFailed`] with the tables on which the driver failed.
+    /// [`VmiError::UndoFailed`] with the pages on whose tables the driver failed. Their addresses stay monitored, and calling again
+    /// tries them.
     pub fn clear<D: VmiDriver + ?Sized>(&mut self, vmi: &mut VmiCore<D>, rights: &mut Rights) -> Result<()> {
         let mut left = Left::default();
-        for gfn in self.tables.frames() {
-            for view in &self.views {
-                let done = rights.allow(vmi, gfn, *view, MemoryAccess::W);
-                left.note(done, || format!("frame {gfn} not writable in view {view}"));
+        for id in 0..self.pages.len() as u32 {
+            let page = self.pages.get(id as usize).and_then(Option::as_ref);
+            let Some((va, path)) = page.map(|page| (page.va, page.kept.path())) else { continue };
+            if !left.note(self.release(vmi, rights, id, &path), || format!("the page tables of {va} watched")) {
+                self.drop_page(id);
             }
         }
-        self.forget();
+        if self.is_empty() {
+            self.forget();
+        }
         left.done()
     }
 

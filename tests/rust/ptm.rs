@@ -1,13 +1,16 @@
 //! The page-table monitor on its own, on the mock driver: what is watched, what is told, and what a failing call leaves behind.
 
+use parking_lot::MutexGuard;
 use vmitap::arch::amd64::{AddressContext, pte};
 use vmitap::core::VmiCore;
-use vmitap::driver::VmiViews;
+use vmitap::driver::{Caps, VmiInfo, VmiViews};
 use vmitap::driver::mock::{MockDriver, PageSize};
 use vmitap::error::TranslationFault;
 use vmitap::ptm::{PageTableEvent, PageTableMonitor};
 use vmitap::tap::Rights;
 use vmitap::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, VcpuId, View, VmiError};
+
+use super::harness::{Faulty, World, each_call_failing};
 
 const VA: Va = Va(0x40_0000_1234);
 const PA: Pa = Pa(0x5234);
@@ -16,7 +19,7 @@ const FIRST: Option<VcpuId> = Some(VcpuId(0));
 const SECOND: Option<VcpuId> = Some(VcpuId(1));
 
 struct Lab {
-    vmi: VmiCore<MockDriver>,
+    vmi: VmiCore<Faulty<MockDriver>>,
     rights: Rights,
     monitor: PageTableMonitor,
     context: AddressContext,
@@ -25,33 +28,42 @@ struct Lab {
 
 impl Lab {
     fn new(levels: u8) -> Self {
-        let mut driver = MockDriver::new(0x40_0000, 2);
+        Self::with(levels, 0x40_0000)
+    }
+
+    fn with(levels: u8, memory: u64) -> Self {
+        let mut driver = MockDriver::new(memory, 2);
         let context = driver.new_root(levels).unwrap();
+        let mut driver = Faulty::new(driver);
         let view = driver.create_view(MemoryAccess::RWX).unwrap();
         let monitor = PageTableMonitor::new(&[view]);
         Self { vmi: VmiCore::new(Box::new(driver)), rights: Rights::new(), monitor, context, view }
     }
 
     fn mapped(levels: u8) -> Self {
-        let mut lab = Self::new(levels);
+        let lab = Self::new(levels);
         lab.map(VA, PA, PageSize::Size4K);
         lab
     }
 
-    fn driver(&mut self) -> &mut MockDriver {
-        self.vmi.driver_mut()
+    fn driver(&self) -> MutexGuard<'_, MockDriver> {
+        self.vmi.driver().inner()
     }
 
-    fn map(&mut self, va: Va, pa: Pa, size: PageSize) {
+    fn create_view(&mut self) -> View {
+        self.vmi.driver_mut().create_view(MemoryAccess::RWX).unwrap()
+    }
+
+    fn map(&self, va: Va, pa: Pa, size: PageSize) {
         let context = self.context;
         self.driver().map(context, va, pa, size, FLAGS).unwrap();
     }
 
     fn entry(&self, va: Va, level: u8) -> Pa {
-        self.vmi.driver().entry(self.context, va, level).unwrap()
+        self.driver().entry(self.context, va, level).unwrap()
     }
 
-    fn put(&mut self, entry: Pa, value: u64) {
+    fn put(&self, entry: Pa, value: u64) {
         self.driver().poke(entry, &value.to_le_bytes()).unwrap();
     }
 
@@ -76,7 +88,7 @@ impl Lab {
     }
 
     fn watched(&self) -> Vec<Gfn> {
-        let view = &self.vmi.driver().snapshot().views[&self.view];
+        let view = &self.driver().snapshot().views[&self.view];
         let denied = |access: MemoryAccess| access == MemoryAccess::RX;
         view.pages.iter().filter(|(_, access)| denied(**access)).map(|(gfn, _)| *gfn).collect()
     }
@@ -112,7 +124,7 @@ fn exactly_the_tables_on_the_way_are_watched_and_get_back_the_access_that_was_fo
             let view = lab.view;
             // Somebody else has taken X there.
             lab.rights.deny(&mut lab.vmi, root, view, MemoryAccess::X).unwrap();
-            let before = lab.vmi.driver().snapshot();
+            let before = lab.driver().snapshot();
             let pa = Pa(VA.0 & (size.bytes() - 1));
             assert_eq!(lab.monitor(VA).unwrap(), Some(pa));
             let mut expected = lab.tables(VA, level);
@@ -125,14 +137,14 @@ fn exactly_the_tables_on_the_way_are_watched_and_get_back_the_access_that_was_fo
             lab.driver().take_calls();
             assert_eq!(lab.monitor(Va(VA.0 + 1)).unwrap(), Some(Pa(pa.0 + 1)));
             assert_eq!(lab.monitor(VA).unwrap(), Some(pa));
-            assert!(lab.vmi.driver().calls().is_empty());
+            assert!(lab.driver().calls().is_empty());
             assert_eq!((lab.monitor.len(), lab.monitor.is_empty()), (2, false));
             for va in [VA, Va(VA.0 + 1)] {
                 assert!(lab.unmonitor(va).unwrap());
                 assert!(lab.monitor.tables() > 0);
             }
             assert!(lab.unmonitor(VA).unwrap() && !lab.unmonitor(VA).unwrap());
-            assert_eq!(lab.vmi.driver().snapshot().differences(&before), [] as [String; 0]);
+            assert_eq!(lab.driver().snapshot().differences(&before), [] as [String; 0]);
             assert!(lab.monitor.is_empty() && lab.monitor.tables() == 0);
         }
     }
@@ -192,7 +204,7 @@ fn a_change_of_the_frame_is_a_page_out_and_then_a_page_in_for_each_address_and_o
     lab.driver().record_reads(true);
     lab.driver().take_calls();
     lab.store(entry, to(0).0 | FLAGS | pte::G | pte::PS | pte::A | pte::D);
-    assert_eq!(lab.vmi.driver().calls().len(), 1, "{:?}", lab.vmi.driver().calls());
+    assert_eq!(lab.driver().calls().len(), 1, "{:?}", lab.driver().calls());
 }
 
 #[test]
@@ -251,7 +263,7 @@ fn hostile_tables_are_followed_no_further_than_there_are_levels() {
 #[test]
 fn what_can_be_no_mapping_is_refused_at_first_and_nothing_is_watched() {
     let mut lab = Lab::mapped(4);
-    let before = lab.vmi.driver().snapshot();
+    let before = lab.driver().snapshot();
     let fault = |result: vmitap::Result<Option<Pa>>| match result {
         Err(VmiError::Translation { fault, .. }) => fault,
         other => panic!("{other:?}"),
@@ -269,7 +281,7 @@ fn what_can_be_no_mapping_is_refused_at_first_and_nothing_is_watched() {
     let far = AddressContext::new(Pa(1 << 40));
     let refused = lab.monitor.monitor(&mut lab.vmi, &mut lab.rights, VA, far);
     assert!(matches!(fault(refused), TranslationFault::BeyondMemory { level: 4, .. }));
-    assert_eq!(lab.vmi.driver().snapshot().views, before.views);
+    assert_eq!(lab.driver().snapshot().views, before.views);
     assert!(lab.monitor.is_empty() && lab.monitor.tables() == 0 && lab.rights.is_empty());
     // Once the page is monitored it is the same.
     lab.put(entry, good);
@@ -304,12 +316,12 @@ fn roots_that_share_tables_are_told_each_and_share_the_watch() {
 fn a_view_that_comes_is_watched_too_and_one_that_goes_no_longer() {
     let mut lab = Lab::mapped(4);
     lab.monitor(VA).unwrap();
-    let second = lab.driver().create_view(MemoryAccess::RWX).unwrap();
-    let before = lab.vmi.driver().snapshot();
+    let second = lab.create_view();
+    let before = lab.driver().snapshot();
     lab.monitor.add_view(&mut lab.vmi, &mut lab.rights, second).unwrap();
     lab.monitor.add_view(&mut lab.vmi, &mut lab.rights, second).unwrap();
     assert_eq!(lab.monitor.views(), [lab.view, second]);
-    let views = lab.vmi.driver().snapshot().views;
+    let views = lab.driver().snapshot().views;
     assert_eq!(views[&second], views[&lab.view]);
     // A table that comes later is watched in both.
     let leaf = lab.entry(VA, 2);
@@ -317,83 +329,218 @@ fn a_view_that_comes_is_watched_too_and_one_that_goes_no_longer() {
     lab.map(VA, PA, PageSize::Size4K);
     lab.monitor.mark_all_dirty(None);
     assert_eq!(lab.process(None).unwrap().len(), 1);
-    let views = lab.vmi.driver().snapshot().views;
+    let views = lab.driver().snapshot().views;
     assert_eq!((views[&second].pages.len(), &views[&second]), (4, &views[&lab.view]));
     lab.monitor.remove_view(&mut lab.vmi, &mut lab.rights, second).unwrap();
     lab.monitor.remove_view(&mut lab.vmi, &mut lab.rights, second).unwrap();
-    assert_eq!(lab.vmi.driver().snapshot().views[&second], before.views[&second]);
+    assert_eq!(lab.driver().snapshot().views[&second], before.views[&second]);
     assert!(!lab.monitor.watches(second, lab.context.root.gfn()));
     lab.monitor.clear(&mut lab.vmi, &mut lab.rights).unwrap();
     assert!(lab.rights.is_empty() && lab.watched().is_empty() && lab.monitor.is_empty());
 }
 
-/// Does `operation` with the n-th driver call failing, for each n: everything must be as before, and a retry must do it all.
-fn fails_cleanly(set_up: impl Fn(&mut Lab), operation: impl Fn(&mut Lab) -> vmitap::Result<()>) {
-    for n in 1.. {
-        let mut lab = Lab::mapped(4);
-        set_up(&mut lab);
-        let before = lab.vmi.driver().snapshot();
-        let books = (lab.monitor.len(), lab.monitor.tables(), lab.rights.len());
-        lab.driver().fail_nth(n);
-        let result = operation(&mut lab);
-        if lab.vmi.driver().faults_left() > 0 {
-            assert!(n > 2, "{n} driver calls");
-            return result.unwrap();
+impl World for Lab {
+    type Driver = MockDriver;
+
+    fn driver(&self) -> Faulty<MockDriver> {
+        self.vmi.driver().clone()
+    }
+
+    fn books(&self) -> Vec<String> {
+        let mut tables: Vec<Gfn> = self.monitor.watched_tables().collect();
+        tables.sort_unstable();
+        let denied = |view: View| tables.iter().map(|gfn| self.rights.denied(*gfn, view)).collect::<Vec<_>>();
+        let denied: Vec<_> = [1, 2, 3].map(|view| denied(View(view))).into();
+        let mapped = ALL.map(|va| self.monitor.mapped(va, self.context));
+        let dirty = [None, FIRST, SECOND].map(|vcpu| self.monitor.is_dirty(vcpu));
+        vec![
+            format!("{} {} {:?} {mapped:?} {dirty:?}", self.monitor.len(), self.monitor.is_empty(), self.monitor.views()),
+            format!("{tables:?} {denied:?} {}", self.rights.len()),
+        ]
+    }
+}
+
+/// On a page, another on it, the next page, and one that no table is there for.
+const ALL: [Va; 4] = [VA, Va(VA.0 + 8), Va(VA.0 + PAGE_SIZE), Va(VA.0 + (1 << 30))];
+
+/// With or without one call for many pages.
+fn set_multi_access(lab: &Lab, multi_access: bool) {
+    let caps = Caps { multi_access, ..lab.driver().caps() };
+    lab.driver().set_caps(caps);
+}
+
+/// Two views, in the second of which the leaf table is not executable by somebody else's doing; nothing is monitored.
+fn idle() -> Lab {
+    let mut lab = Lab::with(4, 0x20000);
+    for (va, pa) in [(VA, PA), (ALL[2], Pa(0x6234))] {
+        lab.map(va, pa, PageSize::Size4K);
+    }
+    let second = lab.create_view();
+    lab.monitor.add_view(&mut lab.vmi, &mut lab.rights, second).unwrap();
+    let leaf = lab.entry(VA, 1).gfn();
+    lab.rights.deny(&mut lab.vmi, leaf, second, MemoryAccess::X).unwrap();
+    lab
+}
+
+/// The same, with one address monitored.
+fn one() -> Lab {
+    let mut lab = idle();
+    lab.monitor(VA).unwrap();
+    lab
+}
+
+/// The same, with another beside it that needs the upper tables.
+fn two() -> Lab {
+    let mut lab = one();
+    lab.monitor(ALL[3]).unwrap();
+    lab
+}
+
+/// The same, with everything monitored, and one address twice.
+fn monitored() -> Lab {
+    let mut lab = idle();
+    for va in [ALL[0], ALL[1], ALL[1], ALL[2], ALL[3]] {
+        lab.monitor(va).unwrap();
+    }
+    lab
+}
+
+/// The same, with a third view, in which nothing is watched.
+fn with_third() -> Lab {
+    let mut lab = monitored();
+    assert_eq!(lab.create_view(), View(3));
+    lab
+}
+
+type Operation = (fn() -> Lab, fn(&mut Lab) -> vmitap::Result<()>, usize);
+
+#[test]
+fn every_operation_is_whole_or_not_at_all_whichever_call_fails() {
+    // On what, the operation, and how many calls it has at least.
+    let operations: [Operation; 7] = [
+        (idle, |lab| lab.monitor(VA).map(drop), 20),
+        (idle, |lab| lab.monitor(ALL[3]).map(drop), 7),
+        (one, |lab| lab.monitor(ALL[3]).map(drop), 2),
+        (one, |lab| lab.unmonitor(VA).map(drop), 2),
+        (two, |lab| lab.unmonitor(VA).map(drop), 2),
+        (with_third, |lab| lab.monitor.add_view(&mut lab.vmi, &mut lab.rights, View(3)), 5),
+        (with_third, |lab| lab.monitor.remove_view(&mut lab.vmi, &mut lab.rights, View(2)), 1),
+    ];
+    for (index, (make, operation, least)) in operations.into_iter().enumerate() {
+        for multi_access in [true, false] {
+            let make = || {
+                let lab = make();
+                set_multi_access(&lab, multi_access);
+                lab
+            };
+            let calls = each_call_failing(make, operation);
+            assert!(calls >= least, "operation {index}: {calls} calls");
         }
-        assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
-        assert_eq!(lab.vmi.driver().snapshot().differences(&before), [] as [String; 0], "call {n}");
-        assert_eq!((lab.monitor.len(), lab.monitor.tables(), lab.rights.len()), books, "call {n}");
-        operation(&mut lab).unwrap();
     }
 }
 
 #[test]
-fn every_operation_is_whole_or_not_at_all_whichever_call_fails() {
-    let both = |lab: &mut Lab| {
-        let second = lab.driver().create_view(MemoryAccess::RWX).unwrap();
-        lab.monitor.add_view(&mut lab.vmi, &mut lab.rights, second).unwrap();
+fn clear_gives_back_what_it_can_says_what_is_left_and_a_retry_does_the_rest() {
+    let untouched = {
+        let lab = idle();
+        World::driver(&lab).seen()
     };
-    let monitored = |lab: &mut Lab| {
-        both(lab);
-        lab.monitor(VA).unwrap();
-    };
-    fails_cleanly(both, |lab| lab.monitor(VA).map(drop));
-    fails_cleanly(monitored, |lab| lab.unmonitor(VA).map(drop));
-    let third = |lab: &mut Lab| {
-        monitored(lab);
-        lab.driver().create_view(MemoryAccess::RWX).unwrap();
-    };
-    fails_cleanly(third, |lab| lab.monitor.add_view(&mut lab.vmi, &mut lab.rights, View(3)));
+    for n in 1.. {
+        let mut lab = monitored();
+        set_multi_access(&lab, false);
+        let driver = World::driver(&lab);
+        driver.fail_nth(n);
+        let result = lab.monitor.clear(&mut lab.vmi, &mut lab.rights);
+        let is_through = driver.is_armed();
+        driver.fail_nth(0);
+        if !is_through {
+            assert!(matches!(result, Err(VmiError::UndoFailed { .. })), "call {n}: {result:?}");
+            // What is left is monitored as it was.
+            assert!(!lab.monitor.is_empty() && lab.monitor.tables() > 0, "call {n}");
+            let watched = lab.monitor.watched_tables().all(|gfn| lab.rights.denied(gfn, lab.view) == MemoryAccess::W);
+            assert!(watched, "call {n}");
+            lab.monitor.clear(&mut lab.vmi, &mut lab.rights).unwrap();
+        }
+        assert_eq!((lab.monitor.len(), lab.monitor.tables(), lab.rights.len()), (0, 0, 1), "call {n}");
+        assert_eq!(driver.seen().differences(&untouched), "", "call {n}");
+        if is_through {
+            assert!(n > 6, "{n}");
+            return result.unwrap();
+        }
+    }
 }
 
 #[test]
 fn a_change_that_could_not_be_followed_is_found_out_by_the_next_call() {
     for n in 1.. {
-        let mut lab = Lab::mapped(4);
+        let mut lab = Lab::with(4, 0x20000);
+        lab.map(VA, PA, PageSize::Size4K);
         lab.monitor(VA).unwrap();
-        let other = Va(VA.0 + (1 << 30));
+        let other = ALL[3];
         lab.map(other, Pa(0x6234), PageSize::Size4K);
         let (from, to) = (lab.entry(VA, 3), lab.entry(other, 3));
         let value = lab.vmi.read_pa_u64(to).unwrap();
         lab.monitor.mark_dirty(FIRST, from.gfn());
         lab.put(from, value);
-        lab.driver().fail_nth(n);
+        let driver = World::driver(&lab);
+        let before = (driver.seen(), lab.books());
+        driver.fail_nth(n);
         let mut events = Vec::new();
         let result = lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events);
-        let is_through = lab.vmi.driver().faults_left() > 0;
+        let is_through = driver.is_armed();
+        driver.fail_nth(0);
         if !is_through {
             assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
             assert_eq!(events, [], "call {n}");
             assert!(lab.monitor.is_dirty(FIRST));
             assert_eq!(lab.monitor.mapped(VA, lab.context), Some(PA));
-            assert_eq!(lab.watched().len(), 4, "call {n}");
+            assert_eq!(driver.seen().differences(&before.0), "", "call {n}");
+            // But for who has something to look at.
+            assert_eq!(lab.books()[1], before.1[1], "call {n}");
             lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events).unwrap();
         }
         assert_eq!(events, [page_out(lab.at(VA), PA), page_in(lab.at(VA), Pa(0x6234))], "call {n}");
         assert_eq!(lab.watched(), lab.tables(VA, 1), "call {n}");
         if is_through {
-            assert!(n > 5);
-            return;
+            assert!(n > 12, "{n}");
+            return result.unwrap();
+        }
+    }
+}
+
+#[test]
+fn of_two_changes_the_one_that_could_be_followed_is_told_and_the_other_by_the_next_call() {
+    let mut partly = 0;
+    for n in 1.. {
+        let mut lab = monitored();
+        let far = lab.entry(ALL[3], 3);
+        let entries = [lab.entry(VA, 1), far];
+        for entry in entries {
+            lab.monitor.mark_dirty(FIRST, entry.gfn());
+        }
+        lab.put(entries[0], 0);
+        lab.put(entries[1], pte::PS | FLAGS);
+        let driver = World::driver(&lab);
+        driver.fail_nth(n);
+        let mut events = Vec::new();
+        let result = lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events);
+        let is_through = driver.is_armed();
+        driver.fail_nth(0);
+        if !is_through {
+            assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
+            partly += usize::from(!events.is_empty());
+            lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events).unwrap();
+        }
+        events.sort_unstable_by_key(|event| event.address().0);
+        let at = |va: Va| lab.at(va);
+        let expected = [page_out(at(VA), PA), page_out(at(ALL[1]), Pa(PA.0 + 8)), page_in(at(ALL[3]), Pa(0x1234))];
+        assert_eq!(events, expected, "call {n}");
+        let mut again = Vec::new();
+        lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut again).unwrap();
+        assert_eq!(again, [], "call {n}");
+        if is_through {
+            assert!(n > 5 && partly > 3, "{n} {partly}");
+            return result.unwrap();
         }
     }
 }
