@@ -326,7 +326,7 @@ impl PageTableMonitor {
         let mut failed = Ok(());
         let mut bytes = [0; PAGE_SIZE as usize];
         let (tables, stale) = (&mut self.tables, &mut self.stale);
-        self.dirty.retain(|(by, gfn)| {
+        self.dirty.retain_mut(|(by, gfn)| {
             if by.is_some() && *by != vcpu {
                 return true;
             }
@@ -337,6 +337,8 @@ impl PageTableMonitor {
                 }
                 Err(error) => {
                     failed = Err(error);
+                    // The store is done: whoever comes next looks at it, and not only this vCPU.
+                    *by = None;
                     true
                 }
             }

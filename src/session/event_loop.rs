@@ -59,7 +59,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             self.finish()?;
         }
-        self.catch_up()?;
+        self.catch_up(None)?;
         self.answer_raw()?;
         if self.has_page_changes(None) {
             self.update_pages(None, None)?;
@@ -157,12 +157,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
     fn take(&mut self, event: &VmiEvent, home: View) -> Result<bool> {
         let index = usize::from(event.vcpu.0);
-        if self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some()) {
-            self.finish_write(event.vcpu, &event.registers)?;
-        }
+        let has_written = self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some());
+        let finished = if has_written { self.finish_write(event.vcpu, &event.registers) } else { Ok(()) };
         if self.has_page_changes(Some(event.vcpu)) {
+            // Also where the store could not be followed further: nobody else would look at the tables.
             self.update_pages(Some(event.vcpu), Some(&event.registers))?;
         }
+        finished?;
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {

@@ -97,7 +97,7 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     monitors: Vec<(TapId, EventSet)>,
     vcpus: Vec<Vcpu>,
     /// Stores that are done, and whose shadows could not be brought up to date yet.
-    overdue: Vec<(VcpuId, AfterWrite)>,
+    overdue: Vec<AfterWrite>,
     /// The event whose hits are being handed out.
     pending: Option<Box<Pending>>,
     /// The one before, to spare an allocation a hit.

@@ -100,8 +100,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Ok(());
         }
         if self.roots.len() >= MAX_ROOTS {
-            let oldest = self.roots.remove(0);
-            self.leave_root(oldest)?;
+            if let Some(oldest) = self.roots.first().copied() {
+                self.leave_root(oldest)?;
+                self.roots.remove(0);
+            }
         }
         for tap in self.taps.all_roaming() {
             self.join(tap, context)?;

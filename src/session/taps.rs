@@ -241,6 +241,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let roaming = ids.iter().filter(|id| self.taps.roams(**id)).count();
         let is_last = self.tracks_roots && roaming == self.taps.roaming();
+        let roots = if is_last { self.roots.clone() } else { Vec::new() };
         let stopped = is_last && self.track_roots(false)?;
         let mut unfollowed = 0;
         let done = at.iter().try_for_each(|at| self.unfollow(*at).map(|()| unfollowed += 1));
@@ -251,6 +252,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             left.note(watched.map(drop), || "page tables that are not watched".to_owned());
             if stopped {
                 left.note(self.track_roots(true).map(drop), || "writes of CR3 not announced".to_owned());
+                self.roots = roots;
             }
             return Err(left.after(cause));
         }

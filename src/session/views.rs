@@ -49,9 +49,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let index = self.views.iter().position(|known| *known == view).ok_or(VmiError::ViewNotFound { view })?;
         let taps = self.taps_in(view);
         let planted: Vec<TapId> = taps.iter().copied().filter(|tap| self.is_planted(*tap)).collect();
+        let roots = self.roots.clone();
         let mut lifted = Vec::new();
         let lift = planted.iter().try_for_each(|tap| self.lift(*tap).map(|()| lifted.push(*tap)));
         if let Err(cause) = lift.and_then(|()| self.leave_and_destroy(view)) {
+            // So that what roams is planted under all of them again.
+            self.roots = roots;
             return Err(self.plant_again(&lifted, cause));
         }
         for tap in taps {

@@ -96,20 +96,21 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let slot = self.vcpus.get_mut(usize::from(vcpu.0));
         let Some(mut done) = slot.and_then(|slot| slot.after_write.take()) else { return Ok(()) };
         done.rdi.1 = registers.gp.rdi;
-        self.overdue.push((vcpu, done));
-        self.catch_up()
+        self.overdue.push(done);
+        self.catch_up(Some(vcpu))
     }
 
-    /// Does what is to be done after stores. What fails is tried again next time: the guest does not run on with old bytes.
-    pub(super) fn catch_up(&mut self) -> Result<()> {
-        while let Some((vcpu, done)) = self.overdue.last().cloned() {
+    /// Does what is to be done after stores. What fails is tried again next time: the guest does not run on with old bytes. Page tables
+    /// that were stored to are noted for `vcpu`; `None`: for whoever looks next.
+    pub(super) fn catch_up(&mut self, vcpu: Option<VcpuId>) -> Result<()> {
+        while let Some(done) = self.overdue.last().cloned() {
             self.follow_write(vcpu, &done)?;
             self.overdue.pop();
         }
         Ok(())
     }
 
-    fn follow_write(&mut self, vcpu: VcpuId, done: &AfterWrite) -> Result<()> {
+    fn follow_write(&mut self, vcpu: Option<VcpuId>, done: &AfterWrite) -> Result<()> {
         self.controller.refresh(&mut self.vmi, done.pa.gfn())?;
         // The store may have reached into the page behind, and a string instruction moves RDI over all it wrote.
         let (from, to) = done.rdi;
@@ -137,7 +138,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         written.sort_unstable();
         written.dedup();
         for gfn in &written {
-            self.tables.mark_dirty(Some(vcpu), *gfn);
+            self.tables.mark_dirty(vcpu, *gfn);
         }
         for gfn in written.into_iter().filter(|gfn| *gfn != done.pa.gfn()) {
             self.controller.refresh(&mut self.vmi, gfn)?;

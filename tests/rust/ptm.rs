@@ -3,8 +3,8 @@
 use parking_lot::MutexGuard;
 use vmitap::arch::amd64::{AddressContext, pte};
 use vmitap::core::VmiCore;
-use vmitap::driver::{Caps, VmiInfo, VmiViews};
 use vmitap::driver::mock::{MockDriver, PageSize};
+use vmitap::driver::{Caps, VmiInfo, VmiViews};
 use vmitap::error::TranslationFault;
 use vmitap::ptm::{PageTableEvent, PageTableMonitor};
 use vmitap::tap::Rights;

@@ -29,13 +29,17 @@ impl<D: VmiDriver> World for Tapped<D> {
     }
 
     fn books(&self) -> Vec<String> {
-        assert_eq!(self.driver.frames_in_use(), self.session.shadow_frames());
-        let session = &self.session;
-        let taps = (0..).map(TapId).map_while(|tap| Some((session.spec(tap)?.va, session.state(tap))));
-        let mut books: Vec<_> = taps.map(|tap| format!("{tap:?}")).collect();
-        books.push(format!("{:?} {} {}", session.views(), session.has_pending(), session.is_detached()));
-        books
+        session_books(&self.session)
     }
+}
+
+/// What a session says of itself.
+pub fn session_books<D: VmiDriver>(session: &Session<Faulty<D>>) -> Vec<String> {
+    assert_eq!(session.vmi().driver().frames_in_use(), session.shadow_frames());
+    let taps = (0..).map(TapId).map_while(|tap| Some((session.spec(tap)?.va, session.state(tap))));
+    let mut books: Vec<_> = taps.map(|tap| format!("{tap:?}")).collect();
+    books.push(format!("{:?} {} {}", session.views(), session.has_pending(), session.is_detached()));
+    books
 }
 
 type Mock = Tapped<MockDriver>;
