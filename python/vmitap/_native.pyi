@@ -2491,7 +2491,10 @@ class BreakpointManager:
     def remove(self, address: int, root: int, view: View, *, key: Hashable | None = None) -> bool:
         """Removes a breakpoint by its identity, wherever it is planted now. Returns whether there was one."""
     def remove_with_hint(self, address: int, root: int, view: View, pa: int | None, *, key: Hashable | None = None) -> bool:
-        """As `remove`, for the one planted at `pa` (None: the pending one) only."""
+        """As `remove`, for callers who know where the address is mapped (None: it is not).
+
+        Where a breakpoint is planted is known, so `pa` decides nothing: with one that is out of date it is removed too, planted or pending.
+        """
     def remove_by_event(self, event: VmiEvent, key: Hashable | None = None) -> bool | None:
         """Removes what `get_by_event` finds, in all views, pending ones too.
 

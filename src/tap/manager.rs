@@ -281,7 +281,8 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         Ok(true)
     }
 
-    /// As [`Self::remove`]. The hint is not needed: where a breakpoint is planted is known.
+    /// As [`Self::remove`], for a caller who knows where the address is mapped. The hint decides nothing: where a breakpoint is planted is
+    /// known, and one that waits, or whose page was mapped elsewhere since, goes too.
     ///
     /// # Errors
     /// As [`Self::remove`].

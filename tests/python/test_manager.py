@@ -145,6 +145,51 @@ def test_what_is_planted_is_removed_whatever_the_address_is_mapped_to_by_then(lo
     assert not loop.manager.remove(UNMAPPED, root, loop.view)
 
 
+def test_a_hint_that_is_out_of_date_removes_what_is_planted_and_what_waits(loop: Loop) -> None:
+    vm, root = loop.vm, loop.root
+    entry, mapping, pa = root + 224 * 8, vm.read_pa(root, 8), vm.translate("open_file")
+    for hint in (None, pa, pa + 0x1000):
+        for is_planted in (True, False):
+            vm.write_pa(entry, mapping)
+            assert loop.manager.insert_with_hint(UNMAPPED + pa, root, loop.view, pa if is_planted else None, key="k")
+            vm.write_pa(entry, bytes(8))
+            assert not loop.manager.remove_with_hint(UNMAPPED + pa, root, loop.view, hint, key="other")
+            assert loop.manager.remove_with_hint(UNMAPPED + pa, root, loop.view, hint, key="k")
+            assert not loop.manager.remove_with_hint(UNMAPPED + pa, root, loop.view, hint, key="k")
+            assert (len(loop.manager), vmitap.VmiCore(vm).frames_in_use) == (0, 0)
+
+
+def test_removal_by_event_and_by_view_goes_by_what_is_planted(loop: Loop) -> None:
+    """The page of the breakpoint that was hit is mapped no more when it is removed: planted in one view, pending in the other."""
+    vm, other = loop.vm, loop.vm.views.create()
+    assert loop.insert("open_file", key="k", is_global=True)
+    event = loop.next("open_file")
+    root, va, pa = event.registers.root, event.registers.rip, event.pa
+    assert loop.manager.insert(va, root, loop.view, key="own")
+    for key in ("k", "own"):
+        assert loop.manager.insert_with_hint(va, root, other, None, key=key, is_global=key == "k")
+    low = vm.symbol("boot_copy")
+    for view in (loop.view, other):
+        assert loop.manager.insert(low, loop.root, view, key="low")
+    entries = [table + (va >> 39) % 512 * 8 for table in {root, loop.root}]
+    mappings = [vm.read_pa(entry, 8) for entry in entries]
+    for entry in entries:
+        vm.write_pa(entry, bytes(8))
+    with pytest.raises(vmitap.TranslationError):
+        vm.translate(va, root)
+    assert {each.pa for each in loop.manager.get_all_by_event(event)} == {pa}
+    assert loop.manager.remove_by_event(event, "own") is False
+    assert loop.manager.remove_by_event(event, "k") is True
+    assert sorted((each.key, each.view.id) for each in loop.manager) == [("low", loop.view.id), ("low", other.id)]
+    assert (loop.manager.remove_by_view(other), loop.manager.remove_by_view(loop.view)) == (1, 1)
+    assert (len(loop.manager), vmitap.VmiCore(vm).frames_in_use) == (0, 0)
+    for entry, mapping in zip(entries, mappings, strict=True):
+        vm.write_pa(entry, mapping)
+    loop.vm.respond(event, loop.step)
+    assert vm.run(timeout=30).reason == "idle"
+    assert " checks, 0 mismatches" in vm.console
+
+
 # --- the session's own breakpoints ---
 
 

@@ -28,6 +28,7 @@ mod harness;
 mod image;
 mod journal;
 mod layering;
+mod manager_changes;
 mod mock;
 mod model;
 mod paging;

@@ -15,17 +15,17 @@ use super::harness::{Faulty, each_call_failing, each_call_panicking};
 
 type Vmi = VmiCore<Faulty<MockDriver>>;
 type Point = Breakpoint<u32, &'static str>;
-const V1: View = View(1);
-const V2: View = View(2);
-const CODE: Va = Va(0x40_0000);
-const CODE_PA: Pa = Pa(0x3000);
+pub(super) const V1: View = View(1);
+pub(super) const V2: View = View(2);
+pub(super) const CODE: Va = Va(0x40_0000);
+pub(super) const CODE_PA: Pa = Pa(0x3000);
 
 /// Passes everything on, one by one, and remembers what. Panics at a call that it is told.
 #[derive(Default)]
-struct Logging {
+pub(super) struct Logging {
     inner: BreakpointController,
     log: Vec<(&'static str, u64)>,
-    panics_in: usize,
+    pub(super) panics_in: usize,
 }
 
 impl Logging {
@@ -65,14 +65,14 @@ impl TapController<Faulty<MockDriver>> for Logging {
 
 /// Two processes: four pages at `CODE` are the same frames under both roots; the fifth is only mapped under the first, the
 /// sixth differs. Two views.
-struct World {
-    vmi: Vmi,
-    roots: [AddressContext; 2],
-    c: Logging,
-    m: BreakpointManager<u32, &'static str>,
+pub(super) struct World {
+    pub(super) vmi: Vmi,
+    pub(super) roots: [AddressContext; 2],
+    pub(super) c: Logging,
+    pub(super) m: BreakpointManager<u32, &'static str>,
 }
 
-fn world() -> World {
+pub(super) fn world() -> World {
     let mut driver = MockDriver::new(0x30000, 1);
     let roots = [driver.new_root(4).unwrap(), driver.new_root(4).unwrap()];
     for (index, root) in roots.iter().enumerate() {
@@ -90,56 +90,56 @@ fn world() -> World {
     World { vmi: VmiCore::new(Box::new(Faulty::new(driver))), roots, c: Logging::default(), m: BreakpointManager::new() }
 }
 
-fn va(offset: u64) -> Va {
+pub(super) fn va(offset: u64) -> Va {
     Va(CODE.0 + offset)
 }
 
 impl World {
-    fn point(&self, view: View, offset: u64, root: usize, key: u32) -> Point {
+    pub(super) fn point(&self, view: View, offset: u64, root: usize, key: u32) -> Point {
         Breakpoint { view, va: va(offset), context: self.roots[root], key, tag: "tag", global: false }
     }
 
-    fn global(&self, view: View, offset: u64, root: usize, key: u32) -> Point {
+    pub(super) fn global(&self, view: View, offset: u64, root: usize, key: u32) -> Point {
         Breakpoint { global: true, ..self.point(view, offset, root, key) }
     }
 
-    fn insert(&mut self, point: Point) -> Result<bool> {
+    pub(super) fn insert(&mut self, point: Point) -> Result<bool> {
         self.m.insert(&mut self.vmi, &mut self.c, point)
     }
 
-    fn insert_many(&mut self, points: Vec<Point>) -> Result<Vec<bool>> {
+    pub(super) fn insert_many(&mut self, points: Vec<Point>) -> Result<Vec<bool>> {
         self.m.insert_many(&mut self.vmi, &mut self.c, points)
     }
 
-    fn remove(&mut self, view: View, offset: u64, root: usize, key: u32) -> Result<bool> {
+    pub(super) fn remove(&mut self, view: View, offset: u64, root: usize, key: u32) -> Result<bool> {
         let root = self.roots[root].root;
         self.m.remove(&mut self.vmi, &mut self.c, view, va(offset), root, &key)
     }
 
-    fn log(&mut self) -> Vec<(&'static str, u64)> {
+    pub(super) fn log(&mut self) -> Vec<(&'static str, u64)> {
         std::mem::take(&mut self.c.log)
     }
 
     /// The keys hit at `offset` under that root with `pa`, and how many are there.
-    fn hit(&self, view: View, pa: u64, offset: u64, root: usize) -> (Vec<u32>, usize) {
+    pub(super) fn hit(&self, view: View, pa: u64, offset: u64, root: usize) -> (Vec<u32>, usize) {
         let mut keys = Vec::new();
         let count = self.m.for_each_at(view, Pa(pa), va(offset), self.roots[root].root, |key, _| keys.push(*key));
         (keys, count)
     }
 
-    fn event(&self, view: View, pa: u64, offset: u64, root: usize) -> VmiEvent {
+    pub(super) fn event(&self, view: View, pa: u64, offset: u64, root: usize) -> VmiEvent {
         let mut registers = Registers { cr3: self.roots[root].root.0, ..Registers::default() };
         registers.gp.rip = va(offset).0;
         let reason = EventReason::Breakpoint { gfn: Pa(pa).gfn(), insn_len: 1 };
         VmiEvent { vcpu: VcpuId(0), view: Some(view), registers, reason }
     }
 
-    fn unmap(&mut self, offset: u64, root: usize) {
+    pub(super) fn unmap(&mut self, offset: u64, root: usize) {
         let context = self.roots[root];
         self.vmi.driver_mut().inner().unmap(context, va(offset), 1).unwrap();
     }
 
-    fn books(&self) -> Vec<String> {
+    pub(super) fn books(&self) -> Vec<String> {
         let mut all: Vec<_> = self.m.iter().map(|found| format!("{found:?}")).collect();
         all.sort();
         all.push(format!(
@@ -390,7 +390,8 @@ const OPERATIONS: &[Operation] = &[
     (busy, |w| w.remove(V1, 0x5010, 1, 1).map(drop)),
     (busy, |w| {
         let root = w.roots[1].root;
-        w.m.remove_with_hint(&mut w.vmi, &mut w.c, V1, va(0x5010), root, None, &1).map(drop)
+        assert!(w.m.remove_with_hint(&mut w.vmi, &mut w.c, V1, va(0x5010), root, None, &1)?);
+        Ok(())
     }),
     (busy, |w| w.m.remove_by_view(&mut w.vmi, &mut w.c, V1).map(drop)),
     (busy, |w| {

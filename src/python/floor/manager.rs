@@ -297,7 +297,7 @@ impl BreakpointManager {
         self.work(py, None, |books, vmi, controller| books.remove(vmi, controller, view, va, root, &key))
     }
 
-    /// As `remove`, for the one planted at `pa` (None: the pending one) only.
+    /// As `remove`; what is planted is known, so `pa` decides nothing.
     #[pyo3(signature = (address, root, view, pa, *, key=None))]
     fn remove_with_hint(
         &self,
