@@ -2632,6 +2632,11 @@ class _Script:
     @property
     def waiting(self) -> int:
         """Events that were not raised yet."""
+    def fail_nth(self, n: int, errno: int) -> None:
+        """Makes the `n`-th call of the driver from now on fail; 0: none."""
+    @property
+    def failed_call(self) -> str | None:
+        """The name of the call that failed since."""
     @property
     def scratch(self) -> tuple[int, int]:
         """Where unused memory begins, and how many bytes there are."""

@@ -27,6 +27,7 @@ A test of a handler then needs neither root nor luck:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from errno import EIO
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -162,6 +163,39 @@ class MockVm:
         for event in events:
             self._push(event)
 
+    def fail_nth(self, n: int, errno: int = EIO) -> None:
+        """Makes the `n`-th call to the guest's driver from now on fail, once, as on a real machine any of them can.
+
+        Every call counts: reads of memory and registers, changes of access rights and views, waits and answers. The guest is not changed
+        by the call that fails. It is a `DriverError` with that `errno`, for whoever does what the call was needed for. A loop over `n` tries
+        a whole program; it is through when `failed_call` is None. The end of the `with` block is left alone.
+
+        Args:
+            n: 1 is the next call; 0: no call fails any more. What was asked for before no longer holds.
+            errno: what the call fails with; EIO if nothing is said.
+
+        >>> import errno, itertools
+        >>> from vmitap.testing import mock
+        >>> with mock() as mock_vm:
+        ...     for n in itertools.count(1):
+        ...         mock_vm.fail_nth(n, errno.ENOMEM)
+        ...         try:
+        ...             bp = mock_vm.vm.breakpoint("open_file")
+        ...         except vmitap.DriverError as error:
+        ...             assert (error.op, error.errno) == (mock_vm.failed_call, errno.ENOMEM)
+        ...             assert list(mock_vm.vm.breakpoints) == []
+        ...         else:
+        ...             break
+        >>> n > 5, mock_vm.failed_call
+        (True, None)
+        """
+        self._script.fail_nth(n, errno)
+
+    @property
+    def failed_call(self) -> str | None:
+        """The name of the call that `fail_nth` made fail, as `DriverError.op` has it; None while none has."""
+        return self._script.failed_call
+
     def _push(self, event: Event) -> None:
         va = self._address(event.at)
         pa = self.vm.translate(va)
@@ -219,6 +253,7 @@ class MockVm:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._script.fail_nth(0, 0)
         self.vm.detach()
 
 

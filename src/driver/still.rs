@@ -1,7 +1,7 @@
 //! A guest that stands still, for tests of what is done with its events: an image in the memory of the mock driver.
 
 use super::emu::BootOptions;
-pub use super::mock::Remote;
+pub use super::mock::{CallKind, Remote};
 use super::mock::{MockDriver, PageSize};
 use super::open::{DEMO, OpenOptions, Opened, Target, attach, read};
 use crate::addr::{Gfn, PAGE_SIZE, Pa, Va, VcpuId};

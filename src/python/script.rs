@@ -12,7 +12,7 @@ use crate::addr::{PAGE_SIZE, Pa, Va, VcpuId};
 use crate::arch::amd64::Registers;
 use crate::capture::Abi;
 use crate::driver::open::{OpenOptions, Opened, Target};
-use crate::driver::still::{Remote, Still, open_still};
+use crate::driver::still::{CallKind, Remote, Still, open_still};
 use crate::error::Result;
 use crate::event::{EventAction, EventReason, VmiEvent};
 use crate::session::{GP_NAMES, GpChanges, Session};
@@ -113,6 +113,17 @@ impl Script {
     #[getter]
     fn waiting(&self) -> usize {
         self.remote.waiting()
+    }
+
+    /// Makes the `n`-th call of the driver from now on fail; 0: none.
+    fn fail_nth(&self, n: usize, errno: i32) {
+        self.remote.fail_nth(n, errno);
+    }
+
+    /// The name of the call that failed since.
+    #[getter]
+    fn failed_call(&self) -> Option<&'static str> {
+        self.remote.failed().map(CallKind::op)
     }
 
     /// Where unused memory begins, and how many bytes there are.

@@ -150,9 +150,10 @@ def test_an_image_that_does_not_fit_and_a_guest_that_is_not_there_are_refused() 
 
 
 def test_the_tests_of_the_documentation_pass_in_a_project_of_ones_own(tmp_path: Path) -> None:
-    conftest, tests = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    conftest, tests, failing = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     tmp_path.joinpath("conftest.py").write_text(conftest)
     tmp_path.joinpath("test_mine.py").write_text(tests)
+    tmp_path.joinpath("test_failing.py").write_text(failing)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert "3 passed" in done.stdout, done.stdout + done.stderr

@@ -95,10 +95,18 @@ calls! {
     ReleaseHeld = "release_held",
 }
 
+/// Which calls count until one fails.
+#[derive(Clone, Copy)]
+pub(super) enum Counted {
+    Recorded,
+    /// Reads too, recorded or not.
+    Any,
+    Of(CallKind),
+}
+
 /// A call that is to fail.
 struct Fault {
-    /// Which calls count; `None`: every recorded one.
-    kind: Option<CallKind>,
+    counted: Counted,
     /// How many calls are left up to and with the one that fails.
     left: usize,
     errno: i32,
@@ -110,11 +118,13 @@ pub(super) struct Recorder {
     pub(super) calls: Vec<Call>,
     pub(super) record_reads: bool,
     faults: Vec<Fault>,
+    /// The last call that was made to fail.
+    pub(super) failed: Option<CallKind>,
 }
 
 impl Recorder {
-    pub(super) fn fail(&mut self, kind: Option<CallKind>, n: usize, errno: i32) {
-        self.faults.push(Fault { kind, left: n, errno });
+    pub(super) fn fail(&mut self, counted: Counted, n: usize, errno: i32) {
+        self.faults.push(Fault { counted, left: n, errno });
     }
 
     pub(super) fn faults_left(&self) -> usize {
@@ -134,7 +144,12 @@ impl Recorder {
         }
         let mut errno = None;
         self.faults.retain_mut(|fault| {
-            if fault.kind.map_or(recorded, |wanted| wanted == kind) {
+            let counts = match fault.counted {
+                Counted::Recorded => recorded,
+                Counted::Any => true,
+                Counted::Of(wanted) => wanted == kind,
+            };
+            if counts {
                 fault.left = fault.left.saturating_sub(1);
                 if fault.left == 0 {
                     errno = Some(fault.errno);
@@ -145,7 +160,10 @@ impl Recorder {
         });
         match errno {
             None => Ok(()),
-            Some(errno) => Err(VmiError::Driver { op: kind.op(), errno, detail: "a fault the test asked for".to_owned() }),
+            Some(errno) => {
+                self.failed = Some(kind);
+                Err(VmiError::Driver { op: kind.op(), errno, detail: "a fault the test asked for".to_owned() })
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use self::calls::Recorder;
+use self::calls::{Counted, Recorder};
 pub use self::calls::{Call, CallKind};
 pub use self::remote::{Answered, Remote};
 pub use self::state::{GuestState, MockVcpu, MockView};
@@ -53,7 +53,7 @@ pub struct MockDriver {
     info: VmInfo,
     caps: Caps,
     state: GuestState,
-    recorder: Mutex<Recorder>,
+    recorder: Arc<Mutex<Recorder>>,
     script: VecDeque<Scripted>,
     remote: Remote,
     waker: Arc<MockWaker>,
@@ -67,6 +67,7 @@ impl MockDriver {
     /// A guest with `memory_size` bytes of zeroed memory (rounded up to whole pages) and `vcpus` vCPUs, all in the default view.
     pub fn new(memory_size: u64, vcpus: u16) -> Self {
         let memory_size = memory_size.next_multiple_of(PAGE_SIZE);
+        let remote = Remote::default();
         Self {
             info: VmInfo { driver: "mock", name: "mock".to_owned(), memory_size, vcpus },
             caps: Caps {
@@ -90,9 +91,9 @@ impl MockDriver {
                 monitors: HashSet::new(),
                 pauses: 0,
             },
-            recorder: Mutex::new(Recorder::default()),
+            recorder: remote.recorder.clone(),
             script: VecDeque::new(),
-            remote: Remote::default(),
+            remote,
             waker: Arc::new(MockWaker(AtomicBool::new(false))),
             frame_limit: usize::MAX,
             frames_peak: 0,
@@ -107,7 +108,7 @@ impl MockDriver {
 
     /// Whether reads of memory are recorded too, and counted by [`Self::fail_nth`]. Off at first.
     pub fn record_reads(&mut self, on: bool) {
-        self.recorder.get_mut().record_reads = on;
+        self.recorder.lock().record_reads = on;
     }
 
     /// The calls recorded so far, in order.
@@ -122,7 +123,7 @@ impl MockDriver {
 
     /// The calls recorded so far, which are forgotten.
     pub fn take_calls(&mut self) -> Vec<Call> {
-        std::mem::take(&mut self.recorder.get_mut().calls)
+        std::mem::take(&mut self.recorder.lock().calls)
     }
 
     /// Makes the `n`-th recorded call from now on fail with errno 5; 1 is the next one. The call is recorded and changes nothing.
@@ -133,7 +134,7 @@ impl MockDriver {
 
     /// As [`Self::fail_nth`], with that errno.
     pub fn fail_nth_with(&mut self, n: usize, errno: i32) {
-        self.recorder.get_mut().fail(None, n, errno);
+        self.recorder.lock().fail(Counted::Recorded, n, errno);
     }
 
     /// Makes the `n`-th call of that kind from now on fail with errno 5; 1 is the next one. Reads count even if they are not recorded.
@@ -143,7 +144,7 @@ impl MockDriver {
 
     /// As [`Self::fail_nth_of`], with that errno.
     pub fn fail_nth_of_with(&mut self, kind: CallKind, n: usize, errno: i32) {
-        self.recorder.get_mut().fail(Some(kind), n, errno);
+        self.recorder.lock().fail(Counted::Of(kind), n, errno);
     }
 
     /// How many of the faults asked for have not happened yet. A loop over n ends when one is left: there is no n-th call.
@@ -153,7 +154,7 @@ impl MockDriver {
 
     /// Forgets the faults that have not happened yet.
     pub fn clear_faults(&mut self) {
-        self.recorder.get_mut().clear_faults();
+        self.recorder.lock().clear_faults();
     }
 
     /// Lets [`VmiEvents::wait`] hand out this event, after those already given. Events of a vCPU that is held wait for its answer.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::calls::{CallKind, Counted, Recorder};
 use crate::addr::VcpuId;
 use crate::event::{VmiEvent, VmiEventResponse};
 
@@ -23,34 +24,53 @@ struct Shared {
     answered: Vec<Answered>,
 }
 
-/// Events go in, answers come out, while a session owns the driver.
+/// Events and faults go in, answers come out, while a session owns the driver.
 #[derive(Clone, Default)]
-pub struct Remote(Arc<Mutex<Shared>>);
+pub struct Remote {
+    shared: Arc<Mutex<Shared>>,
+    pub(super) recorder: Arc<Mutex<Recorder>>,
+}
 
 impl Remote {
     /// Lets the driver hand out this event after those already given, in the view its vCPU is in by then.
     pub fn push_event(&self, event: VmiEvent) {
-        self.0.lock().events.push_back(event);
+        self.shared.lock().events.push_back(event);
     }
 
     /// How many events are not handed out yet.
     pub fn waiting(&self) -> usize {
-        self.0.lock().events.len()
+        self.shared.lock().events.len()
     }
 
     /// The events that were answered so far, in the order of their answers.
     pub fn answered(&self) -> Vec<Answered> {
-        self.0.lock().answered.clone()
+        self.shared.lock().answered.clone()
+    }
+
+    /// Makes the `n`-th call from now on fail with that errno, once; 1 is the next, and reads count too. 0: none fails. What was asked for
+    /// before no longer holds.
+    pub fn fail_nth(&self, n: usize, errno: i32) {
+        let mut recorder = self.recorder.lock();
+        recorder.clear_faults();
+        recorder.failed = None;
+        if n > 0 {
+            recorder.fail(Counted::Any, n, errno);
+        }
+    }
+
+    /// The call that failed since [`Self::fail_nth`]; `None` if there was no `n`-th call yet.
+    pub fn failed(&self) -> Option<CallKind> {
+        self.recorder.lock().failed
     }
 
     /// The next event for a vCPU that is not held.
     pub(super) fn next(&self, is_held: impl Fn(VcpuId) -> bool) -> Option<VmiEvent> {
-        let mut shared = self.0.lock();
+        let mut shared = self.shared.lock();
         let index = shared.events.iter().position(|event| !is_held(event.vcpu))?;
         shared.events.remove(index)
     }
 
     pub(super) fn note(&self, answered: &Answered) {
-        self.0.lock().answered.push(*answered);
+        self.shared.lock().answered.push(*answered);
     }
 }
