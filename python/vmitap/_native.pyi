@@ -2609,6 +2609,9 @@ class PageTableMonitor:
         """The page-ins and page-outs of what the vCPU of `event` has stored by now; None: looks at every table anew.
 
         Stores that other vCPUs have begun are left alone. For each address the page-out comes before the page-in.
+
+        Raises:
+            DriverError: something could not be looked at. What was found out, and the rest, is returned by the next call.
         """
     def clear(self) -> None:
         """Restores the access of every table and forgets every address.

@@ -166,9 +166,9 @@ class MockVm:
     def fail_nth(self, n: int, errno: int = EIO) -> None:
         """Makes the `n`-th call to the guest's driver from now on fail, once, as on a real machine any of them can.
 
-        Every call counts: reads of memory and registers, changes of access rights and views, waits and answers. The guest is not changed
-        by the call that fails. It is a `DriverError` with that `errno`, for whoever does what the call was needed for. A loop over `n` tries
-        a whole program; it is through when `failed_call` is None. The end of the `with` block is left alone.
+        Every call counts: reads of memory and registers, changes of access rights and views, waits and answers. The guest is not
+        changed by the call that fails. It is a `DriverError` with that `errno`, for whoever does what the call was needed for. A loop
+        over `n` tries a whole program; it is through when `failed_call` is None. The end of the `with` block is left alone.
 
         Args:
             n: 1 is the next call; 0: no call fails any more. What was asked for before no longer holds.

@@ -68,6 +68,8 @@ pub struct PageTableMonitor {
     controller: Option<Arc<Mutex<tap::BreakpointController>>>,
     /// Locked only under the session's lock.
     tables: Mutex<ptm::PageTableMonitor>,
+    /// What was found out before a call failed, and is not told yet. Locked as `tables`.
+    owed: Mutex<Vec<ptm::PageTableEvent>>,
 }
 
 impl PageTableMonitor {
@@ -115,7 +117,7 @@ impl PageTableMonitor {
             return Err(VmiError::DefaultView { op: "watching page tables" }.into());
         }
         let tables = Mutex::new(ptm::PageTableMonitor::new(&views));
-        Ok(Self { vm, controller, tables })
+        Ok(Self { vm, controller, tables, owed: Mutex::default() })
     }
 
     fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
@@ -162,15 +164,20 @@ impl PageTableMonitor {
             if vcpu.is_none() {
                 tables.mark_all_dirty(None);
             }
-            let mut events = Vec::new();
-            tables.process(vmi, rights, vcpu, &mut events).map(|()| events)
+            let mut owed = self.owed.lock();
+            tables.process(vmi, rights, vcpu, &mut owed)?;
+            Ok(std::mem::take(&mut *owed))
         })?;
         Ok(events.into_iter().map(PageTableEvent).collect())
     }
 
     /// Restores the access of every table and forgets every address.
     fn clear(&self, py: Python<'_>) -> PyResult<()> {
-        self.work(py, ptm::PageTableMonitor::clear)
+        self.work(py, |tables, vmi, rights| {
+            tables.clear(vmi, rights)?;
+            self.owed.lock().clear();
+            Ok(())
+        })
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> std::result::Result<(), PyTraverseError> {
