@@ -10,6 +10,8 @@ use crate::error::{Result, TranslationFault, VmiError};
 
 /// Pages whose translation is remembered; a power of two. 40 bytes each.
 const CACHE_SLOTS: usize = 1024;
+/// Bytes of physical memory read in one go: memory is taken for no more than this beyond what was there.
+const READ_STEP: usize = 1 << 20;
 /// Bytes looked at in one go while the end of a string is searched.
 const STRING_STEP: usize = 256;
 
@@ -330,8 +332,19 @@ impl<D: VmiDriver + ?Sized> VmiCore<D> {
                 if len as u64 > end.saturating_add(PAGE_SIZE) {
                     return Err(VmiError::OutOfRange { pa, len: len as u64, end: Pa(end) });
                 }
-                bytes.resize(len, 0);
-                self.driver.read(pa, &mut bytes)?;
+                loop {
+                    let from = bytes.len();
+                    bytes.resize(len.min(from + READ_STEP), 0);
+                    // One that would wrap is beyond memory as well.
+                    let at = Pa(pa.0.saturating_add(from as u64));
+                    self.driver.read(at, bytes.get_mut(from..).unwrap_or_default()).map_err(|error| match error {
+                        VmiError::OutOfRange { end, .. } => VmiError::OutOfRange { pa, len: len as u64, end },
+                        other => other,
+                    })?;
+                    if bytes.len() == len {
+                        break;
+                    }
+                }
             }
             Address::Virtual(va, context) => {
                 for piece in pieces(va, context, len)? {

@@ -69,6 +69,14 @@ pub enum VmiError {
         /// First address past guest memory.
         end: Pa,
     },
+    /// A dump does not hold these addresses: they were left out of it, or there was no memory.
+    #[error("the dump does not hold the {len} bytes at physical address {pa}")]
+    NotInDump {
+        /// The first address that is not there.
+        pa: Pa,
+        /// Bytes wanted from there on.
+        len: u64,
+    },
     /// The view does not exist.
     #[error("view {view} does not exist")]
     ViewNotFound {

@@ -71,6 +71,7 @@ from vmitap.errors import (
     InvalidArgumentError,
     JournalError,
     NoPendingEventError,
+    NotInDumpError,
     NotSupportedError,
     OutOfRangeError,
     RecordingError,
@@ -129,6 +130,7 @@ __all__ = [
     "Memory",
     "MemoryController",
     "NoPendingEventError",
+    "NotInDumpError",
     "NotSupportedError",
     "Number",
     "OnWrite",
@@ -197,14 +199,15 @@ def attach(
 
     The guest's vCPUs are put into a view of their own, in which breakpoints will be planted; nothing else changes. A guest on
     the embedded driver is made new for each session and runs only inside `run`, `events` and `wait_event`. A Xen domain runs on
-    all the time; a vCPU of it that hits a breakpoint stands still until `run`, `events` or `wait_event` looks at it.
+    all the time; a vCPU of it that hits a breakpoint stands still until `run`, `events` or `wait_event` looks at it. A dump is
+    opened for reading and never changed.
 
     Args:
-        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), or "xen:NAME" or
-            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md).
-        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for. Not for a Xen domain.
-        vcpus: 1 to 8; None: what the image asks for. Not for a Xen domain.
-        cmdline: the command line the guest is given. Not for a Xen domain.
+        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), "xen:NAME" or
+            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md), or "dump:PATH" (a memory dump, see docs/dumps.md).
+        memory: bytes of guest memory, a multiple of 4096; None: what the image asks for. Not for a Xen domain or a dump.
+        vcpus: 1 to 8; None: what the image asks for. Not for a Xen domain or a dump.
+        cmdline: the command line the guest is given. Not for a Xen domain or a dump.
         libunicorn: path of libunicorn.so.2; None: the environment's VMITAP_LIBUNICORN, else the one in the installed
             package `unicorn`, which is found without importing it.
         on_write: what a write to a hidden page does where a breakpoint says nothing else; None: `OnWrite.REAPPLY`.
@@ -216,8 +219,8 @@ def attach(
     Raises:
         AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped, has a session or was
             left by one that was killed; `hint` says what to do.
-        ImageError: the file is no usable ELF image.
-        InvalidArgumentError: `memory` or `vcpus` make no sense.
+        ImageError: the file is no usable ELF image, or no dump of a known format; it says what is wrong and where.
+        InvalidArgumentError: `memory` or `vcpus` make no sense, or the target does not have them.
 
     >>> import vmitap
     >>> with vmitap.attach("demo", vcpus=2) as vm:

@@ -32,6 +32,7 @@ __all__ = [
     "InvalidArgumentError",
     "JournalError",
     "NoPendingEventError",
+    "NotInDumpError",
     "NotSupportedError",
     "OutOfRangeError",
     "RecordingError",
@@ -174,6 +175,18 @@ class OutOfRangeError(VmitapError):
 
     def __str__(self) -> str:
         return f"{self.length} bytes at physical address {self.pa:#x} reach beyond guest memory, which ends at {self.end:#x}"
+
+
+class NotInDumpError(VmitapError):
+    """A dump does not hold these physical addresses: they were left out of it, or the guest had no memory there."""
+
+    def __init__(self, pa: int, length: int) -> None:
+        super().__init__(pa, length)
+        self.pa = pa
+        self.length = length
+
+    def __str__(self) -> str:
+        return f"the dump does not hold the {self.length} bytes at physical address {self.pa:#x}"
 
 
 class StringTooLongError(VmitapError):

@@ -12,6 +12,8 @@ use crate::arch::amd64::{Injection, Register, Registers};
 use crate::error::{Result, VmiError};
 use crate::event::{VmiEvent, VmiEventResponse};
 
+#[cfg(feature = "dump")]
+pub mod dump;
 #[cfg(feature = "emu")]
 pub mod emu;
 #[cfg(feature = "mock")]
@@ -29,7 +31,7 @@ pub mod xen;
 pub struct Caps {
     /// Guest memory can be written.
     pub write: bool,
-    /// Registers can be read and written.
+    /// Registers can be read, and written where memory can be written.
     pub registers: bool,
     /// Views can be created, and pages remapped and protected in them.
     pub views: bool,

@@ -17,7 +17,7 @@ pub const LIBRARY_VARIABLE: &str = "VMITAP_LIBUNICORN";
 /// The guest that comes with vmitap (guests/demo).
 pub(super) const DEMO: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
-const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, \"emu:PATH\" for an ELF image of your own, or \"xen:NAME\" for a Xen domain";
+const FORMS: &str = "write \"demo\" for the guest that comes with vmitap, \"emu:PATH\" for an ELF image of your own, \"xen:NAME\" for a Xen domain, or \"dump:PATH\" for a memory dump";
 
 /// Which guest.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -28,10 +28,12 @@ pub enum Target {
     Emu(PathBuf),
     /// The Xen domain of this name or number.
     Xen(String),
+    /// The memory dump at this path, for reading only.
+    Dump(PathBuf),
 }
 
 impl Target {
-    /// Reads `"demo"`, `"emu:PATH"`, `"xen:NAME"` or `"xen:NUMBER"`.
+    /// Reads `"demo"`, `"emu:PATH"`, `"xen:NAME"`, `"xen:NUMBER"` or `"dump:PATH"`.
     ///
     /// # Errors
     /// [`VmiError::Attach`], whose hint names the forms.
@@ -43,7 +45,8 @@ impl Target {
             Some(("emu", path)) => Ok(Self::Emu(PathBuf::from(path))),
             Some(("xen", "")) => refuse("\"xen:\" is followed by neither a name nor a number"),
             Some(("xen", which)) => Ok(Self::Xen(which.to_owned())),
-            Some(("dump", _)) => refuse("memory dumps are not part of this version"),
+            Some(("dump", "")) => refuse("\"dump:\" is followed by no path"),
+            Some(("dump", path)) => Ok(Self::Dump(PathBuf::from(path))),
             _ => refuse("this is no kind of guest that vmitap knows"),
         }
     }
@@ -55,6 +58,7 @@ impl std::fmt::Display for Target {
             Self::Demo => f.write_str("demo"),
             Self::Emu(path) => write!(f, "emu:{}", path.display()),
             Self::Xen(which) => write!(f, "xen:{which}"),
+            Self::Dump(path) => write!(f, "dump:{}", path.display()),
         }
     }
 }
@@ -89,11 +93,11 @@ impl std::fmt::Debug for Opened {
 }
 
 /// Boots the guest, or attaches to it. Nothing of a guest on the embedded driver runs until the first
-/// [`crate::driver::VmiEvents::wait`]; a Xen domain goes on running.
+/// [`crate::driver::VmiEvents::wait`]; a Xen domain goes on running; nothing of a dump ever does.
 ///
 /// # Errors
 /// [`VmiError::Attach`] if the file, the engine's library or the domain cannot be used, [`VmiError::Image`] if the file is no such
-/// guest, [`VmiError::InvalidArgument`] for options out of range or that the target does not have. Nothing is left behind.
+/// guest or no dump, [`VmiError::InvalidArgument`] for options out of range or that the target does not have. Nothing is left behind.
 pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
     match target {
         Target::Demo => start(target, "demo", DEMO, options),
@@ -102,17 +106,18 @@ pub fn open(target: &Target, options: &OpenOptions) -> Result<Opened> {
             start(target, &path.display().to_string(), &bytes, options)
         }
         Target::Xen(which) => attach_xen(which, options),
+        Target::Dump(path) => open_dump(path, options),
     }
 }
 
 /// Who the guest is, for good, and which driver has it: a name of letters, digits and hyphens that no other guest ever has. `None`
-/// for one that lives in its driver and ends with it.
+/// for one that lives in its driver and ends with it, and for a dump, in which nothing can be left.
 ///
 /// # Errors
 /// [`VmiError::Attach`] if there is no such guest.
 pub fn identity(target: &Target) -> Result<Option<(&'static str, String)>> {
     match target {
-        Target::Demo | Target::Emu(_) => Ok(None),
+        Target::Demo | Target::Emu(_) | Target::Dump(_) => Ok(None),
         #[cfg(feature = "xen")]
         Target::Xen(which) => super::xen::identity(which, None).map(|id| Some(("xen", id))),
         #[cfg(not(feature = "xen"))]
@@ -122,16 +127,32 @@ pub fn identity(target: &Target) -> Result<Option<(&'static str, String)>> {
 
 #[cfg(feature = "xen")]
 fn attach_xen(which: &str, options: &OpenOptions) -> Result<Opened> {
-    let given =
-        [("memory", options.memory.is_some()), ("vcpus", options.vcpus.is_some()), ("cmdline", !options.command_line.is_empty())];
-    if let Some((what, _)) = given.into_iter().find(|(_, is_given)| *is_given) {
-        let reason = "a Xen domain has what its own configuration says".to_owned();
-        return Err(VmiError::InvalidArgument { what, reason });
-    }
+    refuse_boot_options(options, "a Xen domain has what its own configuration says")?;
     let xen = super::xen::XenOptions::from_environment()?;
     let xen = super::xen::XenOptions { take_over: options.take_over, ..xen };
     let driver = super::xen::XenDriver::attach(which, &xen)?;
     Ok(Opened { driver: Box::new(driver), symbols: SymbolTable::default() })
+}
+
+/// An error if an option says how a guest is made: this one is.
+#[cfg(any(feature = "xen", feature = "dump"))]
+fn refuse_boot_options(options: &OpenOptions, reason: &str) -> Result<()> {
+    let given =
+        [("memory", options.memory.is_some()), ("vcpus", options.vcpus.is_some()), ("cmdline", !options.command_line.is_empty())];
+    let given = given.into_iter().find_map(|(what, is_given)| is_given.then_some(what));
+    given.map_or(Ok(()), |what| Err(VmiError::InvalidArgument { what, reason: reason.to_owned() }))
+}
+
+#[cfg(feature = "dump")]
+fn open_dump(path: &Path, options: &OpenOptions) -> Result<Opened> {
+    refuse_boot_options(options, "a dump has what its guest had")?;
+    Ok(Opened { driver: Box::new(super::dump::DumpDriver::open(path)?), symbols: SymbolTable::default() })
+}
+
+#[cfg(not(feature = "dump"))]
+fn open_dump(path: &Path, _: &OpenOptions) -> Result<Opened> {
+    let reason = "this build has no driver for dumps".to_owned();
+    Err(attach(&format!("dump:{}", path.display()), reason, "build it with the feature dump".to_owned()))
 }
 
 #[cfg(not(feature = "xen"))]

@@ -34,9 +34,9 @@ pub fn open_still(target: &Target, options: &OpenOptions) -> Result<Still> {
     match target {
         Target::Demo => load(target, "demo", DEMO, memory, vcpus),
         Target::Emu(path) => load(target, &path.display().to_string(), &read(target, path)?, memory, vcpus),
-        Target::Xen(_) => {
+        Target::Xen(_) | Target::Dump(_) => {
             let hint = "write \"demo\", or \"emu:PATH\" for an ELF image of your own".to_owned();
-            Err(attach(&target.to_string(), "a domain has no image that could stand still".to_owned(), hint))
+            Err(attach(&target.to_string(), "a domain or a dump has no image that could stand still".to_owned(), hint))
         }
     }
 }

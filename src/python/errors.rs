@@ -19,6 +19,7 @@ import_exception!(vmitap.errors, ImageError);
 import_exception!(vmitap.errors, InvalidArgumentError);
 import_exception!(vmitap.errors, JournalError);
 import_exception!(vmitap.errors, NoPendingEventError);
+import_exception!(vmitap.errors, NotInDumpError);
 import_exception!(vmitap.errors, NotSupportedError);
 import_exception!(vmitap.errors, OutOfRangeError);
 import_exception!(vmitap.errors, RecordingError);
@@ -56,6 +57,7 @@ impl From<VmiError> for PyErr {
                 TranslationError::new_err((va.0, root.0, name, level, pa))
             }
             VmiError::OutOfRange { pa, len, end } => OutOfRangeError::new_err((pa.0, len, end.0)),
+            VmiError::NotInDump { pa, len } => NotInDumpError::new_err((pa.0, len)),
             VmiError::ViewNotFound { view } => ViewNotFoundError::new_err((view.0,)),
             VmiError::DefaultView { op } => DefaultViewError::new_err((op,)),
             VmiError::VcpuNotFound { vcpu, count } => VcpuNotFoundError::new_err((vcpu.0, count)),

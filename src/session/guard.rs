@@ -34,7 +34,7 @@ fn abandon(journal: &Journal, error: VmiError) -> VmiError {
 }
 
 /// Opens a guest. One that outlives its tool gets a journal before it is touched, and with `watchdog` a child that repairs it at
-/// once if the tool is killed. One that lives in its driver needs neither.
+/// once if the tool is killed. One that lives in its driver needs neither, and a dump neither.
 ///
 /// # Errors
 /// As [`open`]; [`VmiError::Attach`] if another session has the guest, or one was killed and has left something in it.
@@ -51,11 +51,15 @@ pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<Vec
 /// Brings a guest back whose session ended without a word. `None` if none has.
 ///
 /// # Errors
-/// [`VmiError::NotSupported`] for a guest that lives in its driver; [`VmiError::Attach`] if its session is alive or the guest cannot
+/// [`VmiError::NotSupported`] for a guest that lives in its driver, and for a dump; [`VmiError::Attach`] if its session is alive or the guest cannot
 /// be attached to; as [`repair`]. The journal stays then, and calling again tries the rest.
 pub fn repair_guest(target: &Target, options: &OpenOptions) -> Result<Option<Repaired>> {
     let guest = guest_id(target)?;
-    let guest = guest.ok_or(VmiError::NotSupported { driver: "emu", capability: "repairing: its guests end with their tool" })?;
+    let (driver, capability) = match target {
+        Target::Dump(_) => ("dump", "repairing: nothing is ever left in a dump"),
+        _ => ("emu", "repairing: its guests end with their tool"),
+    };
+    let guest = guest.ok_or(VmiError::NotSupported { driver, capability })?;
     let folder = journal::folder();
     let Some(left) = Journal::left(&folder, &guest).map_err(|error| refuse(target, error))? else { return Ok(None) };
     let mut driver = open(target, &OpenOptions { take_over: true, ..options.clone() })?.driver;

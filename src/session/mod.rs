@@ -161,7 +161,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 return Err(VmiError::NotSupported { driver: info.driver, capability });
             }
         }
-        let count = usize::from(info.vcpus);
         let driver = vmi.driver_mut();
         let tap_view = driver.create_view(MemoryAccess::RWX)?;
         let set_up = driver.monitor(Monitor::Breakpoint, true).and_then(|()| driver.switch_to_view(tap_view));
@@ -171,11 +170,22 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             left.note(driver.destroy_view(tap_view), || format!("view {tap_view}"));
             return Err(left.after(cause));
         }
+        Ok(Self::around(vmi, tap_view, vec![tap_view], on_write))
+    }
+
+    /// Takes over a guest that only can be looked at, such as a dump: reads work, and nothing is changed. Whatever would tap it or let
+    /// it run fails with [`VmiError::NotSupported`].
+    pub fn reading(driver: Box<D>) -> Self {
+        Self::around(VmiCore::new(driver), View::DEFAULT, Vec::new(), OnWrite::default())
+    }
+
+    fn around(vmi: VmiCore<D>, tap_view: View, views: Vec<View>, on_write: OnWrite) -> Self {
+        let count = usize::from(vmi.driver().info().vcpus);
         let (recording, began) = Self::new_recording();
-        Ok(Self {
+        Self {
             vmi,
             tap_view,
-            views: vec![tap_view],
+            views,
             controller: BreakpointController::default(),
             manager: BreakpointManager::default(),
             tables: PageTableMonitor::new(&[tap_view]),
@@ -212,7 +222,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             on_write,
             detached: false,
             restored: false,
-        })
+        }
     }
 
     /// The driver, with reads and translation.
@@ -479,6 +489,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.close_flight();
         }
         result
+    }
+
+    /// An error if the guest can be looked at only. `capability` is what was wanted.
+    fn check_events(&self, capability: &'static str) -> Result<()> {
+        let driver = self.vmi.driver();
+        if driver.caps().events { Ok(()) } else { Err(VmiError::NotSupported { driver: driver.info().driver, capability }) }
     }
 
     fn check_open(&self) -> Result<()> {

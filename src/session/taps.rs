@@ -118,7 +118,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// # Errors
     /// [`VmiError::Translation`] if the address can be none, or is one of a watch that is not mapped; [`VmiError::DefaultView`] and
     /// [`VmiError::ViewNotFound`];
-    /// [`VmiError::BreakpointConflict`] if its key is taken there; whatever the driver fails with. Nothing has changed then.
+    /// [`VmiError::BreakpointConflict`] if its key is taken there; [`VmiError::NotSupported`] for a guest that only can be looked at;
+    /// whatever the driver fails with. Nothing has changed then.
     pub fn add(&mut self, spec: &TapSpec) -> Result<TapId> {
         let mut ids = self.add_many(std::slice::from_ref(spec))?;
         ids.pop().ok_or(VmiError::InvalidArgument { what: "spec", reason: "none was given".to_owned() })
@@ -130,6 +131,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::add`], for the first tap that cannot be put in.
     pub fn add_many(&mut self, specs: &[TapSpec]) -> Result<Vec<TapId>> {
         self.check_open()?;
+        self.check_events("events, which taps need")?;
         let first = self.taps.len();
         if u32::try_from(first + specs.len()).is_err() {
             return Err(VmiError::InvalidArgument { what: "targets", reason: "a session has room for 2^32 taps".to_owned() });

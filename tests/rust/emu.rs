@@ -580,8 +580,8 @@ fn targets_are_told_by_their_names() {
     assert_eq!(Target::parse("demo").unwrap(), Target::Demo);
     assert_eq!(Target::parse("emu:/a:b").unwrap(), Target::Emu(PathBuf::from("/a:b")));
     assert_eq!(Target::parse("xen:web server").unwrap(), Target::Xen("web server".to_owned()));
-    for (bad, part) in
-        [("", "kind"), ("demo:", "kind"), ("emu:", "path"), ("xen:", "number"), ("dump:x", "not part"), ("/x", "kind")]
+    assert_eq!(Target::parse("dump:/a:b").unwrap(), Target::Dump(PathBuf::from("/a:b")));
+    for (bad, part) in [("", "kind"), ("demo:", "kind"), ("emu:", "path"), ("xen:", "number"), ("dump:", "path"), ("/x", "kind")]
     {
         let Err(VmiError::Attach { target, reason, hint }) = Target::parse(bad) else { panic!("{bad}") };
         assert!(target == bad && reason.contains(part) && hint.contains("\"emu:PATH\""), "{bad}: {reason}; {hint}");

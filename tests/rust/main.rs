@@ -10,6 +10,12 @@
 mod atomic;
 mod capture;
 mod core;
+#[cfg(feature = "dump")]
+mod dump;
+#[cfg(feature = "dump")]
+mod dump_files;
+#[cfg(all(feature = "dump", feature = "emu"))]
+mod dump_guest;
 #[cfg(feature = "emu")]
 mod emu;
 #[cfg(feature = "emu")]

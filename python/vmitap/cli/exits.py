@@ -29,6 +29,7 @@ _BY_KIND: dict[type[errors.VmitapError], int] = {
     errors.BreakpointNotFoundError: NOT_FOUND,
     errors.TranslationError: MEMORY,
     errors.OutOfRangeError: MEMORY,
+    errors.NotInDumpError: MEMORY,
     errors.StringTooLongError: MEMORY,
     errors.NotSupportedError: NOT_SUPPORTED,
     errors.DriverError: DRIVER,

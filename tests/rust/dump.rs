@@ -1,0 +1,435 @@
+//! Memory dumps: a guest's memory in each format, and how what is broken is refused.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+use vmitap::arch::amd64::{AddressContext, DescriptorTable, GpRegisters, Registers, Segment};
+use vmitap::core::VmiCore;
+use vmitap::driver::dump::DumpDriver;
+use vmitap::driver::{VmiControl, VmiDriver, VmiInfo, VmiRead, VmiRegisters};
+use vmitap::session::{EventSet, Limits, Session, TapKind, TapSpec};
+use vmitap::tap::OnWrite;
+use vmitap::{Pa, Va, VcpuId, View, VmiError};
+
+use crate::dump_files::*;
+
+const PAGE: usize = 4096;
+
+fn opened(file: &[u8]) -> Result<DumpDriver, VmiError> {
+    DumpDriver::new("guest.dump", Box::new(file.to_vec()))
+}
+
+/// Why a file is refused.
+fn reason(file: &[u8]) -> String {
+    match opened(file).map(|_| ()) {
+        Err(VmiError::Image { what, reason }) if what == "guest.dump" => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Memory of which no two words are the same.
+fn memory(pages: usize) -> Vec<u8> {
+    (0..(pages * PAGE / 8) as u64).flat_map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect()
+}
+
+/// Registers of which no two are the same, but for those that are in no dump.
+fn registers(seed: u64) -> Registers {
+    let next = std::cell::Cell::new(seed << 16);
+    let n = || {
+        next.set(next.get() + 0x101);
+        next.get()
+    };
+    let s = || Segment { selector: n() as u16 & !3, attributes: n() as u16 & 0xf0ff, limit: n() as u32, base: n() };
+    let t = || DescriptorTable { base: n(), limit: n() as u32 };
+    let gp = GpRegisters {
+        rax: n(),
+        rcx: n(),
+        rdx: n(),
+        rbx: n(),
+        rsp: n(),
+        rbp: n(),
+        rsi: n(),
+        rdi: n(),
+        r8: n(),
+        r9: n(),
+        r10: n(),
+        r11: n(),
+        r12: n(),
+        r13: n(),
+        r14: n(),
+        r15: n(),
+        rip: n(),
+        rflags: n(),
+    };
+    let (cr0, cr2, cr3, cr4) = (n(), n(), n(), n());
+    let (cs, ss, ds, es, fs, gs, tr) = (s(), s(), s(), s(), s(), s(), s());
+    let (gdtr, idtr, kernel_gs_base) = (t(), t(), n());
+    Registers { gp, cr0, cr2, cr3, cr4, cs, ss, ds, es, fs, gs, tr, gdtr, idtr, kernel_gs_base, ..Registers::default() }
+}
+
+/// What Xen's format has of those: selectors, and the bases of FS and GS.
+fn as_xen_has_them(all: &Registers) -> Registers {
+    let selector = |segment: Segment| Segment { selector: segment.selector, ..Segment::default() };
+    let with_base = |segment: Segment| Segment { base: segment.base, ..selector(segment) };
+    Registers {
+        cs: selector(all.cs),
+        ss: selector(all.ss),
+        ds: selector(all.ds),
+        es: selector(all.es),
+        fs: with_base(all.fs),
+        gs: with_base(all.gs),
+        tr: Segment::default(),
+        gdtr: DescriptorTable::default(),
+        idtr: DescriptorTable::default(),
+        ..*all
+    }
+}
+
+/// The same eight pages in every format: four from 0 on, then a hole of two, then four.
+fn every_format() -> Vec<(&'static str, Vec<u8>)> {
+    let memory = memory(10);
+    let (low, high) = (&memory[..4 * PAGE], &memory[6 * PAGE..]);
+    let vcpus = [registers(1), registers(2)];
+    let page = |number: usize| (number as u64, &memory[number * PAGE..][..PAGE]);
+    let no_page = (u64::MAX, &memory[..PAGE]);
+    let pages: Vec<_> = [8, 9, 0, 1, 2, 7, 3, 6].map(page).into_iter().chain([no_page]).collect();
+    let runs = [(0, low.len() as u64, low), (0x6000, high.len() as u64, high)];
+    vec![
+        ("LiME", lime(&[(0x6000, high), (0, low)])),
+        ("ELF core", elf_core(&runs, &qemu_notes(&vcpus))),
+        ("Xen core", xen_core(&pages, &vcpus)),
+    ]
+}
+
+#[test]
+fn what_a_dump_holds_is_read_and_a_hole_is_an_error_with_its_address() {
+    let memory = memory(10);
+    for (format, file) in every_format() {
+        let dump = opened(&file).unwrap();
+        assert_eq!((dump.info().memory_size, dump.version().as_str()), (0xa000, format));
+        let read = |pa: u64, len: usize| {
+            let mut bytes = vec![0xee; len];
+            dump.read(Pa(pa), &mut bytes).map(|()| bytes)
+        };
+        for (from, to) in [(0, 0x4000), (0x6000, 0xa000), (0xfff, 0x1001), (0x2ffe, 0x3004), (0x7ff0, 0x9010), (5, 5)] {
+            assert_eq!(read(from as u64, to - from).unwrap(), memory[from..to], "{format}: {from:#x}..{to:#x}");
+        }
+        let missing = |pa, len| Err(VmiError::NotInDump { pa: Pa(pa), len });
+        assert_eq!(read(0x4000, 1), missing(0x4000, 1), "{format}");
+        assert_eq!(read(0x3ffe, 4), missing(0x4000, 2), "{format}: a read that runs into the hole");
+        assert_eq!(read(0x5fff, 2), missing(0x5fff, 2), "{format}: a read that begins in it");
+        let beyond = |pa, len| Err(VmiError::OutOfRange { pa: Pa(pa), len, end: Pa(0xa000) });
+        assert_eq!(read(0x9fff, 2), beyond(0x9fff, 2), "{format}");
+        assert_eq!(read(u64::MAX, 2), beyond(u64::MAX, 2), "{format}");
+    }
+    let raw = opened(&memory).unwrap();
+    let mut all = vec![0; memory.len()];
+    raw.read(Pa(0), &mut all).unwrap();
+    assert_eq!((all, raw.info().memory_size, raw.version().as_str()), (memory, 0xa000, "raw"));
+}
+
+#[test]
+fn the_last_page_of_a_dump_may_be_there_in_part() {
+    let dump = opened(&lime(&[(0, &[7; 4100])])).unwrap();
+    let mut bytes = [0; 4];
+    dump.read(Pa(4096), &mut bytes).unwrap();
+    assert_eq!((bytes, dump.info().memory_size), ([7; 4], 0x2000));
+    assert_eq!(dump.read(Pa(4098), &mut bytes), Err(VmiError::NotInDump { pa: Pa(4100), len: 2 }));
+}
+
+#[test]
+fn the_registers_of_each_vcpu_are_those_in_the_notes() {
+    let vcpus = [registers(1), registers(2)];
+    for (format, file) in every_format() {
+        let dump = opened(&file).unwrap();
+        if format == "LiME" {
+            continue;
+        }
+        assert_eq!((dump.info().vcpus, dump.caps().registers), (2, true));
+        for (number, all) in vcpus.iter().enumerate() {
+            let expected = if format == "Xen core" { as_xen_has_them(all) } else { *all };
+            assert_eq!(dump.registers(VcpuId(number as u16)).unwrap(), expected, "{format}");
+        }
+        let missing = VmiError::VcpuNotFound { vcpu: VcpuId(2), count: 2 };
+        assert_eq!(dump.registers(VcpuId(2)), Err(missing));
+    }
+    // In ring 3 the other base of GS is the one in use, and an older QEMU has only that.
+    let user = Registers { cs: Segment { selector: 0x33, ..registers(3).cs }, ..registers(3) };
+    let xen = opened(&xen_core(&[(0, &[0; PAGE])], &[user])).unwrap();
+    assert_eq!(xen.registers(VcpuId(0)).unwrap(), as_xen_has_them(&user));
+    let mut old = qemu_note(&user);
+    old.truncate(old.len() - 8);
+    old[4..8].copy_from_slice(&432_u32.to_le_bytes());
+    let qemu = opened(&elf_core(&[(0, 4096, &[0; PAGE])], &old)).unwrap();
+    assert_eq!(qemu.registers(VcpuId(0)).unwrap(), Registers { kernel_gs_base: 0, ..user });
+}
+
+#[test]
+fn without_control_registers_the_error_says_that_a_root_is_needed() {
+    let kernel = elf_core(&[(0, 4096, &[0; PAGE])], &[kernel_note(&registers(1).gp), kernel_note(&registers(2).gp)].concat());
+    for (file, vcpus) in [(kernel, 2), (vec![0; PAGE], 0), (lime(&[(0, &[1])]), 0)] {
+        let dump = opened(&file).unwrap();
+        assert_eq!((dump.info().vcpus, dump.caps().registers), (vcpus, false));
+        let refused = dump.registers(VcpuId(0));
+        assert!(
+            matches!(refused, Err(VmiError::NotSupported { driver: "dump", capability }) if capability.contains("need a root")),
+            "{refused:?}"
+        );
+    }
+}
+
+#[test]
+fn segments_that_show_the_same_memory_are_one_and_others_are_refused() {
+    let memory = memory(4);
+    let mut whole = elf_core(&[(0, 0x4000, &memory), (0x1000, 0x1000, &memory[PAGE..2 * PAGE])], &[]);
+    // kdump has the kernel's text once more: inside of the memory, at an offset of its own.
+    let dump = opened(&whole).unwrap();
+    let mut all = vec![0; memory.len()];
+    dump.read(Pa(0), &mut all).unwrap();
+    assert_eq!(all, memory);
+    // QEMU with paging: the same bytes of the file, for two virtual addresses.
+    let second = 64 + 2 * 56;
+    let first = u64::from_le_bytes(whole[64 + 56 + 8..][..8].try_into().unwrap());
+    whole[second + 8..][..8].copy_from_slice(&(first + 0x3000).to_le_bytes());
+    whole[second + 24..][..8].copy_from_slice(&0x3000_u64.to_le_bytes());
+    whole[second + 32..][..8].copy_from_slice(&0x2000_u64.to_le_bytes());
+    opened(&whole).unwrap();
+    // At another offset the second one begins inside of the first and ends behind it.
+    whole[second + 8..][..8].copy_from_slice(&first.to_le_bytes());
+    assert!(reason(&whole).contains("overlaps"), "{}", reason(&whole));
+    for overlapping in [lime(&[(0, &[1; 64]), (63, &[1; 2])]), xen_core(&[(1, &[0; PAGE]), (1, &[0; PAGE])], &[])] {
+        assert!(reason(&overlapping).contains("overlaps"));
+    }
+    let process = elf_core(&[(0, 0x1000, &memory[..PAGE]), (0, 0x1000, &memory[..PAGE])], &[]);
+    assert!(reason(&process).contains("core of a process"));
+}
+
+#[test]
+fn what_was_left_out_of_a_segment_is_not_there() {
+    let memory = memory(1);
+    let dump = opened(&elf_core(&[(0x1000, 0x3000, &memory), (0x9000, 0x1000, &[]), (0x5000, 0x1000, &memory)], &[])).unwrap();
+    let mut byte = [0];
+    assert_eq!(dump.read(Pa(0x2000), &mut byte), Err(VmiError::NotInDump { pa: Pa(0x2000), len: 1 }));
+    assert_eq!(dump.info().memory_size, 0x6000);
+}
+
+/// The magic of a core of an HVM domain.
+const HVM: u64 = 0xf00f_ebee;
+
+#[test]
+fn absurd_numbers_are_refused_by_name_and_at_once() {
+    let page = [0_u8; PAGE];
+    let put = |file: &[u8], at: usize, value: &[u8]| {
+        let mut file = file.to_vec();
+        file[at..at + value.len()].copy_from_slice(value);
+        file
+    };
+    let core = elf_core(&[(0, 4096, &page)], &[]);
+    let run = lime(&[(0, &page)]);
+    let (max, past) = (u64::MAX.to_le_bytes(), (1_u64 << 52).to_le_bytes());
+    let segment = 64 + 56;
+    let many = {
+        let mut file = put(&core, 56, &0xffff_u16.to_le_bytes());
+        let at = file.len() as u64;
+        file[40..48].copy_from_slice(&at.to_le_bytes());
+        let mut section = vec![0; 64];
+        section[44..48].copy_from_slice(&u32::MAX.to_le_bytes());
+        file.extend(section);
+        file
+    };
+    let xen = |magic, vcpus, pages, version, numbers: &[u64]| {
+        xen_sections(&[
+            (".note.Xen", xen_notes(magic, vcpus, pages, version)),
+            (".xen_prstatus", Vec::new()),
+            (".xen_pages", page.to_vec()),
+            (".xen_pfn", numbers.iter().flat_map(|number| number.to_le_bytes()).collect()),
+        ])
+    };
+    let began = Instant::now();
+    for (file, part) in [
+        (Vec::new(), "like no known format"),
+        (vec![0; PAGE + 1], "like no known format"),
+        (b"\x7fELF".to_vec(), "the ELF header"),
+        (put(&core, 4, &[1]), "ELF class 1"),
+        (put(&core, 5, &[2]), "byte order 2"),
+        (put(&core, 16, &[2]), "ELF type 2"),
+        (put(&core, 18, &[183]), "machine 183"),
+        (put(&core, 54, &[32]), "32 bytes each"),
+        (put(&core, 32, &max), "the program headers"),
+        (many, "4294967295 of them"),
+        (put(&core, segment + 8, &max), "a segment"),
+        (put(&core, segment + 24, &past), "past physical address space"),
+        (put(&core, segment + 24, &max), "past physical address space"),
+        (put(&core, segment + 32, &max), "a segment"),
+        (elf_core(&[], &[]), "holds no memory"),
+        (elf_core(&[(0, 4096, &page)], &[1; 11]), "its notes"),
+        (elf_core(&[(0, 4096, &page)], &note(b"QEMU\0", 0, &[1, 0, 0, 0])), "too few"),
+        (elf_core(&[(0, 4096, &page)], &note(b"QEMU\0", 0, &[2, 0, 0, 0])), "version 2"),
+        (elf_core(&[(0, 4096, &page)], &note(b"CORE\0", 1, &[]).repeat(8193)), "8193 vCPUs"),
+        (put(&run, 4, &[2]), "LiME version 2"),
+        (put(&run, 8, &[1, 0x10]), "to 0xfff is none"),
+        (put(&run, 16, &max), "a run"),
+        (put(&run, 16, &[0xfe]), "a LiME header"),
+        ([run.clone(), page[..100].to_vec()].concat(), "offset 0x1020"),
+        (xen(0xf00f_ebed, 0, 1, 1, &[0]), "paravirtualized"),
+        (xen(1, 0, 1, 1, &[0]), "magic 0x1"),
+        (xen(HVM, 0, 1, 1 << 32, &[0]), "format 1"),
+        (xen(HVM, 1, 1, 1, &[0]), ".xen_prstatus"),
+        (xen(HVM, u64::MAX, 1, 1, &[0]), "8192 vCPUs"),
+        (xen(HVM, 0, u64::MAX, 1, &[0]), ".xen_pfn"),
+        (xen(HVM, 0, 2, 1, &[0]), ".xen_pfn"),
+        (xen(HVM, 0, 2, 1, &[0, 1]), ".xen_pages"),
+        (xen(HVM, 0, 0, 1, &[]), "holds no memory"),
+        (xen(HVM, 0, 1, 1, &[1 << 40]), "past physical address space"),
+        (xen(HVM, 0, 1, 1, &[u64::MAX - 1]), "past physical address space"),
+        (xen_sections(&[(".note.Xen", Vec::new())]), "say nothing of the domain"),
+        (xen_sections(&[]), "no section .note.Xen"),
+        ([b"PAGEDU64".to_vec(), vec![0; PAGE - 8]].concat(), "crash dump of Windows"),
+        ([b"\x1f\x8b".to_vec(), vec![0; PAGE - 2]].concat(), "gzip"),
+    ] {
+        let reason = reason(&file);
+        assert!(reason.contains(part), "{part:?} is not in {reason:?}");
+    }
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_dump_that_is_cut_off_anywhere_is_refused() {
+    for (format, file) in every_format() {
+        // Headers byte by byte, memory in steps that are no divisor of anything.
+        let at = (0..file.len()).filter(|at| *at < 3000 || at % 251 == 0 || file.len() - at < 600);
+        for len in at {
+            let cut = opened(&file[..len]).map(|_| ());
+            let whole_runs = format == "LiME" && len == 32 + 4 * PAGE;
+            assert!(matches!(cut, Err(VmiError::Image { .. })) || whole_runs, "{format} with {len} bytes: {cut:?}");
+        }
+    }
+}
+
+/// Reads here and there, and translates: whatever comes, it comes at once and is a typed error or data.
+fn look_at(dump: DumpDriver) {
+    let info = dump.info().clone();
+    let contexts: Vec<_> = (0..info.vcpus.min(4)).filter_map(|vcpu| dump.registers(VcpuId(vcpu)).ok()).collect();
+    let vmi = VmiCore::new(Box::new(dump));
+    for pa in [0, 0xff8, info.memory_size.saturating_sub(16), 1 << 51] {
+        let _ = vmi.read_bytes(Pa(pa), 64);
+    }
+    for root in contexts.iter().map(AddressContext::from).chain([AddressContext::new(Pa(0x1000))]) {
+        let _ = vmi.translate(Va(0xffff_8000_0000_1234), root);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(3000))]
+
+    #[test]
+    fn a_dump_with_wrong_bytes_is_refused_or_read_and_never_worse(
+        which in 0..3_usize,
+        flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<bool>()), 1..6),
+    ) {
+        let (_, mut file) = every_format().swap_remove(which);
+        let headers = file.len().min(2600);
+        for (at, value, in_headers) in flips {
+            let at = at.index(if in_headers { headers } else { file.len() });
+            file[at] = value;
+        }
+        match opened(&file) {
+            Ok(dump) => look_at(dump),
+            Err(error) => prop_assert!(matches!(error, VmiError::Image { .. }), "{error}"),
+        }
+    }
+
+    #[test]
+    fn bytes_of_any_kind_are_refused_or_read_and_never_worse(
+        magic in 0..4_usize,
+        rest in proptest::collection::vec(any::<u8>(), 0..5000),
+    ) {
+        let heads: [&[u8]; 4] = [b"", b"\x7fELF\x02\x01", b"EMiL\x01\0\0\0", b"KDUMP   "];
+        let file = [heads[magic], &rest].concat();
+        match opened(&file) {
+            Ok(dump) => look_at(dump),
+            Err(error) => prop_assert!(matches!(error, VmiError::Image { .. }), "{error}"),
+        }
+    }
+}
+
+#[test]
+fn a_long_read_takes_no_memory_for_what_is_not_there() {
+    let vmi = VmiCore::new(Box::new(opened(&lime(&[(0, &[1; PAGE]), (1 << 50, &[2; PAGE])])).unwrap()));
+    let missing = vmi.read_bytes(Pa(0), 1 << 50).map(|_| ());
+    assert!(matches!(missing, Err(VmiError::NotInDump { pa: Pa(0x1000), .. })), "{missing:?}");
+}
+
+// --- files ---
+
+fn folder(name: &str) -> PathBuf {
+    let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("dump-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+#[test]
+fn a_file_that_is_cut_off_beneath_a_session_is_an_error_and_no_signal() {
+    let folder = folder("cut");
+    let path = folder.join("guest.raw");
+    std::fs::write(&path, memory(4)).unwrap();
+    let dump = DumpDriver::open(&path).unwrap();
+    std::fs::File::options().write(true).open(&path).unwrap().set_len(0x1800).unwrap();
+    let mut bytes = [0; 16];
+    dump.read(Pa(0x17f0), &mut bytes).unwrap();
+    let cut = dump.read(Pa(0x17f8), &mut bytes);
+    let Err(VmiError::Driver { op: "reading the dump", errno: 0, detail }) = cut else { panic!("{cut:?}") };
+    assert!(detail.contains("offset 0x17f8") && detail.contains("0x1800"), "{detail}");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn what_is_no_file_is_not_opened() {
+    let folder = folder("none");
+    for path in [folder.clone(), folder.join("missing"), PathBuf::from("/dev/zero")] {
+        let refused = DumpDriver::open(&path).map(|_| ());
+        assert!(matches!(&refused, Err(VmiError::Attach { hint, .. }) if !hint.is_empty()), "{refused:?}");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+// --- sessions ---
+
+#[test]
+fn a_session_looks_at_a_dump_and_refuses_the_rest_before_anything_is_done() {
+    let dump = || Box::new(opened(&every_format().swap_remove(1).1).unwrap()) as Box<dyn VmiDriver>;
+    let refused = Session::new(dump(), OnWrite::default()).map(|_| ());
+    assert!(matches!(refused, Err(VmiError::NotSupported { driver: "dump", .. })), "{refused:?}");
+    let mut session = Session::reading(dump());
+    assert_eq!(session.registers(VcpuId(1)).unwrap(), registers(2));
+    assert_eq!(session.vmi().read_pa_u64(Pa(8)).unwrap(), 0x9e37_79b9_7f4a_7c15);
+    // An address that is none at all, and still it is the guest that cannot be tapped.
+    let spec = |kind| TapSpec {
+        kind,
+        va: Va(0x0001_0000_0000_0000),
+        context: AddressContext::new(Pa(0)),
+        global: false,
+        view: View::DEFAULT,
+        on_write: None,
+        key: None,
+        wanted: true,
+        enabled: true,
+    };
+    let set = EventSet { cpuid: true, ..EventSet::default() };
+    for kind in [TapKind::Breakpoint, TapKind::Monitor(set)] {
+        let refused = session.add(&spec(kind));
+        assert!(matches!(refused, Err(VmiError::NotSupported { driver: "dump", .. })), "{refused:?}");
+    }
+    let refused = session.poll(&Limits::default()).map(|_| ());
+    assert!(matches!(refused, Err(VmiError::NotSupported { driver: "dump", .. })), "{refused:?}");
+    assert!(matches!(session.pause(), Err(VmiError::NotSupported { .. })));
+    assert!(matches!(session.write_pa(Pa(0), &[1]), Err(VmiError::NotSupported { .. })));
+    session.detach().unwrap();
+    assert!(session.is_restored());
+}
+
+#[test]
+fn letting_go_of_a_dump_is_no_error() {
+    opened(&[0; PAGE]).unwrap().let_go().unwrap();
+}
