@@ -92,8 +92,8 @@ def open(
     is made new for each session, boots up to its entry point and runs only inside `run`, `events` and `wait_event`.
 
     Args:
-        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), or "xen:NAME" or
-            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md).
+        target: "demo" (the guest that comes with vmitap), "emu:PATH" (an ELF image, see docs/guests.md), "xen:NAME" or
+            "xen:NUMBER" (a domain of this Xen machine, see docs/xen.md), or "dump:PATH" (a memory dump, see docs/dumps.md).
         memory: bytes of guest memory, a multiple of 4096; None: what the image asks for.
         vcpus: 1 to 8; None: what the image asks for.
         cmdline: the command line the guest is given.
@@ -106,8 +106,8 @@ def open(
 
     Raises:
         AttachError: no such target, a library that is missing or unfit, a domain that cannot be tapped; `hint` says what to do.
-        ImageError: the file is no usable ELF image.
-        InvalidArgumentError: `memory` or `vcpus` make no sense.
+        ImageError: the file is no usable ELF image, or no dump of a known format; it says what is wrong and where.
+        InvalidArgumentError: `memory` or `vcpus` make no sense, or the target does not have them.
 
     >>> import vmitap
     >>> with vmitap.attach("demo", vcpus=2) as two:
@@ -254,7 +254,7 @@ class Vm:
         """
     @property
     def driver(self) -> str:
-        """The driver's name: "emu".
+        """The driver's name: "emu", "xen" or "dump".
 
         >>> vm.driver
         'emu'
@@ -269,6 +269,8 @@ class Vm:
     @property
     def vcpus(self) -> int:
         """How many vCPUs the guest has; they are numbered from 0.
+
+        A dump without any trace of them has none.
 
         >>> [vm.registers(n).cpl for n in range(vm.vcpus)][0]
         0
@@ -653,8 +655,11 @@ class Vm:
         Args:
             vcpu: its number; None: the hit's through `hit.vm`, else 0.
 
+        Of a dump it is what the file has; what the format does not keep is 0 (docs/dumps.md).
+
         Raises:
             VcpuNotFoundError: there is no such vCPU.
+            NotSupportedError: it is a dump without the control registers of its vCPUs.
 
         >>> vm.registers(0).rip != 0
         True
@@ -678,6 +683,8 @@ class Vm:
         Raises:
             TranslationError: a page of the range is not mapped.
             OutOfRangeError: it is mapped beyond guest memory.
+            NotInDumpError: the dump does not hold the page, or a page table on the way to it.
+            NotSupportedError: it is a dump without the registers of its vCPUs, and no `root` is given.
 
         >>> len(vm.read("open_file", 16))
         16
@@ -687,6 +694,7 @@ class Vm:
 
         Raises:
             OutOfRangeError: the range reaches beyond guest memory.
+            NotInDumpError: the dump does not hold all of it.
 
         >>> vm.read_pa(vm.translate("open_file"), 4) == vm.read("open_file", 4)
         True
@@ -2104,7 +2112,7 @@ class VmInfo:
     def vcpus(self) -> int: ...
     @property
     def version(self) -> str:
-        """What the driver runs on, such as "unicorn 2.1.4"."""
+        """What the driver runs on, such as "unicorn 2.1.4"; of a dump its format, such as "ELF core"."""
 
 @final
 class Caps:
@@ -2119,7 +2127,7 @@ class Caps:
         """Guest memory can be written."""
     @property
     def registers(self) -> bool:
-        """Registers can be read and written."""
+        """Registers can be read, and written where memory can be written."""
     @property
     def views(self) -> bool:
         """Views can be created, and pages remapped and protected in them."""

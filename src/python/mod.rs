@@ -9,6 +9,7 @@ mod expression;
 mod flight;
 mod floor;
 mod gil;
+mod handle;
 mod hit;
 mod hook;
 mod log;
@@ -71,8 +72,10 @@ fn open(
             }
         }
         let Opened { driver, symbols } = open_guarded(&target, &options, watchdog)?;
-        let version = driver.version();
-        Ok((Session::new(driver, on_write)?, symbols, version))
+        let (version, caps) = (driver.version(), driver.caps());
+        // What neither has events nor can be written can be looked at all the same.
+        let session = if caps.events || caps.write { Session::new(driver, on_write)? } else { Session::reading(driver) };
+        Ok((session, symbols, version))
     });
     let (session, symbols, version) = opened?;
     Ok(vm::Vm::new(Arc::new(shared::Shared::new(py, session, symbols, version, (on_write, abi)))))

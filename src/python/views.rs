@@ -131,7 +131,7 @@ pub struct VmInfo {
     memory_size: u64,
     /// How many vCPUs there are.
     vcpus: u16,
-    /// What the driver runs on, such as "unicorn 2.1.4".
+    /// What the driver runs on, such as "unicorn 2.1.4"; of a dump its format, such as "ELF core".
     version: String,
 }
 
@@ -184,7 +184,7 @@ macro_rules! caps {
 caps! {
     /// Guest memory can be written.
     write: bool,
-    /// Registers can be read and written.
+    /// Registers can be read, and written where memory can be written.
     registers: bool,
     /// Views can be created, and pages remapped and protected in them.
     views: bool,

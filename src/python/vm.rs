@@ -13,11 +13,12 @@ use pyo3::types::{PyBytes, PyDict, PyString};
 
 use super::breakpoint::{Breakpoint, Breakpoints};
 use super::convert::{self, AccessArg};
-use super::errors::{invalid, stale};
+use super::errors::invalid;
 use super::events::{Events, Moments, RunResult, Stats};
 use super::expression;
 use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
+pub use super::handle::{Handle, Scope};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
 use super::pause::Pause;
@@ -28,51 +29,13 @@ use super::shared::Shared;
 use super::symbols::Symbols;
 use super::views::{Caps, View, Views, VmInfo};
 use crate::addr::{Pa, Va, VcpuId};
-use crate::arch::amd64::{AddressContext, Injection, InjectionKind};
+use crate::arch::amd64::{Injection, InjectionKind};
 use crate::capture::Abi;
-use crate::error::Result;
-use crate::session::{EventSet, Session};
+use crate::error::VmiError;
+use crate::session::EventSet;
 
-/// The hit a `hit.vm` belongs to.
-#[derive(Clone, Copy)]
-pub struct Scope {
-    pub vcpu: VcpuId,
-    pub context: AddressContext,
-    pub generation: u64,
-}
-
-/// What a `Vm` and its parts know: the session, and the hit it is seen from.
-#[derive(Clone)]
-pub struct Handle {
-    pub(super) shared: Arc<Shared>,
-    scope: Option<Scope>,
-}
-
-impl Handle {
-    /// What is shared, if this `hit.vm` is still valid.
-    pub fn current(&self) -> PyResult<&Arc<Shared>> {
-        match self.scope {
-            Some(scope) if self.shared.generation.load(Ordering::Acquire) != scope.generation => Err(stale("hit.vm")),
-            _ => Ok(&self.shared),
-        }
-    }
-
-    /// The same, if the session is open too.
-    pub fn open(&self) -> PyResult<&Arc<Shared>> {
-        let shared = self.current()?;
-        shared.check_open()?;
-        Ok(shared)
-    }
-
-    /// The page tables meant by `root`.
-    pub fn context(&self, session: &Session, root: Option<u64>) -> Result<AddressContext> {
-        let base = match self.scope {
-            Some(scope) => scope.context,
-            None => AddressContext::from(&session.registers(VcpuId(0))?),
-        };
-        Ok(root.map_or(base, |root| AddressContext { root: Pa(root), ..base }))
-    }
-}
+/// What a dump does not do.
+const RUNNING: &str = "running: it can be looked at only";
 
 /// A session with one guest: memory, registers, breakpoints and the event loop.
 ///
@@ -162,7 +125,7 @@ impl Vm {
         Ok(VmInfo::new(self.current()?))
     }
 
-    /// The driver's name: "emu".
+    /// The driver's name: "emu", "xen" or "dump".
     #[getter]
     fn driver(&self) -> PyResult<&'static str> {
         Ok(self.current()?.info.driver)
@@ -236,7 +199,7 @@ impl Vm {
     fn console(&self, py: Python<'_>) -> PyResult<String> {
         let shared = self.current()?;
         let bytes = shared.quick(py, |inner| inner.session.vmi().driver().console());
-        let missing = crate::VmiError::NotSupported { driver: shared.info.driver, capability: "a console" };
+        let missing = VmiError::NotSupported { driver: shared.info.driver, capability: "a console" };
         Ok(String::from_utf8_lossy(&bytes.ok_or(missing)?).into_owned())
     }
 
@@ -286,7 +249,7 @@ impl Vm {
         enabled: bool,
         once: bool,
     ) -> PyResult<Py<Breakpoint>> {
-        let shared = self.open()?;
+        let shared = self.open_for("breakpoints")?;
         let abi = self.abi(abi)?;
         let policy = expression::write_policy(on_write, abi)?;
         if on_write.is_some() && policy.asks(shared.on_write) && ask.is_none() {
@@ -323,7 +286,7 @@ impl Vm {
         budget: Option<&Bound<'_, PyAny>>,
         once: bool,
     ) -> PyResult<Vec<Py<Breakpoint>>> {
-        let shared = self.open()?;
+        let shared = self.open_for("breakpoints")?;
         if targets.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("targets is an iterable of symbols and addresses, not a string"));
         }
@@ -359,6 +322,7 @@ impl Vm {
         deadline: Option<f64>,
         budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<Breakpoint>> {
+        self.open_for("watches")?;
         let va = self.address(address)?;
         let kind = Kind::Watch { len: convert::number("length", length)?, access: access.0 };
         let abi = self.abi(abi)?;
@@ -389,6 +353,7 @@ impl Vm {
         deadline: Option<f64>,
         budget: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Py<Breakpoint>> {
+        self.open_for("events")?;
         let kind = Kind::Monitor(plant::event_set(
             cr,
             msr,
@@ -403,7 +368,7 @@ impl Vm {
     /// Lets the guest run and calls handlers, until something ends it.
     #[pyo3(signature = (timeout=None, max_hits=None))]
     fn run(&self, py: Python<'_>, timeout: Option<f64>, max_hits: Option<&Bound<'_, PyAny>>) -> PyResult<RunResult> {
-        let shared = self.open()?;
+        let shared = self.open_for(RUNNING)?;
         let (timeout, hits) = (convert::seconds("timeout", timeout)?, convert::optional("max_hits", max_hits)?);
         let mut course = Course::begin(py, shared, timeout, hits);
         let reason = drive(py, shared, &mut course, None)?.unwrap_or(Reason::Timeout);
@@ -413,7 +378,7 @@ impl Vm {
     /// For `vmitap.aio`: a run that is made in moments, by whoever waits for `fileno` meanwhile.
     #[pyo3(signature = (timeout=None, max_hits=None))]
     fn _moments(&self, py: Python<'_>, timeout: Option<f64>, max_hits: Option<&Bound<'_, PyAny>>) -> PyResult<Moments> {
-        let shared = self.open()?;
+        let shared = self.open_for(RUNNING)?;
         let (timeout, hits) = (convert::seconds("timeout", timeout)?, convert::optional("max_hits", max_hits)?);
         Ok(Moments::new(py, shared, timeout, hits))
     }
@@ -432,7 +397,7 @@ impl Vm {
     #[expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
     #[pyo3(signature = (*breakpoints, timeout=None, queue=10_000))]
     fn events(slf: Py<Self>, breakpoints: Vec<Py<Breakpoint>>, timeout: Option<f64>, queue: usize) -> PyResult<Events> {
-        let shared = slf.get().open()?.clone();
+        let shared = slf.get().open_for(RUNNING)?.clone();
         Events::new(slf, &shared, &breakpoints, convert::seconds("timeout", timeout)?, queue)
     }
 
@@ -458,7 +423,9 @@ impl Vm {
     /// A snapshot of a vCPU's registers.
     #[pyo3(signature = (vcpu=None))]
     fn registers(&self, py: Python<'_>, vcpu: Option<&Bound<'_, PyAny>>) -> PyResult<Registers> {
-        let (shared, vcpu) = (self.open()?, self.vcpu(vcpu)?);
+        let shared = self.open()?;
+        // Where no vCPU has registers, the driver says why.
+        let vcpu = if shared.caps.registers { self.vcpu(vcpu)? } else { VcpuId(0) };
         let registers = shared.open(py, |session| session.registers(vcpu))?;
         Ok(Registers::from(&registers))
     }
@@ -647,7 +614,7 @@ impl Vm {
     /// Lets the guest run until its next event, for people who write their own loop instead of using `run`.
     #[pyo3(signature = (timeout=None))]
     fn wait_event(&self, py: Python<'_>, timeout: Option<f64>) -> PyResult<Option<VmiEvent>> {
-        raw::wait(py, self.open()?, convert::seconds("timeout", timeout)?)
+        raw::wait(py, self.open_for(RUNNING)?, convert::seconds("timeout", timeout)?)
     }
 
     /// Answers an event of `wait_event`; its vCPU goes on. Exactly once an event.

@@ -38,7 +38,8 @@ __all__ = ["main"]
 def cli() -> None:
     """Tap a running virtual machine without the machine noticing.
 
-    A TARGET is "demo" (a small guest that comes with vmitap), "emu:PATH" (an ELF image) or "xen:NAME" (a Xen domain).
+    A TARGET is "demo" (a small guest that comes with vmitap), "emu:PATH" (an ELF image), "xen:NAME" (a Xen domain) or
+    "dump:PATH" (a memory dump).
     ADDRESS is a symbol, "symbol+0x10" or a number. Start with: vmitap demo
     """
 

@@ -14,6 +14,7 @@ from vmitap.cli.output import Output, hexdump
 run_option = click.option(
     "--run", "seconds", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS", help="Let the guest run that long first."
 )
+root_option = click.option("--root", type=number, help="Physical address of the page-table root; default: vCPU 0's.")
 
 
 @click.command()
@@ -28,7 +29,8 @@ def info(target: str, seconds: float, memory: int | None, vcpus: int | None, cmd
         if seconds:
             vm.run(timeout=seconds)
         guest, caps = vm.info, vm.caps.to_dict()
-        registers = [vm.registers(number) for number in range(vm.vcpus)]
+        # Of a dump the file may have none.
+        registers = [vm.registers(number) for number in range(vm.vcpus)] if vm.caps.registers else []
         places = [vm.symbolize(regs.rip) for regs in registers]
         out.object(
             {
@@ -55,13 +57,14 @@ def info(target: str, seconds: float, memory: int | None, vcpus: int | None, cmd
                 *([name, str(value) if not isinstance(value, bool) else "yes" if value else "no"] for name, value in caps.items()),
             ],
         )
-        out.table(
-            ["vCPU", "RIP", "symbol", "ring", "root"],
-            [
-                [str(number), f"{regs.rip:#x}", place or "", str(regs.cpl), f"{regs.root:#x}"]
-                for number, (regs, place) in enumerate(zip(registers, places, strict=True))
-            ],
-        )
+        if registers:
+            out.table(
+                ["vCPU", "RIP", "symbol", "ring", "root"],
+                [
+                    [str(number), f"{regs.rip:#x}", place or "", str(regs.cpl), f"{regs.root:#x}"]
+                    for number, (regs, place) in enumerate(zip(registers, places, strict=True))
+                ],
+            )
 
 
 @click.command()
@@ -69,6 +72,7 @@ def info(target: str, seconds: float, memory: int | None, vcpus: int | None, cmd
 @click.argument("length", type=length_type)
 @target_argument
 @click.option("--physical", is_flag=True, help="ADDRESS is guest-physical.")
+@root_option
 @click.option("--raw", is_flag=True, help="Write the bytes themselves to stdout.")
 @run_option
 @guest_options
@@ -78,6 +82,7 @@ def read(
     length: int,
     target: str,
     physical: bool,
+    root: int | None,
     raw: bool,
     seconds: float,
     memory: int | None,
@@ -90,12 +95,14 @@ def read(
         raise click.UsageError("--raw and --json exclude each other")
     if physical and isinstance(address, str):
         raise click.UsageError("--physical needs a number as ADDRESS")
+    if physical and root is not None:
+        raise click.UsageError("--physical and --root exclude each other")
     out = Output(as_json=as_json)
     with attach(target, memory, vcpus, cmdline) as vm:
         if seconds:
             vm.run(timeout=seconds)
         start = vm.symbol(address) if isinstance(address, str) else address
-        data = vm.read_pa(start, length) if physical else vm.read(start, length)
+        data = vm.read_pa(start, length) if physical else vm.read(start, length, root=root)
     if raw:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
@@ -107,7 +114,7 @@ def read(
 @click.command()
 @click.argument("address", type=address_type)
 @target_argument
-@click.option("--root", type=number, help="Physical address of the page-table root; default: vCPU 0's.")
+@root_option
 @run_option
 @guest_options
 @json_option
@@ -127,7 +134,7 @@ def translate(
         if seconds:
             vm.run(timeout=seconds)
         va = vm.symbol(address) if isinstance(address, str) else address
-        tables = vm.registers(0).root if root is None else root
+        tables = vm.registers().root if root is None else root
         pa = vm.translate(va, tables)
     out.object({"va": va, "pa": pa, "gfn": pa >> 12, "root": tables})
     out.text(f"{va:#x} -> {pa:#x} (frame {pa >> 12:#x}, root {tables:#x})")
