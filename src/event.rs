@@ -34,7 +34,7 @@ pub enum EventReason {
         va: Option<Va>,
         /// Which accesses were denied.
         access: MemoryAccess,
-        /// Bytes of the access from `pa` on; 0 where the driver does not know.
+        /// Bytes of the access from `pa` on; 0 where the driver does not know. A store that reaches into the next page is told once, for both.
         len: u16,
     },
     /// The one instruction asked for by [`EventAction::SingleStep`] is done (or ended in an exception, which has been delivered).

@@ -104,7 +104,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 Err(error) => {
                     let view = event.view.unwrap_or(self.tap_view);
-                    let denied = is_store(event) && self.decide_write(event, view).0 == WriteDecision::Deny;
+                    let denied = self.is_denied(event, view);
                     self.rescue(event, home, denied);
                     return Err(error);
                 }
@@ -203,7 +203,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
                     if is_hidden {
-                        self.judge_write(event, view);
+                        self.judge_write(event, view)?;
                     }
                     // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
                     course = Course::Write;
@@ -353,7 +353,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// A write to a hidden page that no watch is for.
     fn sort_write(&mut self, event: &VmiEvent, home: View) -> Result<Sorted> {
         let EventReason::MemoryAccess { pa, va, access, .. } = event.reason else { return Ok(Sorted::Answer(Course::Retry)) };
-        match self.decide_write(event, event.view.unwrap_or(self.tap_view)) {
+        match self.decide_write(event.view.unwrap_or(self.tap_view), &self.covered(event)?) {
             (WriteDecision::Ask, Some(tap)) => {
                 let met = Met { va: va.unwrap_or_default(), pa, access, step: 0 };
                 self.pend(event, home, Course::Write, met, Vec::new()).asking = Some(tap);
@@ -467,7 +467,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn ask_after_watches(&mut self) -> Result<()> {
         let Some(pending) = &self.pending else { return Ok(()) };
         let (event, view) = (pending.event(), pending.view.unwrap_or(self.tap_view));
-        let (decision, asked) = self.decide_write(&event, view);
+        let (decision, asked) = self.decide_write(view, &self.covered(&event)?);
         let Some(pending) = &mut self.pending else { return Ok(()) };
         match decision {
             WriteDecision::Ask => {

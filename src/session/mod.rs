@@ -3,6 +3,7 @@
 //! Nothing here calls back: [`Session::poll`] lets the guest run and returns with a hit that somebody wants, whose vCPU stands
 //! still until [`Session::answer`]. Hits that nobody wants, reads of hidden pages and the guest's own INT3s are dealt with inside.
 
+mod covered;
 mod event_loop;
 mod filter;
 mod flight;

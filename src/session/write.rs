@@ -7,10 +7,9 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEvent};
 use crate::tap::{OnWrite, WriteDecision, decide};
 
+use super::covered::Covered;
 use super::{Session, TapId, TapState};
 
-/// Bytes a store is taken to be long where the driver does not say.
-const UNKNOWN_LEN: u64 = 8;
 /// Bytes one instruction that is no string instruction can store: XSAVE's area is the longest.
 const MAX_STORE: u64 = 4096;
 /// Pages of virtual memory that are looked up one by one after a store. A string instruction can write more, and something else can
@@ -45,36 +44,27 @@ impl AfterWrite {
     }
 }
 
-/// The physical range a denied write covers, as far as it is known.
-pub(super) fn covered(event: &VmiEvent) -> Option<(Pa, Pa)> {
-    let EventReason::MemoryAccess { pa, len, .. } = event.reason else { return None };
-    let len = if len == 0 { UNKNOWN_LEN } else { len.into() };
-    // Only this page was denied; a store that crosses into the next one raises an event of its own there.
-    let len = len.min(pa.page_rest());
-    Some((pa, Pa(pa.0 + len - 1)))
-}
-
 impl<D: VmiDriver + ?Sized> Session<D> {
-    /// The breakpoints planted on a page of a view.
-    pub(super) fn taps_on_page(&self, view: View, gfn: Gfn) -> Vec<(TapId, Pa)> {
-        self.manager.breakpoints_on_page(view, gfn).map(|(breakpoint, pa)| (breakpoint.key, pa)).collect()
-    }
-
     /// What the policies of the breakpoints under a write say, and whom to ask.
-    pub(super) fn decide_write(&self, event: &VmiEvent, view: View) -> (WriteDecision, Option<TapId>) {
-        let Some((first, last)) = covered(event) else { return (WriteDecision::Allow, None) };
-        let taps = self.taps_on_page(view, first.gfn());
-        let under = || taps.iter().filter(|(_, pa)| (first..=last).contains(pa)).map(|(tap, _)| *tap);
+    pub(super) fn decide_write(&self, view: View, covered: &Covered) -> (WriteDecision, Option<TapId>) {
+        let taps = self.taps_beside(view, covered);
+        let under = || taps.iter().filter(|(_, pa)| covered.contains(*pa)).map(|(tap, _)| *tap);
         let asked = under().find(|tap| self.policy(*tap) == OnWrite::Ask);
         (decide(under().map(|tap| self.policy(tap))), asked)
     }
 
+    /// Whether a write is to be denied, as far as that can be found out.
+    pub(super) fn is_denied(&self, event: &VmiEvent, view: View) -> bool {
+        let covered = self.covered(event).unwrap_or_else(|_| Covered::here(event));
+        is_store(event) && self.decide_write(view, &covered).0 == WriteDecision::Deny
+    }
+
     /// Remembers what is needed after the store. `answer` stands in for the policies of those that ask.
     pub(super) fn before_write(&self, event: &VmiEvent, view: View, answer: Option<OnWrite>) -> Result<Option<AfterWrite>> {
-        let EventReason::MemoryAccess { pa, .. } = event.reason else { return Ok(None) };
-        let Some((first, last)) = covered(event) else { return Ok(None) };
+        let Some(after) = AfterWrite::of(event) else { return Ok(None) };
+        let covered = self.covered(event)?;
         let mut removable = Vec::new();
-        for (tap, at) in self.taps_on_page(view, pa.gfn()) {
+        for (tap, at) in self.taps_beside(view, &covered) {
             let mut policy = self.policy(tap);
             if policy == OnWrite::Ask {
                 policy = answer.unwrap_or_default();
@@ -82,10 +72,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             if policy == OnWrite::Remove {
                 let mut byte = [0];
                 self.vmi.read_pa(at, &mut byte)?;
-                removable.push((tap, at, byte[0], (first..=last).contains(&at)));
+                removable.push((tap, at, byte[0], covered.contains(at)));
             }
         }
-        Ok(AfterWrite::of(event).map(|after| AfterWrite { removable, ..after }))
+        Ok(Some(AfterWrite { removable, ..after }))
     }
 
     /// The store of a vCPU is done: brings shadows up to date and removes what is to be removed.

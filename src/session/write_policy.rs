@@ -9,7 +9,6 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEvent};
 use crate::tap::OnWrite;
 
-use super::write::covered;
 use super::{Session, TapId};
 
 /// A condition, and what is done with a write for which it holds, or for which it does not.
@@ -72,12 +71,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(())
     }
 
-    /// Puts what the policies of the breakpoints on a page say of a write to it into `self.judged`, once for each write: what counts
+    /// Puts what the policies of the breakpoints on the pages of a write say of it into `self.judged`, once for each write: what counts
     /// counts once.
-    pub(super) fn judge_write(&mut self, event: &VmiEvent, view: View) {
-        let Some((first, last)) = covered(event) else { return };
-        let EventReason::MemoryAccess { va, .. } = event.reason else { return };
-        let on_page = self.taps_on_page(view, first.gfn());
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(super) fn judge_write(&mut self, event: &VmiEvent, view: View) -> Result<()> {
+        let EventReason::MemoryAccess { va, .. } = event.reason else { return Ok(()) };
+        let covered = self.covered(event)?;
+        let taps_beside = self.taps_beside(view, &covered);
         let Self { vmi, taps, judged, began, .. } = self;
         let clock = || began.elapsed().as_nanos() as u64;
         let scene = Scene {
@@ -87,12 +89,13 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             va: va.unwrap_or_default(),
             clock: &clock,
         };
-        for (id, pa) in on_page {
+        for (id, pa) in taps_beside {
             let Some(policy) = taps.rare_mut(id).and_then(|rare| rare.write_policy.as_mut()) else { continue };
             // A string instruction may go on to a byte that this write does not cover.
-            if let Some(said) = policy.judge(&scene, (first..=last).contains(&pa)) {
+            if let Some(said) = policy.judge(&scene, covered.contains(pa)) {
                 judged.push((id, said));
             }
         }
+        Ok(())
     }
 }

@@ -121,3 +121,49 @@ fn whoever_asks_is_asked_by_each_vcpu_that_writes() {
     assert_right(&guest);
     assert_eq!((guest.hits(jit), askers), (6, [3, 3]));
 }
+
+/// Runs the guest; how often `tap` was asked about, and was told of nothing else. Each question is answered with `answer`.
+fn run_asking(guest: &mut Guest, tap: TapId, answer: OnWrite) -> u32 {
+    let mut asked = 0;
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    loop {
+        assert!(std::time::Instant::now() < end);
+        match guest.session.poll(&vmitap::session::Limits::default()).unwrap() {
+            vmitap::session::Poll::Hit(hit) => {
+                assert_eq!((hit.tap, hit.ask, hit.access), (tap, true, MemoryAccess::W));
+                asked += 1;
+                guest.session.answer_write(answer).unwrap();
+            }
+            vmitap::session::Poll::Idle => return asked,
+            _ => {}
+        }
+    }
+}
+
+#[test]
+fn a_store_across_a_border_follows_the_policy_of_a_byte_on_the_second_page() {
+    for vcpus in [1, 2] {
+        // Each third round a store begins on the page of `pad`, and ends behind `site_ret` on the next; it leaves the byte there as it is.
+        let boot = |policy| {
+            let mut guest = Guest::boot("poke.S", vcpus, "n=4");
+            tap(&mut guest, "pad", OnWrite::Reapply);
+            let after = tap(&mut guest, "site_ret", policy);
+            (guest, after)
+        };
+        let (mut guest, after) = boot(OnWrite::Deny);
+        guest.run(|_, _| {});
+        assert_eq!((guest.word("done"), guest.word("unlike")), (1, 1), "{vcpus} vCPUs: none of it was written");
+        assert!(guest.word("wrong") >= 1);
+        assert_eq!((guest.session.state(after), guest.hits(after)), (TapState::Active, guest.word("site_calls")));
+        for (answer, state) in [(OnWrite::Reapply, TapState::Active), (OnWrite::Remove, TapState::Removed)] {
+            let (mut guest, after) = boot(OnWrite::Ask);
+            assert_eq!(run_asking(&mut guest, after, answer), 1, "{vcpus} vCPUs");
+            assert_right(&guest);
+            assert_eq!(guest.session.state(after), state);
+        }
+        let (mut guest, after) = boot(OnWrite::Remove);
+        guest.run(|_, _| {});
+        assert_right(&guest);
+        assert_eq!((guest.session.state(after), guest.session.stats().removed_by_write), (TapState::Removed, 1));
+    }
+}

@@ -300,6 +300,56 @@ fn a_breakpoint_that_is_planted_while_a_watched_store_is_held_shows_what_was_sto
 }
 
 #[test]
+fn a_store_across_a_border_follows_the_policies_on_both_pages() {
+    // Two pages that are neighbours to the guest only.
+    const FIRST: Va = Va(0x60_0000);
+    const SECOND: Va = Va(0x60_1000);
+    for (policy, first_policy) in [OnWrite::Deny, OnWrite::Ask, OnWrite::Remove]
+        .into_iter()
+        .flat_map(|policy| [OnWrite::Reapply, OnWrite::Remove].map(|first| (policy, first)))
+    {
+        // A driver that knows the length, and one that does not.
+        for (len, over) in [(8, 3), (8, 0), (0, 3), (8, 4), (0, 4)] {
+            let (mut session, context) = session(1);
+            let driver = session.vmi_mut().driver_mut();
+            for (va, pa) in [(FIRST, Pa(0x8000)), (SECOND, Pa(0x5000))] {
+                driver.map(context, va, pa, PageSize::Size4K, pte::P | pte::W).unwrap();
+            }
+            let here = |va, policy| TapSpec { on_write: Some(policy), wanted: false, ..spec(&session, context, va) };
+            let taps = [here(Va(FIRST.0 + 0xffd), first_policy), here(Va(SECOND.0 + over), policy)];
+            let taps = taps.map(|spec| session.add(&spec).unwrap());
+            let view = session.tap_view();
+            let store = access(view, context, Pa(0x8ffc), Va(FIRST.0 + 0xffc), MemoryAccess::W, len);
+            session.vmi_mut().driver_mut().push_event(store);
+            let polled = poll(&mut session);
+            let case = format!("{policy:?} at {over} behind the border, {first_policy:?} before it, {len} bytes");
+            // Four bytes are on each side.
+            let is_over = over < 4;
+            if is_over && policy == OnWrite::Ask {
+                let Poll::Hit(hit) = polled else { panic!("not asked: {case}") };
+                assert_eq!((hit.tap, hit.ask, hit.pa), (taps[1], true, Pa(0x8ffc)), "{case}");
+                session.answer_write(OnWrite::Remove).unwrap();
+                assert!(matches!(poll(&mut session), Poll::Idle));
+            } else {
+                assert!(matches!(polled, Poll::Idle), "{case}");
+            }
+            let is_denied = is_over && policy == OnWrite::Deny;
+            let action = if is_denied { EventAction::Deny } else { EventAction::SingleStep { view: View::DEFAULT } };
+            assert_eq!(answers(&session), [VmiEventResponse::action(action).in_view(view)], "{case}");
+            if !is_denied {
+                // What is stored is what was there: only where it is stored says what is overwritten.
+                let reason = EventReason::SingleStep { gfn: None };
+                session.vmi_mut().driver_mut().push_event(VmiEvent { view: Some(View::DEFAULT), reason, ..store });
+                assert!(matches!(poll(&mut session), Poll::Idle));
+            }
+            let state = |gone| if gone && !is_denied { TapState::Removed } else { TapState::Active };
+            let expected = [state(first_policy == OnWrite::Remove), state(is_over)];
+            assert_eq!(taps.map(|tap| session.state(tap)), expected, "{case}");
+        }
+    }
+}
+
+#[test]
 fn a_write_beside_the_byte_is_not_denied() {
     let (mut session, context) = session(1);
     let spec = TapSpec { on_write: Some(OnWrite::Deny), ..spec(&session, context, Va(CODE.0 + 4)) };

@@ -91,7 +91,7 @@ static struct {
 struct knob { const char *name; long value; };
 static struct knob knobs[] = {
     {"hvm", 1}, {"hap", 1}, {"single_step", 1}, {"altp2m", 1}, {"altp2m_line", 1}, {"altp2m_param", MINOR >= 19 ? 2 : 0}, {"busy", 0}, {"dying", 0}, {"gone", 0},
-    {"version_errno", 0}, {"open_errno", 0}, {"vcpus", 1}, {"named", 1}, {"emul_monitor", 1}, {"shutdown", 0}, {"version", VM_EVENT}, {0, 0},
+    {"version_errno", 0}, {"open_errno", 0}, {"vcpus", 1}, {"named", 1}, {"emul_monitor", 1}, {"shutdown", 0}, {"version", VM_EVENT}, {"far_page_first", 0}, {0, 0},
 };
 static struct { const char *name; long count, fail_at; int error; } calls[128];
 /* Of all calls, whatever they are: at one of them something happens. */
@@ -278,9 +278,14 @@ static int execute(int v, const uint8_t *bytes, int emulated, int nowrite)
     default: c->uds++; return 1;
     }
     if (to >= 0) {
-        pa = walk(v, to); if (!emulated && denied(v, pa, W)) return 0;
-        struct entry *e = effective(view, pa >> 12);
-        if (e && !nowrite) memcpy(d.memory + e->mfn * PAGE + (pa & 4095), &value, size);
+        /* Where it crosses a border, which page is denied first is the processor's business. */
+        long first = walk(v, to), last = walk(v, to + size - 1), other = last >> 12 != first >> 12 ? last & ~4095l : first;
+        int far = !!knob("far_page_first");
+        if (!emulated && (denied(v, far ? other : first, W) || denied(v, far ? first : other, W))) return 0;
+        for (int i = 0; i < size && !nowrite; i++) {
+            pa = walk(v, to + i); struct entry *e = effective(view, pa >> 12);
+            if (e) d.memory[e->mfn * PAGE + (pa & 4095)] = value >> 8 * i;
+        }
     }
     if (code[0] == 0x55) r->rsp -= 8;
     if (code[0] == 0xf3) { r->rdi++; if (--r->rcx) return 1; }

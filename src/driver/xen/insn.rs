@@ -10,6 +10,8 @@ pub const MAX_LEN: usize = 15;
 const CR4_CET: u64 = 1 << 23;
 /// Bytes one element of a string instruction moves at most.
 const NO_STORES: usize = 4;
+/// Bytes that a store has at least, where its instruction does not say how many.
+const UNKNOWN: u64 = 8;
 
 /// A store: the first address and how many bytes.
 pub type Store = (u64, u64);
@@ -25,6 +27,15 @@ pub struct Insn {
     pub repeats: bool,
     /// What it stores to; unused places have no bytes.
     pub stores: [Store; NO_STORES],
+    /// Of a repeated instruction: the store of the round to come.
+    pub round: Store,
+}
+
+impl Insn {
+    /// The store that is carried out or thrown away as one: the whole of `store`, but of a repeated instruction only the round to come.
+    pub const fn at_once(&self, store: Store) -> Store {
+        if self.repeats { self.round } else { store }
+    }
 }
 
 /// Instructions that Xen's emulator has executed since before 4.14, with general-purpose registers and plain memory
@@ -135,7 +146,7 @@ pub fn look(bytes: &[u8], registers: &Registers) -> Option<Insn> {
         && gp.rflags & rflags::TF == 0
         && insn.rflags_modified() & (RflagsBits::IF | RflagsBits::AC) == 0
         && !overlaps(&insn, registers);
-    let mut stores = [(0, 0); NO_STORES];
+    let (mut stores, mut next) = ([(0, 0); NO_STORES], (0, 0));
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(&insn);
     let writes = info.used_memory().iter().filter(|memory| {
@@ -147,13 +158,14 @@ pub fn look(bytes: &[u8], registers: &Registers) -> Option<Insn> {
         let size = round(mnemonic).filter(|_| is_string).unwrap_or(memory.memory_size().size() as u64);
         *place = if repeats {
             let more = size.saturating_mul(gp.rcx - 1);
+            next = (first, size);
             if gp.rflags & DIRECTION != 0 { (first.wrapping_sub(more), more + size) } else { (first, more + size) }
         } else {
             // XSAVE and the like do not say how much.
-            (first, size.max(1))
+            (first, if size == 0 { UNKNOWN } else { size })
         };
     }
-    Some(Insn { len: insn.len() as u8, emulates, repeats, stores })
+    Some(Insn { len: insn.len() as u8, emulates, repeats, stores, round: next })
 }
 
 const DIRECTION: u64 = 1 << 10;

@@ -8,7 +8,7 @@ use xen_sys::types::flag;
 use super::codec::{Asked, Request, Response};
 use super::step::{Fast, Rounds};
 use super::{XenDriver, descriptors, failed};
-use crate::addr::{Gfn, VcpuId, View};
+use crate::addr::{Pa, Va, VcpuId, View};
 use crate::arch::amd64::GpRegisters;
 use crate::driver::Wait;
 use crate::error::{Result, VmiError};
@@ -16,8 +16,6 @@ use crate::event::{EventReason, VmiEvent};
 
 /// How often an idle wait looks whether the domain is still there.
 const LOOK: Duration = Duration::from_millis(500);
-/// Stores that are told one after the other at one event, at most.
-pub(super) const MAX_TOLD: usize = 8;
 
 /// The event that holds a vCPU.
 #[derive(Clone, Copy)]
@@ -28,8 +26,10 @@ pub struct Held {
     pub gp: Option<GpRegisters>,
     /// Where `switch_to_view` has put the vCPU since.
     pub moved: Option<View>,
-    /// Pages to which a store of the instruction was told.
-    pub told: [Option<Gfn>; MAX_TOLD],
+    /// The last page to which a store of the instruction was told that Xen did not tell of: the number of the store, and of its page.
+    pub told: Option<(usize, u64)>,
+    /// Where the store is that Xen told of, if others were told since.
+    pub xens_own: Option<(Pa, Option<Va>)>,
     /// It was handed out.
     pub is_out: bool,
 }
@@ -156,7 +156,10 @@ impl XenDriver {
                     return self.send(&response).map(|()| None);
                 }
                 slot.rounds = None;
-                slot.held = Some(Held { request: *request, event, gp: None, moved: None, told: [None; MAX_TOLD], is_out: false });
+                let event = self.with_store(&event);
+                let slot = self.vcpu_mut(vcpu)?;
+                slot.held =
+                    Some(Held { request: *request, event, gp: None, moved: None, told: None, xens_own: None, is_out: false });
                 Ok(Some(vcpu))
             }
             Asked::Unimplemented => {

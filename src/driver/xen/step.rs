@@ -17,7 +17,7 @@ use xen_sys::types::{event_type, flag};
 
 use super::XenDriver;
 use super::codec::{Request, Response, with_cpuid_results};
-use super::insn::{self, Insn};
+use super::insn::{self, Insn, Store};
 use super::run::{Held, Vcpu};
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{GpRegisters, Registers, vector, walk};
@@ -132,13 +132,13 @@ impl XenDriver {
             action => action,
         };
         let registers = Registers { gp: gp.unwrap_or(held.event.registers.gp), ..held.event.registers };
-        let code = step_view.is_some().then(|| self.code_at(&held, &registers)).flatten();
+        let code = step_view.is_some().then(|| self.code_at(&held.event, &registers)).flatten();
         if let Some(view) = step_view
             && view != back
             && let Some((insn, _)) = &code
-            && let Some(event) = self.unseen_store(&held, &registers, insn, view, back)
+            && let Some((event, which)) = self.unseen_store(&held, &registers, insn, view, back)
         {
-            self.tell_store(vcpu, &event, gp);
+            self.tell_store(vcpu, &event, which, gp);
             return Ok(());
         }
         let in_fast_step = self.vcpu(vcpu)?.is_in_fast_step(held.event.view.unwrap_or_default());
@@ -165,7 +165,7 @@ impl XenDriver {
         let is_moved_on = rip != held.event.registers.gp.rip;
         Ok(match action {
             EventAction::Deny if is_access => {
-                let known = insn.copied().or_else(|| self.code_at(held, &held.event.registers).map(|(insn, _)| insn));
+                let known = insn.copied().or_else(|| self.code_at(&held.event, &held.event.registers).map(|(insn, _)| insn));
                 if held.request.is_page_walk() || !known.is_some_and(|insn| insn.emulates) {
                     return Err(VmiError::NotSupported {
                         driver: "xen",
@@ -329,10 +329,10 @@ impl XenDriver {
     }
 
     /// The instruction at RIP as the default view has it, and sixteen bytes that begin with it.
-    fn code_at(&self, held: &Held, registers: &Registers) -> Option<(Insn, [u8; 16])> {
+    fn code_at(&self, event: &VmiEvent, registers: &Registers) -> Option<(Insn, [u8; 16])> {
         let rip = registers.gp.rip;
-        let first = match held.event.reason {
-            EventReason::Breakpoint { gfn, .. } if rip == held.event.registers.gp.rip => gfn.pa(rip),
+        let first = match event.reason {
+            EventReason::Breakpoint { gfn, .. } if rip == event.registers.gp.rip => gfn.pa(rip),
             _ => self.translate(rip, registers)?,
         };
         let mut bytes = [NOP; 16];
@@ -350,41 +350,73 @@ impl XenDriver {
     }
 
     /// A store of the instruction that only the vCPU's own view denies: executed in `view` it would overwrite what is tapped, unseen.
-    fn unseen_store(&self, held: &Held, registers: &Registers, insn: &Insn, view: View, back: View) -> Option<VmiEvent> {
+    /// And which one it is: those before it were told.
+    fn unseen_store(
+        &self,
+        held: &Held,
+        registers: &Registers,
+        insn: &Insn,
+        view: View,
+        back: View,
+    ) -> Option<(VmiEvent, (usize, u64))> {
         let own = self.views.get(&back.0).filter(|book| book.denies_writes())?;
-        let answered = match held.event.reason {
-            EventReason::MemoryAccess { pa, access, .. } if access.contains(MemoryAccess::W) => Some(pa.gfn()),
-            _ => None,
-        };
-        for (first, len) in insn.stores.iter().copied().filter(|(_, len)| *len > 0) {
+        let answered = [held.xens_own, stored_to(&held.event)];
+        for (number, (first, len)) in insn.stores.iter().copied().enumerate().filter(|(_, (_, len))| *len > 0) {
             let last = first.wrapping_add(len - 1);
+            // What is carried out at once is told at once.
+            let once = insn.at_once((first, len));
+            let is_answered = |gfn: Gfn, page: Va| {
+                let is_this =
+                    |(pa, va): (Pa, Option<Va>)| pa.gfn() == gfn || va.is_some_and(|va| reaches(once, va) && reaches(once, page));
+                answered.iter().flatten().copied().any(is_this)
+            };
             let pages = (last >> 12).wrapping_sub(first >> 12).saturating_add(1).min(MAX_PAGES);
             for index in 0..pages {
+                if held.told.is_some_and(|told| (number, index) <= told) {
+                    continue;
+                }
                 let va = if index == 0 { first } else { ((first >> 12).wrapping_add(index)) << 12 };
                 // What is not mapped is not written either.
                 let Some(pa) = self.translate(va, registers) else { continue };
-                let gfn = pa.gfn();
-                if Some(gfn) == answered || held.told.contains(&Some(gfn)) || !own.denies_write(gfn) {
+                if is_answered(pa.gfn(), Va(va)) || !own.denies_write(pa.gfn()) {
                     continue;
                 }
-                if self.views.get(&view.0).is_some_and(|book| book.denies_write(gfn)) {
+                if self.views.get(&view.0).is_some_and(|book| book.denies_write(pa.gfn())) {
                     // The view of the step denies it too, and Xen will say so.
                     continue;
                 }
-                let rest = last.wrapping_sub(va).saturating_add(1).min(pa.page_rest());
+                let rest = last.wrapping_sub(va).saturating_add(1).min(if insn.repeats { pa.page_rest() } else { u64::MAX });
                 let reason = EventReason::MemoryAccess {
                     pa,
                     va: Some(Va(va)),
                     access: MemoryAccess::W,
                     len: u16::try_from(rest).unwrap_or(0),
                 };
-                return Some(VmiEvent { vcpu: held.event.vcpu, view: Some(back), registers: *registers, reason });
+                let event = VmiEvent { vcpu: held.event.vcpu, view: Some(back), registers: *registers, reason };
+                return Some((event, (number, index)));
             }
         }
         None
     }
 
-    /// The vCPU stays held, now for a store.
+    /// An event as Xen tells it, with what its instruction says of the store: how long it is, and where it begins, if that is denied too.
+    pub(super) fn with_store(&self, event: &VmiEvent) -> VmiEvent {
+        let EventReason::MemoryAccess { pa, va: Some(va), access, len: 0 } = event.reason else { return *event };
+        if !access.contains(MemoryAccess::W) || access.contains(MemoryAccess::X) {
+            return *event;
+        }
+        let Some((insn, _)) = self.code_at(event, &event.registers) else { return *event };
+        let holds = |(first, len): &Store| va.0.wrapping_sub(*first) < *len;
+        let Some((first, len)) = insn.stores.iter().map(|store| insn.at_once(*store)).find(holds) else { return *event };
+        let begin = self.translate(first, &event.registers).filter(|begin| {
+            let own = event.view.and_then(|view| self.views.get(&view.0));
+            !insn.repeats && begin.gfn() != pa.gfn() && own.is_some_and(|book| book.denies_write(begin.gfn()))
+        });
+        let (pa, va, len) = begin.map_or((pa, va, len - va.0.wrapping_sub(first)), |begin| (begin, Va(first), len));
+        let len = u16::try_from(len).unwrap_or(0);
+        VmiEvent { reason: EventReason::MemoryAccess { pa, va: Some(va), access, len }, ..*event }
+    }
+
     /// The registers behind an instruction that Xen is past, unless somebody had the vCPU go on elsewhere: then it is not executed.
     pub(super) fn behind(&self, vcpu: VcpuId, held: &Held, gp: Option<GpRegisters>) -> Result<GpRegisters> {
         let at = held.event.registers.gp;
@@ -421,17 +453,26 @@ impl XenDriver {
         Ok(())
     }
 
-    fn tell_store(&mut self, vcpu: VcpuId, event: &VmiEvent, gp: Option<GpRegisters>) {
+    /// The vCPU stays held, now for a store.
+    fn tell_store(&mut self, vcpu: VcpuId, event: &VmiEvent, which: (usize, u64), gp: Option<GpRegisters>) {
         let Some(slot) = self.vcpus.get_mut(usize::from(vcpu.0)) else { return };
         let Some(held) = &mut slot.held else { return };
-        if let EventReason::MemoryAccess { pa, .. } = event.reason {
-            remember(&mut held.told, pa.gfn());
+        if held.told.replace(which).is_none() {
+            held.xens_own = stored_to(&held.event);
         }
         held.event = *event;
         held.gp = gp;
         held.moved = None;
         held.is_out = false;
         self.ready.push_back(vcpu);
+    }
+}
+
+/// Where a denied store is.
+fn stored_to(event: &VmiEvent) -> Option<(Pa, Option<Va>)> {
+    match event.reason {
+        EventReason::MemoryAccess { pa, va, access, .. } if access.contains(MemoryAccess::W) => Some((pa, va)),
+        _ => None,
     }
 }
 
@@ -451,12 +492,10 @@ const fn is_emulated(reason: &EventReason) -> bool {
     matches!(reason, EventReason::DescriptorAccess { .. } | EventReason::PortIo { .. })
 }
 
-/// With no place left the first one goes: an instruction stores to fewer pages than there are places.
-fn remember(told: &mut [Option<Gfn>], gfn: Gfn) {
-    let place = told.iter().position(Option::is_none).unwrap_or(0);
-    if let Some(place) = told.get_mut(place) {
-        *place = Some(gfn);
-    }
+/// Whether a store reaches into the page of an address.
+const fn reaches((first, len): Store, va: Va) -> bool {
+    let from = first >> 12;
+    (va.0 >> 12).wrapping_sub(from) <= (first.wrapping_add(len.saturating_sub(1)) >> 12).wrapping_sub(from)
 }
 
 /// An error unless the action is one for this kind of event.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use vmitap::arch::amd64::AddressContext;
 use vmitap::driver::xen::{Stepping, XenDriver, XenOptions};
-use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, Verdict};
+use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, TapState, Verdict};
 use vmitap::tap::OnWrite;
 use vmitap::{Pa, Va, VmiError};
 use xen_sys::fake::{Fake, Kind, Reg};
@@ -95,6 +95,88 @@ fn with_hiding_undone_the_guest_would_see_the_breakpoint() {
     fake.set_reg(0, Reg::Rip, CODE + 2);
     fake.run(0, 1);
     assert_eq!(fake.reg(0, Reg::Rax) & 0xff, 0xcc);
+}
+
+/// Runs the vCPU until it is at `end`; how often somebody was asked about a store, and answered `answer`.
+fn run_asking(fake: &Fake, session: &mut Session<XenDriver>, end: u64, answer: OnWrite) -> u32 {
+    let mut asked = 0;
+    for _ in 0..200 {
+        fake.run(0, 1);
+        let limits = Limits { deadline: Some(Instant::now()), ..Limits::default() };
+        if matches!(session.poll(&limits).unwrap(), Poll::Hit(hit) if hit.ask) {
+            asked += 1;
+            session.answer_write(answer).unwrap();
+        }
+        if fake.reg(0, Reg::Rip) == end && fake.state("held", 0) == 0 {
+            return asked;
+        }
+    }
+    panic!("the guest does not get on: {:#x}", fake.reg(0, Reg::Rip));
+}
+
+#[test]
+fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
+    // push rbp: three bytes on one page, five on the next; whichever of them the processor finds denied first.
+    const BORDER: u64 = 0xb000;
+    for (far_first, stepping) in [(0, Stepping::Auto), (1, Stepping::Auto), (0, Stepping::Toggle), (1, Stepping::Toggle)] {
+        // Also where the instruction itself is tapped, so that it never runs where Xen would tell of its store.
+        for is_tapped in [false, true] {
+            for (near, far) in [
+                (OnWrite::Reapply, OnWrite::Deny),
+                (OnWrite::Deny, OnWrite::Reapply),
+                (OnWrite::Remove, OnWrite::Deny),
+                (OnWrite::Deny, OnWrite::Remove),
+                (OnWrite::Remove, OnWrite::Remove),
+                (OnWrite::Ask, OnWrite::Ask),
+                (OnWrite::Reapply, OnWrite::Ask),
+                (OnWrite::Ask, OnWrite::Remove),
+            ] {
+                let case =
+                    format!("{near:?} before the border, {far:?} behind it; far first: {far_first}, {stepping:?}, {is_tapped}");
+                let fake = guest(Kind::ALL[1]);
+                fake.set("far_page_first", far_first);
+                fake.write(CODE, &[0x55, 0x90, 0x90]);
+                fake.set_reg(0, Reg::Rsp, BORDER + 5);
+                fake.set_reg(0, Reg::Rbp, 0x8877_6655_4433_2211);
+                let mut session = session(&fake, stepping);
+                let view = session.tap_view();
+                if is_tapped {
+                    session.add(&spec(view, false)).unwrap();
+                }
+                let taps = [(BORDER - 1, near), (BORDER + 4, far)].map(|(at, policy)| {
+                    let spec = TapSpec { va: Va(at), on_write: Some(policy), ..spec(view, false) };
+                    session.add(&spec).unwrap()
+                });
+                let is_asked = [near, far].contains(&OnWrite::Ask);
+                assert_eq!(run_asking(&fake, &mut session, CODE + 1, OnWrite::Reapply), u32::from(is_asked), "{case}");
+                let is_denied = [near, far].contains(&OnWrite::Deny);
+                let state = |policy| if policy == OnWrite::Remove && !is_denied { TapState::Removed } else { TapState::Active };
+                assert_eq!(taps.map(|tap| session.state(tap)), [state(near), state(far)], "{case}");
+                let bytes = [BORDER - 3, BORDER + 4].map(|at| fake.byte(0, at as i64));
+                assert_eq!(bytes, if is_denied { [0, 0] } else { [0x11, 0x88] }, "{case}");
+                drop(session);
+                is_untouched(&fake);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_beside_a_breakpoint_is_beside_it() {
+    // mov [rbx], al: before the byte and behind it. What Xen tells does not say how long the store is.
+    for at in [CODE + 0x3f, CODE + 0x41] {
+        let fake = guest(Kind::ALL[1]);
+        fake.write(CODE, &[0x88, 0x03, 0x90]);
+        fake.set_reg(0, Reg::Rbx, at);
+        fake.set_reg(0, Reg::Rax, 0x77);
+        let mut session = session(&fake, Stepping::Auto);
+        let view = session.tap_view();
+        let taps = [OnWrite::Remove, OnWrite::Deny, OnWrite::Ask]
+            .map(|policy| session.add(&TapSpec { va: Va(CODE + 0x40), on_write: Some(policy), ..spec(view, false) }).unwrap());
+        assert_eq!(run_asking(&fake, &mut session, CODE + 2, OnWrite::Deny), 0);
+        assert_eq!(taps.map(|tap| session.state(tap)), [TapState::Active; 3]);
+        assert_eq!(fake.byte(0, at as i64), 0x77);
+    }
 }
 
 #[test]
