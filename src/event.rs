@@ -124,7 +124,8 @@ pub enum EventAction {
     Reinject,
     /// Execute one instruction in `view`, then go on in the vCPU's own view without another event. A repeated string
     /// instruction is carried to its end. If `view` denies an access of the instruction, a `MemoryAccess` event follows; also for a
-    /// store that only the vCPU's own view denies, unless the event answered is that store: nothing tapped is overwritten unseen.
+    /// store that only the vCPU's own view denies, unless the event answered is that store: nothing tapped is overwritten unseen. A repeated
+    /// string instruction that comes to another page is another store.
     FastSingleStep {
         /// The view for that one instruction.
         view: View,

@@ -28,7 +28,9 @@ class OnWrite(Enum):
     """What happens when the guest writes to a page that hides a breakpoint.
 
     The write itself is the guest's own: except under `DENY` it takes effect in the original page, from any vCPU.
-    Several breakpoints on one page: the bytes a write covers decide, and `DENY` of any of them denies the whole write.
+    Several breakpoints on one page: the bytes a write covers decide, and `DENY` of any of them denies the whole write. One that crosses a
+    page border covers bytes of both pages. What a repeated string instruction has still to store to a page is one write; when it comes
+    to the next page with a breakpoint, that is another one.
 
     With a filter it becomes a policy that looks at each write, in Rust while the vCPU is held: `OnWrite.REMOVE & filter` removes where
     the filter holds, and denies elsewhere; `OnWrite.ASK | filter` lets the write happen where the filter holds, and asks elsewhere. A

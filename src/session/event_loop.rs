@@ -13,7 +13,7 @@ use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
 use super::monitor::can_be_denied;
-use super::pending::{Course, Pending, Walk};
+use super::pending::{Course, Pending, Vcpu, Walk};
 use super::tap::Tap;
 use super::write::{AfterWrite, is_store};
 use super::{Hit, Limits, Poll, Session, TapId, Verdict};
@@ -128,7 +128,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.note_flight(FlightOutcome::Failed, None);
         let follow = !denied && is_store(event);
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return };
-        vcpu.after_write = if follow { vcpu.after_write.take().or_else(|| AfterWrite::of(event)) } else { None };
+        vcpu.after_write =
+            if follow { vcpu.after_write.take().or(vcpu.unfinished.take()).or_else(|| AfterWrite::of(event)) } else { None };
         vcpu.walk = None;
         vcpu.home = Some(home);
         let response = match event.reason {
@@ -157,13 +158,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
     fn take(&mut self, event: &VmiEvent, home: View) -> Result<bool> {
         let index = usize::from(event.vcpu.0);
-        let has_written = self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_some());
-        let finished = if has_written { self.finish_write(event.vcpu, &event.registers) } else { Ok(()) };
-        if self.has_page_changes(Some(event.vcpu)) {
+        let stores = |vcpu: &Vcpu| vcpu.after_write.is_some() || vcpu.unfinished.is_some();
+        let has_stored = self.vcpus.get(index).is_some_and(stores);
+        let ended = if has_stored { self.end_write(event) } else { Ok(true) };
+        if !matches!(ended, Ok(false)) && self.has_page_changes(Some(event.vcpu)) {
             // Also where the store could not be followed further: nobody else would look at the tables.
             self.update_pages(Some(event.vcpu), Some(&event.registers))?;
         }
-        finished?;
+        ended?;
         match self.sort(event, home)? {
             Sorted::Wanted => Ok(true),
             Sorted::Answer(course) => {
@@ -353,7 +355,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// A write to a hidden page that no watch is for.
     fn sort_write(&mut self, event: &VmiEvent, home: View) -> Result<Sorted> {
         let EventReason::MemoryAccess { pa, va, access, .. } = event.reason else { return Ok(Sorted::Answer(Course::Retry)) };
-        match self.decide_write(event.view.unwrap_or(self.tap_view), &self.covered(event)?) {
+        let view = event.view.unwrap_or(self.tap_view);
+        match self.decide_write(view, &self.covered(event, view)?) {
             (WriteDecision::Ask, Some(tap)) => {
                 let met = Met { va: va.unwrap_or_default(), pa, access, step: 0 };
                 self.pend(event, home, Course::Write, met, Vec::new()).asking = Some(tap);
@@ -467,7 +470,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn ask_after_watches(&mut self) -> Result<()> {
         let Some(pending) = &self.pending else { return Ok(()) };
         let (event, view) = (pending.event(), pending.view.unwrap_or(self.tap_view));
-        let (decision, asked) = self.decide_write(view, &self.covered(&event)?);
+        let (decision, asked) = self.decide_write(view, &self.covered(&event, view)?);
         let Some(pending) = &mut self.pending else { return Ok(()) };
         match decision {
             WriteDecision::Ask => {

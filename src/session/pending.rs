@@ -16,6 +16,8 @@ pub struct Vcpu {
     pub home: Option<View>,
     /// What has to be done once its store is done.
     pub after_write: Option<AfterWrite>,
+    /// The same of a store that is told on: not done, and another of its pages is to be decided on.
+    pub unfinished: Option<AfterWrite>,
     /// Its single-steps are handed out.
     pub walk: Option<Walk>,
     /// It has an event of `wait_raw` that is not answered, from this view.

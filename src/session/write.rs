@@ -1,7 +1,7 @@
 //! Writes to hidden pages: which policy applies, and bringing the shadows up to date once the write is done.
 
 use crate::addr::{Gfn, MemoryAccess, Pa, Va, VcpuId, View};
-use crate::arch::amd64::{AddressContext, Registers};
+use crate::arch::amd64::{AddressContext, Registers, StringStore};
 use crate::driver::VmiDriver;
 use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEvent};
@@ -22,11 +22,25 @@ pub struct AfterWrite {
     va: Va,
     pa: Pa,
     context: AddressContext,
+    /// RIP and RCX before the store.
+    at: (u64, u64),
     /// RDI before the store, and once it is done.
     rdi: (u64, u64),
-    /// Breakpoints to be removed if their byte changed: the tap, its byte's address, what was there, and whether the store is
-    /// known to cover it.
-    removable: Vec<(TapId, Pa, u8, bool)>,
+    /// It is one of a repeated instruction.
+    string: Option<StringStore>,
+    removable: Vec<Removable>,
+}
+
+/// A breakpoint to be removed if its byte was overwritten.
+#[derive(Clone, Copy, Debug)]
+struct Removable {
+    tap: TapId,
+    /// Its byte, and what was there.
+    pa: Pa,
+    was: u8,
+    /// The store is known to cover it, and there.
+    is_covered: bool,
+    va: Option<Va>,
 }
 
 /// Whether an event is a store. Each one is followed to its end.
@@ -38,9 +52,16 @@ impl AfterWrite {
     /// What is to be done after any store to that page.
     pub fn of(event: &VmiEvent) -> Option<Self> {
         let EventReason::MemoryAccess { pa, va, .. } = event.reason else { return None };
-        let rdi = event.registers.gp.rdi;
+        let gp = &event.registers.gp;
         let context = AddressContext::from(&event.registers);
-        Some(Self { va: va.unwrap_or_default(), pa, context, rdi: (rdi, rdi), removable: Vec::new() })
+        let (at, rdi) = ((gp.rip, gp.rcx), (gp.rdi, gp.rdi));
+        Some(Self { va: va.unwrap_or_default(), pa, context, at, rdi, string: None, removable: Vec::new() })
+    }
+
+    /// Whether an event is of the very store that is to be done: its driver tells of the pages one after the other.
+    pub fn is_told_on(&self, event: &VmiEvent) -> bool {
+        let gp = &event.registers.gp;
+        is_store(event) && self.at == (gp.rip, gp.rcx) && self.rdi.0 == gp.rdi
     }
 }
 
@@ -55,27 +76,42 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Whether a write is to be denied, as far as that can be found out.
     pub(super) fn is_denied(&self, event: &VmiEvent, view: View) -> bool {
-        let covered = self.covered(event).unwrap_or_else(|_| Covered::here(event));
+        let covered = self.covered(event, view).unwrap_or_else(|_| Covered::here(event));
         is_store(event) && self.decide_write(view, &covered).0 == WriteDecision::Deny
     }
 
     /// Remembers what is needed after the store. `answer` stands in for the policies of those that ask.
     pub(super) fn before_write(&self, event: &VmiEvent, view: View, answer: Option<OnWrite>) -> Result<Option<AfterWrite>> {
         let Some(after) = AfterWrite::of(event) else { return Ok(None) };
-        let covered = self.covered(event)?;
-        let mut removable = Vec::new();
-        for (tap, at) in self.taps_beside(view, &covered) {
+        let covered = self.covered(event, view)?;
+        // Of the pages that were told before.
+        let earlier = self.vcpus.get(usize::from(event.vcpu.0)).and_then(|vcpu| vcpu.unfinished.as_ref());
+        let mut removable = earlier.map_or_else(Vec::new, |earlier| earlier.removable.clone());
+        for (tap, pa) in self.taps_beside(view, &covered) {
             let mut policy = self.policy(tap);
             if policy == OnWrite::Ask {
                 policy = answer.unwrap_or_default();
             }
             if policy == OnWrite::Remove {
                 let mut byte = [0];
-                self.vmi.read_pa(at, &mut byte)?;
-                removable.push((tap, at, byte[0], covered.contains(at)));
+                self.vmi.read_pa(pa, &mut byte)?;
+                removable.push(Removable { tap, pa, was: byte[0], is_covered: covered.contains(pa), va: covered.va(pa) });
             }
         }
-        Ok(Some(AfterWrite { removable, ..after }))
+        Ok(Some(AfterWrite { string: covered.string, removable, ..after }))
+    }
+
+    /// Whether the store of the vCPU of a new event is done. It is not if the event is of another of its pages.
+    ///
+    /// # Errors
+    /// As [`Session::finish_write`].
+    pub(super) fn end_write(&mut self, event: &VmiEvent) -> Result<bool> {
+        let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return Ok(true) };
+        vcpu.unfinished = vcpu.after_write.take_if(|after| after.is_told_on(event));
+        if vcpu.unfinished.is_some() {
+            return Ok(false);
+        }
+        self.finish_write(event.vcpu, &event.registers).map(|()| true)
     }
 
     /// The store of a vCPU is done: brings shadows up to date and removes what is to be removed.
@@ -133,11 +169,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for gfn in written.into_iter().filter(|gfn| *gfn != done.pa.gfn()) {
             self.controller.refresh(&mut self.vmi, gfn)?;
         }
-        for &(tap, at, was, is_covered) in &done.removable {
+        for removable in &done.removable {
             let mut byte = [0];
-            self.vmi.read_pa(at, &mut byte)?;
-            if (is_covered || byte[0] != was) && self.state(tap) != TapState::Removed {
-                self.remove(tap)?;
+            self.vmi.read_pa(removable.pa, &mut byte)?;
+            // A string instruction may have stopped before it, at a page that is not there.
+            let is_covered = done
+                .string
+                .map_or(removable.is_covered, |string| removable.va.is_some_and(|va| string.done(done.rdi).contains(&va.0)));
+            if (is_covered || byte[0] != removable.was) && self.state(removable.tap) != TapState::Removed {
+                self.remove(removable.tap)?;
                 self.stats.removed_by_write += 1;
             }
         }

@@ -78,7 +78,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The driver's.
     pub(super) fn judge_write(&mut self, event: &VmiEvent, view: View) -> Result<()> {
         let EventReason::MemoryAccess { va, .. } = event.reason else { return Ok(()) };
-        let covered = self.covered(event)?;
+        let covered = self.covered(event, view)?;
         let taps_beside = self.taps_beside(view, &covered);
         let Self { vmi, taps, judged, began, .. } = self;
         let clock = || began.elapsed().as_nanos() as u64;

@@ -167,3 +167,27 @@ fn a_store_across_a_border_follows_the_policy_of_a_byte_on_the_second_page() {
         assert_eq!((guest.session.state(after), guest.session.stats().removed_by_write), (TapState::Removed, 1));
     }
 }
+
+#[test]
+fn a_string_store_that_comes_to_a_breakpoint_follows_its_policy() {
+    for vcpus in [1, 2] {
+        // `generate` begins five bytes before it, and leaves the byte as it is.
+        let boot = |policy| {
+            let mut guest = Guest::boot("poke.S", vcpus, "n=4");
+            let end = tap(&mut guest, "jit_ret", policy);
+            (guest, end)
+        };
+        let (mut guest, end) = boot(OnWrite::Deny);
+        guest.run(|_, _| {});
+        assert_eq!(["done", "wrong", "unlike"].map(|name| guest.word(name)), [1, 4, 0], "{vcpus} vCPUs: none of it was written");
+        assert_eq!((guest.hits(end), guest.session.state(end)), (4, TapState::Active));
+        let (mut guest, end) = boot(OnWrite::Ask);
+        assert_eq!(run_asking(&mut guest, end, OnWrite::Reapply), 4, "{vcpus} vCPUs");
+        assert_right(&guest);
+        assert_eq!((guest.hits(end), guest.session.state(end)), (4, TapState::Active));
+        let (mut guest, end) = boot(OnWrite::Remove);
+        guest.run(|_, _| {});
+        assert_right(&guest);
+        assert_eq!((guest.session.state(end), guest.session.stats().removed_by_write), (TapState::Removed, 1));
+    }
+}

@@ -4,8 +4,10 @@ mod exception;
 mod paging;
 mod register;
 mod registers;
+mod string;
 
 pub use exception::{Injection, InjectionKind, vector};
 pub use paging::{AddressContext, Walk, pte, walk};
 pub use register::Register;
 pub use registers::{ControlRegister, DescriptorTable, GpRegisters, Registers, Segment, cr0, cr4, efer, rflags};
+pub use string::StringStore;

@@ -149,6 +149,11 @@ impl Registers {
         Pa(self.cr3 & 0x000f_ffff_ffff_f000)
     }
 
+    /// Whether the code that runs is 64-bit code: long mode is active, and CS.L is set.
+    pub const fn is_64_bit(&self) -> bool {
+        self.efer & efer::LMA != 0 && self.cs.attributes & 0x2000 != 0
+    }
+
     /// The instruction pointer.
     pub const fn rip(&self) -> Va {
         Va(self.gp.rip)

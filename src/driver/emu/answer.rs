@@ -8,9 +8,10 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventAction, VmiEventResponse};
 
 use super::deliver;
-use super::hooks::translate;
+use super::hooks::{fetch, translate};
+use super::insn::{self, Insn};
 use super::memory::Memory;
-use super::run::{Machine, trap};
+use super::run::{Machine, RDI, trap};
 use super::sys::Access;
 use super::vcpu::{Held, Step, Vcpu};
 
@@ -48,7 +49,9 @@ impl Machine {
             Held::Breakpoint(_) if only_steps => self.apart_mut(index)?,
             _ => self.integer_mut(index)?,
         };
-        let discard = if response.action == EventAction::Deny { pages_of(vcpu, &memory) } else { [None; 2] };
+        // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
+        // a read. That is a write, and told as one, unless it is the very store that is answered here.
+        let told = if held == Held::Access && vcpu.denied_store { pages_of(vcpu, &memory) } else { [None; 2] };
         if let Some(gp) = &response.registers {
             vcpu.set_gp(gp);
         }
@@ -57,12 +60,9 @@ impl Machine {
         }
         vcpu.held = Held::No;
         let back = vcpu.view;
-        // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
-        // a read. That is a write, and told as one, unless it is the very store that is answered here.
-        let is_told = held == Held::Access && vcpu.denied_store;
-        let step = |view, report, discard: [Option<Gfn>; 2]| {
-            let guard = (view != back && !is_told && discard == [None; 2]).then_some(back);
-            Some(Step { view, back, report, discard, guard })
+        let step = |view, report, discards| {
+            let guard = (view != back).then_some(back);
+            Some(Step { view, back, report, told, discards, guard })
         };
         // With another RIP it is another instruction, which is announced in its turn.
         let is_announced = matches!(held, Held::Write(_) | Held::Cpuid);
@@ -79,9 +79,8 @@ impl Machine {
         if held == Held::Debug && goes_on_there {
             trap(vcpu, &memory);
         }
-        let go_on = |view, report| {
-            pending.map_or_else(|| step(view, report, [None; 2]), |pending| Some(Step { back, report, ..pending }))
-        };
+        let go_on =
+            |view, report| pending.map_or_else(|| step(view, report, false), |pending| Some(Step { back, report, ..pending }));
         match response.action {
             EventAction::Continue => vcpu.step = pending.map(|pending| Step { back, ..pending }),
             EventAction::Reinject => {
@@ -91,11 +90,11 @@ impl Machine {
             }
             EventAction::FastSingleStep { view } => vcpu.step = go_on(view, None),
             EventAction::SingleStep { view } => vcpu.step = go_on(view, Some(view)),
-            EventAction::Emulate => vcpu.step = step(View::DEFAULT, None, [None; 2]),
+            EventAction::Emulate => vcpu.step = step(View::DEFAULT, None, false),
             EventAction::Deny => match held {
                 Held::Write(len) => vcpu.set_rip(vcpu.rip().wrapping_add(len.into())),
                 Held::Debug => {}
-                _ => vcpu.step = step(View::DEFAULT, None, discard),
+                _ => vcpu.step = step(View::DEFAULT, None, true),
             },
         }
         Ok(())
@@ -114,7 +113,7 @@ impl Machine {
     }
 }
 
-/// The pages a denied access lies on: that it was told of, and the one beside it, if it crosses the border. Told of at the first byte
+/// The pages a denied store lies on: that it was told of, and the one beside it, if it crosses the border. Told of at the first byte
 /// of a page, it may have begun on the page before.
 fn pages_of(vcpu: &Vcpu, memory: &Memory) -> [Option<Gfn>; 2] {
     let Some((gfn, va, len)) = vcpu.denied_page else { return [None; 2] };
@@ -122,11 +121,20 @@ fn pages_of(vcpu: &Vcpu, memory: &Memory) -> [Option<Gfn>; 2] {
     let beside = if offset + u64::from(len) > PAGE_SIZE {
         Some(va.wrapping_add(len.into()))
     } else {
-        (offset == 0).then_some(va.wrapping_sub(1))
+        (offset == 0 && !begins_with_page(vcpu, memory)).then_some(va.wrapping_sub(1))
     };
     let translated = beside.and_then(|at| {
         // Whether the access is allowed there is not the question: a read asks for the least.
         translate(memory, &vcpu.mode(View::DEFAULT), at, Access::Read, vcpu.cpl(), || vcpu.context.rflags()).ok()
     });
     [Some(gfn), translated.map(|page| Gfn(page.gfn))]
+}
+
+/// Whether the store is one of a repeated string instruction, and begins where a page does.
+fn begins_with_page(vcpu: &Vcpu, memory: &Memory) -> bool {
+    let mut bytes = [0; insn::MAX_LEN];
+    vcpu.gpr(RDI) & (PAGE_SIZE - 1) == 0 && {
+        let len = fetch(memory, &vcpu.mode(View::DEFAULT), vcpu.rip(), &mut bytes);
+        insn::decode(bytes.get(..len).unwrap_or_default()) == Insn::RepString
+    }
 }

@@ -5,14 +5,14 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Pa, Va, View};
+use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Pa, Va};
 use crate::arch::amd64::{cr0, cr4, efer, pte, rflags, walk};
 use crate::error::TranslationFault;
 
 use super::insn::{self, Insn};
 use super::memory::{Memory, Which};
 use super::sys::{Access, EngineRef, Fill, Hooks};
-use super::vcpu::Mode;
+use super::vcpu::{Guard, Mode};
 
 /// Virtual addresses `WINDOW | pa` reach physical memory while a range of code is forgotten. No guest can use them: they are
 /// not canonical.
@@ -129,7 +129,7 @@ pub struct CpuHooks {
     /// Pages whose accesses go to another frame for the time of one step.
     pub discard: Cell<[Option<(Gfn, Gfn)>; 2]>,
     /// A view whose denial of stores holds beside that of the view in use. The TLB must be emptied when it changes.
-    pub guard: Cell<Option<View>>,
+    pub guard: Cell<Option<Guard>>,
 }
 
 /// Result of a translation: the frame's page and the rights the page tables and the view give together.
@@ -380,7 +380,8 @@ impl Hooks for CpuHooks {
                 page.frame = frame.0 as u32;
             }
         }
-        if let Some(view) = self.guard.get()
+        if let Some(Guard { view, told }) = self.guard.get()
+            && !told.contains(&Some(Gfn(page.gfn)))
             && self.memory.lookup(view, page.gfn).is_some_and(|(rights, _)| rights & 2 == 0)
         {
             if access == Access::Write {

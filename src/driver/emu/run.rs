@@ -270,7 +270,8 @@ impl Machine {
             return false;
         }
         vcpu.held = Held::No;
-        vcpu.step = Some(Step { view: View::DEFAULT, back: view, report: None, discard: [None; 2], guard: Some(view) });
+        vcpu.step =
+            Some(Step { view: View::DEFAULT, back: view, report: None, told: [None; 2], discards: false, guard: Some(view) });
         true
     }
 

@@ -12,7 +12,7 @@ use super::layout::{HF_CS64, HF_INHIBIT_IRQ};
 use super::memory::Which;
 use super::run::{DEAR, Machine, RCX, RDI, RSP, Raised, STRING_BURST, Went};
 use super::sys::{Access, code};
-use super::vcpu::{Held, Mode, State, Step};
+use super::vcpu::{Guard, Held, Mode, State, Step};
 
 /// A page that was pushed to, and what its translation was for: it holds as long as an entry of the main engine's TLB would.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -30,7 +30,7 @@ impl Machine {
     /// A step in the vCPU's own view that nobody asked for.
     pub(super) fn in_place(&self, index: usize) -> Result<Step> {
         let view = self.vcpu(index)?.view;
-        Ok(Step { view, back: view, report: None, discard: [None; 2], guard: None })
+        Ok(Step { view, back: view, report: None, told: [None; 2], discards: false, guard: None })
     }
 
     /// Carries out one instruction in the view of `step`; what is left to do stays in the vCPU.
@@ -39,11 +39,11 @@ impl Machine {
             self.steps.direct += 1;
             return self.finish(index, step);
         }
-        if step.discard == [None; 2] {
+        if !step.discards {
             return self.step_once(index, step);
         }
         let mut stand_ins = [None; 2];
-        for ((slot, gfn), frame) in stand_ins.iter_mut().zip(step.discard).zip(self.scratch) {
+        for ((slot, gfn), frame) in stand_ins.iter_mut().zip(step.told).zip(self.scratch) {
             let Some(gfn) = gfn else { continue };
             // Loads still see the page; stores go to the copy, which is dropped.
             let mut page = [0; PAGE_SIZE as usize];
@@ -79,7 +79,7 @@ impl Machine {
     fn step_directly(&mut self, index: usize, step: &Step) -> bool {
         let Some(vcpu) = self.vcpus.get(index) else { return false };
         let special = vcpu.context.u64(vcpu.layout.eflags) & (rflags::TF | rflags::RF) != 0;
-        if special || vcpu.hflags() & HF_CS64 == 0 || step.discard != [None; 2] {
+        if special || vcpu.hflags() & HF_CS64 == 0 || step.discards {
             return false;
         }
         let (mode, rip) = (vcpu.mode(step.view), vcpu.rip());
@@ -114,7 +114,10 @@ impl Machine {
             };
             let offset = rsp & (PAGE_SIZE - 1);
             let denies = |view| self.memory.lookup(view, page.gfn).is_none_or(|(rights, _)| rights & 2 == 0);
-            if offset > PAGE_SIZE - 8 || self.memory.is_code(page.frame) || step.guard.is_some_and(denies) {
+            if offset > PAGE_SIZE - 8
+                || self.memory.is_code(page.frame)
+                || (step.told == [None; 2] && step.guard.is_some_and(denies))
+            {
                 return false;
             }
             if self.memory.ram().write(u64::from(page.frame) << PAGE_SHIFT | offset, &value.to_le_bytes()).is_none() {
@@ -150,7 +153,10 @@ impl Machine {
             },
             _ => {}
         }
-        if self.stepper.hooks().guard.replace(step.guard) != step.guard {
+        // Nothing else than a string instruction goes on to store elsewhere.
+        let guards = step.told == [None; 2] || insn == Insn::RepString;
+        let guard = step.guard.filter(|_| guards).map(|view| Guard { view, told: step.told });
+        if self.stepper.hooks().guard.replace(guard) != guard {
             self.memory.mark_stale_in(Which::Stepper);
         }
         let integer = insn == Insn::Integer;

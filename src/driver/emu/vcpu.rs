@@ -27,10 +27,19 @@ pub struct Step {
     pub back: View,
     /// A single-step event follows, in this view.
     pub report: Option<View>,
-    /// Pages whose stores are to have no effect: as many as one store can reach.
-    pub discard: [Option<Gfn>; 2],
+    /// Pages that the store which is answered reaches: of these no more is told.
+    pub told: [Option<Gfn>; 2],
+    /// Stores to the pages of `told` are to have no effect.
+    pub discards: bool,
     /// The vCPU's own view, where a store that it denies is an access like any other although another view is in use.
     pub guard: Option<View>,
+}
+
+/// A view whose denial of stores holds although another view is in use, but on some pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Guard {
+    pub view: View,
+    pub told: [Option<Gfn>; 2],
 }
 
 /// What a vCPU does.

@@ -2,7 +2,7 @@
 
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits};
 
-use crate::arch::amd64::{Registers, efer, rflags};
+use crate::arch::amd64::{Registers, rflags};
 
 /// The longest instruction (Intel SDM vol. 2, 2.3.11).
 pub const MAX_LEN: usize = 15;
@@ -114,8 +114,7 @@ const fn is_vector_move(mnemonic: Mnemonic) -> bool {
 
 /// Looks at the instruction in `bytes`, which begin at `registers.rip`; `None` if they are no whole instruction of 64-bit code.
 pub fn look(bytes: &[u8], registers: &Registers) -> Option<Insn> {
-    // Only 64-bit code is looked at: CS.L, and long mode active.
-    if registers.efer & efer::LMA == 0 || registers.cs.attributes & 0x2000 == 0 {
+    if !registers.is_64_bit() {
         return None;
     }
     let gp = &registers.gp;
@@ -259,6 +258,7 @@ fn value(register: Register, registers: &Registers) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::arch::amd64::efer;
     use crate::arch::amd64::{GpRegisters, Segment};
 
     fn registers() -> Registers {

@@ -162,6 +162,80 @@ fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
 }
 
 #[test]
+fn a_string_store_is_decided_on_for_each_of_its_pages_before_it_begins() {
+    // rep stosb: sixteen bytes on each of two pages.
+    const BORDER: u64 = 0xb000;
+    for (is_tapped, near, far) in [false, true].into_iter().flat_map(|is_tapped| {
+        let all = [OnWrite::Reapply, OnWrite::Remove, OnWrite::Deny, OnWrite::Ask];
+        all.into_iter().flat_map(move |near| all.map(|far| (is_tapped, near, far)))
+    }) {
+        let case = format!("{near:?} before the border, {far:?} behind it, {is_tapped}");
+        let fake = guest(Kind::ALL[1]);
+        fake.write(CODE, &[0xf3, 0xaa, 0x90]);
+        for (register, value) in [(Reg::Rdi, BORDER - 16), (Reg::Rcx, 32), (Reg::Rax, 0x77)] {
+            fake.set_reg(0, register, value);
+        }
+        let mut session = session(&fake, Stepping::Auto);
+        let view = session.tap_view();
+        if is_tapped {
+            session.add(&spec(view, false)).unwrap();
+        }
+        let taps = [(BORDER - 8, near), (BORDER + 8, far)]
+            .map(|(at, policy)| session.add(&TapSpec { va: Va(at), on_write: Some(policy), ..spec(view, false) }).unwrap());
+        let asked = run_asking(&fake, &mut session, CODE + 2, OnWrite::Reapply);
+        let policies = [near, far];
+        let bytes = [BORDER - 16, BORDER - 8, BORDER + 8, BORDER + 15].map(|at| fake.byte(0, at as i64));
+        if policies.contains(&OnWrite::Deny) {
+            // Up to the last byte that denies, round by round.
+            let last = if far == OnWrite::Deny { [0, 0, 0, 0x77] } else { [0, 0, 0x77, 0x77] };
+            assert_eq!(bytes, last, "{case}");
+        } else {
+            assert_eq!(bytes, [0x77; 4], "{case}");
+            let asks = policies.iter().filter(|policy| **policy == OnWrite::Ask).count();
+            assert_eq!(asked as usize, asks, "{case}: once for each");
+        }
+        let was_stored_to = [bytes[1] == 0x77, bytes[2] == 0x77];
+        for ((tap, policy), was_stored_to) in taps.into_iter().zip(policies).zip(was_stored_to) {
+            let is_gone = was_stored_to && policy == OnWrite::Remove;
+            assert_eq!(session.state(tap), if is_gone { TapState::Removed } else { TapState::Active }, "{case}: {policy:?}");
+        }
+        drop(session);
+        is_untouched(&fake);
+    }
+}
+
+#[test]
+fn a_string_store_to_many_hidden_pages_is_told_on_each_and_then_done() {
+    const FIRST: u64 = 0xb000;
+    const PAGES: u64 = 12;
+    let fake = guest(Kind::ALL[1]);
+    fake.write(CODE, &[0xf3, 0xaa, 0x90]);
+    let len = (PAGES - 1) * 0x1000 + 0x20;
+    for (register, value) in [(Reg::Rdi, FIRST), (Reg::Rcx, len), (Reg::Rax, 0x77)] {
+        fake.set_reg(0, register, value);
+    }
+    let mut session = session(&fake, Stepping::Auto);
+    let view = session.tap_view();
+    let taps: Vec<_> = (0..PAGES)
+        .map(|page| {
+            let spec = TapSpec { va: Va(FIRST + page * 0x1000 + 0x10), on_write: Some(OnWrite::Remove), ..spec(view, false) };
+            session.add(&spec).unwrap()
+        })
+        .collect();
+    fake.automatic(50);
+    let end = Instant::now() + Duration::from_secs(60);
+    while fake.reg(0, Reg::Rip) == CODE || fake.state("held", 0) != 0 {
+        assert!(Instant::now() < end, "{:#x}", fake.reg(0, Reg::Rdi));
+        let limits = Limits { deadline: Some(Instant::now()), ..Limits::default() };
+        assert!(!matches!(session.poll(&limits).unwrap(), Poll::Hit(_)));
+    }
+    fake.automatic(0);
+    assert!(taps.iter().all(|tap| session.state(*tap) == TapState::Removed));
+    assert_eq!((session.stats().hidden_writes, session.stats().removed_by_write), (PAGES, PAGES));
+    assert_eq!([FIRST, FIRST + len - 1, FIRST + len].map(|at| fake.byte(0, at as i64)), [0x77, 0x77, 0]);
+}
+
+#[test]
 fn a_store_beside_a_breakpoint_is_beside_it() {
     // mov [rbx], al: before the byte and behind it. What Xen tells does not say how long the store is.
     for at in [CODE + 0x3f, CODE + 0x41] {
