@@ -43,6 +43,8 @@ mod paging_guest;
 mod paging_session;
 #[cfg(feature = "emu")]
 mod poke_guest;
+#[cfg(feature = "emu")]
+mod policy_guest;
 mod ptm;
 mod repair;
 mod schedules;
