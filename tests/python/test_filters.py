@@ -83,6 +83,19 @@ def test_a_filter_on_the_root_lets_one_process_pass() -> None:
     assert "/etc/update.conf" not in opened(~Filter.root(one), 6)
 
 
+def test_a_filter_on_the_vcpu_tells_vcpus_apart() -> None:
+    seen: list[int] = []
+    with vmitap.attach("demo", vcpus=2) as vm:
+        vm.breakpoint("open_file", lambda hit: seen.append(hit.vcpu))
+        wheres = (Filter.vcpu(0), Filter.vcpu(1), ~Filter.vcpu(1), Filter.vcpu(2))
+        points = [vm.breakpoint("open_file", where=where) for where in wheres]
+        while not 10 < seen.count(1) < len(seen) - 10:
+            vm.run(timeout=20, max_hits=10)
+        zero, one = seen.count(0), seen.count(1)
+        assert [point.stats.hits for point in points] == [zero, one, zero, 0]
+        assert [point.stats.filtered for point in points] == [one, zero, one, zero + one]
+
+
 def test_the_text_of_a_filter_is_the_filter() -> None:
     for text, expected in [
         ("Cstr(Arg(0)) == '/etc/motd'", ["/etc/motd"]),
@@ -259,37 +272,38 @@ def test_a_predicate_that_holds_its_session_does_not_keep_it_alive() -> None:
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "place"),
     [
-        lambda: bool(Arg(0)),
-        lambda: bool(Arg(0) > 5),
-        lambda: (Arg(0) > 5) and (Arg(1) > 5),
-        lambda: not Filter.ring(3),
-        lambda: 1 < Arg(0) < 5,
-        lambda: Arg(0) in (1, 2),
-        lambda: "a" in Cstr(Arg(0)),
-        lambda: Arg(0) == "a",
-        lambda: Arg(0) > 1.5,  # type: ignore[operator]
-        lambda: Arg(0) + b"a",  # type: ignore[operator]
-        lambda: Arg(0) == True,  # noqa: E712
-        lambda: Arg("rdi"),  # type: ignore[arg-type]
-        lambda: Arg(0) > 5 & Filter.ring(3),
-        lambda: Filter.ring(3) & Arg(0),  # type: ignore[operator]
-        lambda: Filter.ring(3) | True,  # type: ignore[operator]
-        lambda: Cstr(Arg(0)) == 5,
-        lambda: Cstr(Arg(0)) == Cstr(Arg(1)),
-        lambda: Utf16(Arg(0)) == b"a",
-        lambda: Bytes(Arg(0), 1) == "a",
-        lambda: Cstr(Filter.ring(3)),  # type: ignore[arg-type]
-        lambda: Mem("open_file"),  # type: ignore[arg-type]
-        lambda: Filter.predicate(5),  # type: ignore[arg-type]
-        lambda: Arg(0).is_in(("a",)),  # type: ignore[arg-type]
-        lambda: Filter.every(1.5),  # type: ignore[arg-type]
+        (lambda: bool(Arg(0)), "Arg(0) has no truth value"),
+        (lambda: bool(Arg(0) > 5), "Arg(0) > 5 has no truth value"),
+        (lambda: (Arg(0) > 5) and (Arg(1) > 5), "Arg(0) > 5 has no truth value: use & | ~ instead of `and`"),
+        (lambda: not Filter.ring(3), "Filter.ring(3) has no truth value"),
+        (lambda: 1 < Arg(0) < 5, "Arg(0) > 1 has no truth value"),
+        (lambda: Arg(0) in (1, 2), "Arg(0) == 1 has no truth value"),
+        (lambda: "a" in Cstr(Arg(0)), "Cstr(Arg(0), max=256): Python's `in` cannot be part of a filter; use .contains('a')"),
+        (lambda: Arg(0) == "a", "Arg(0) == 'a': a number is needed, not str"),
+        (lambda: Arg(0) > 1.5, "Arg(0) > 1.5: a number is needed, not float"),  # type: ignore[operator]
+        (lambda: Arg(0) + b"a", "Arg(0) + b'a': a number is needed, not bytes"),  # type: ignore[operator]
+        (lambda: Arg(0) == True, "Arg(0) == True: a number is needed, not bool"),  # noqa: E712
+        (lambda: Arg("rdi"), "Arg('rdi'): a number is needed, not str"),  # type: ignore[arg-type]
+        (lambda: Arg(0) > 5 & Filter.ring(3), "5 & Filter.ring(3): a Filter is needed on both sides; put comparisons in parentheses"),
+        (lambda: Filter.ring(3) & Arg(0), "Filter.ring(3) & Arg(0): a Filter is needed on both sides, not Arg"),  # type: ignore[operator]
+        (lambda: Filter.ring(3) | True, "Filter.ring(3) | True: a Filter is needed on both sides, not bool"),  # type: ignore[operator]
+        (lambda: Cstr(Arg(0)) == 5, "Cstr(Arg(0), max=256) == 5: bytes or a str are needed, not int"),
+        (lambda: Cstr(Arg(0)) == Cstr(Arg(1)), "Cstr(Arg(0), max=256) == Cstr(Arg(1), max=256): bytes or a str are needed, not Cstr"),
+        (lambda: Utf16(Arg(0)) == b"a", "Utf16(Arg(0), max=512) == b'a': a str is needed, not bytes"),
+        (lambda: Bytes(Arg(0), 1) == "a", "Bytes(Arg(0), 1) == 'a': bytes are needed, not str"),
+        (lambda: Cstr(Filter.ring(3)), "Cstr(Filter.ring(3), max=256): a number is needed, not Filter"),  # type: ignore[arg-type]
+        (lambda: Mem("open_file"), "Mem('open_file', 8): a number is needed, not str"),  # type: ignore[arg-type]
+        (lambda: Filter.predicate(5), "Filter.predicate(5): a function is needed"),  # type: ignore[arg-type]
+        (lambda: Arg(0).is_in(("a",)), "Arg(0).is_in(('a',)): a number is needed, not str"),  # type: ignore[arg-type]
+        (lambda: Filter.every(1.5), "Filter.every(1.5): a number is needed, not float"),  # type: ignore[arg-type]
     ],
 )
-def test_a_wrong_type_is_a_type_error_when_the_filter_is_built(build: Callable[[], object]) -> None:
-    with pytest.raises(TypeError):
+def test_a_wrong_type_is_a_type_error_when_the_filter_is_built_with_the_place(build: Callable[[], object], place: str) -> None:
+    with pytest.raises(TypeError) as caught:
         build()
+    assert str(caught.value).startswith(place)
 
 
 @pytest.mark.parametrize(
