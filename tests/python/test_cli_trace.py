@@ -250,6 +250,19 @@ def test_names_in_a_file_are_text_and_nothing_else(tmp_path: Path) -> None:
         assert "makes no sense" in run("report", str(path), code=2).stderr
 
 
+@pytest.mark.parametrize("version", ["2", "10", "", "1 ", "\u2460"])
+def test_columns_of_another_version_are_refused_with_both_versions(recorded: Path, tmp_path: Path, version: str) -> None:
+    table = pyarrow.parquet.read_table(recorded)
+    metadata = dict(table.schema.metadata)
+    assert metadata[b"vmitap.schema"] == b"1"
+    path = tmp_path / "hits.parquet"
+    pyarrow.parquet.write_table(table.replace_schema_metadata({**metadata, b"vmitap.schema": version.encode()}), path)
+    done = run("report", str(path), code=2)
+    assert f"{path} has columns of version {version!r}; vmitap {vmitap.__version__} reads version '1'" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["hits.parquet"]
+
+
 def test_a_damaged_file_is_one_line(recorded: Path, tmp_path: Path) -> None:
     data = bytearray(recorded.read_bytes())
     data[100:2000] = bytes(1900)

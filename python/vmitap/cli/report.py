@@ -28,6 +28,8 @@ _BINS = 120
 _OTHERS = "others"
 _PLACES = b"vmitap.places"
 """Key of the names of addresses in a file's metadata."""
+_SCHEMA, _KNOWN = b"vmitap.schema", b"1"
+"""Key of the version of a file's columns, and the version that is read here."""
 _KEPT_VALUES = 100_000
 """Different values of a column that are counted; what comes then is only counted as others."""
 
@@ -170,6 +172,11 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
     file = _open(path)
     import pyarrow
 
+    version = (file.schema_arrow.metadata or {}).get(_SCHEMA, _KNOWN)
+    if version != _KNOWN:
+        known, found = _KNOWN.decode(), version.decode("utf-8", "replace")
+        reason = f"{path} has columns of version {found!r}; vmitap {__version__} reads version {known!r}: take the vmitap that wrote it"
+        raise InvalidArgumentError("recording", reason)
     missing = [name for name in _NEEDED if name not in file.schema_arrow.names]
     if missing:
         raise InvalidArgumentError("recording", f"{path} has no column {missing[0]!r}: it is no recording of vmitap")
