@@ -32,10 +32,11 @@ from vmitap.errors import InvalidArgumentError, SessionBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Hashable, Mapping
+    from os import PathLike
     from types import TracebackType
     from typing import Literal
 
-    from vmitap import Breakpoint, Budget, Filter, Hit, OnWrite, RunResult, Verdict, View, Vm
+    from vmitap import Breakpoint, Budget, Filter, Hit, OnWrite, RunResult, Verdict, View, Vm, WritePolicy
     from vmitap.capture import Capturable
 
 
@@ -52,14 +53,28 @@ def attach(
     memory: int | None = None,
     vcpus: int | None = None,
     cmdline: str = "",
+    libunicorn: str | PathLike[str] | None = None,
     on_write: OnWrite | None = None,
     abi: Literal["sysv", "ms"] = "sysv",
+    repair: bool = False,
+    watchdog: bool = True,
 ) -> AsyncVm:
     """A session to be opened by `async with`; arguments and errors are those of `vmitap.attach`.
 
     >>> guest = vmitap.aio.attach("demo", vcpus=2)
     """
-    opener = functools.partial(vmitap.attach, target, memory=memory, vcpus=vcpus, cmdline=cmdline, on_write=on_write, abi=abi)
+    opener = functools.partial(
+        vmitap.attach,
+        target,
+        memory=memory,
+        vcpus=vcpus,
+        cmdline=cmdline,
+        libunicorn=libunicorn,
+        on_write=on_write,
+        abi=abi,
+        repair=repair,
+        watchdog=watchdog,
+    )
     return AsyncVm(opener)
 
 
@@ -166,14 +181,17 @@ class AsyncVm:
         where: Filter | None = None,
         capture: Mapping[str, Capturable] | None = None,
         on_return: Mapping[str, Capturable] | None = None,
-        on_write: OnWrite | None = None,
+        abi: Literal["sysv", "ms"] | None = None,
+        on_write: OnWrite | WritePolicy | Filter | None = None,
+        ask: Callable[[Hit], Awaitable[OnWrite]] | Callable[[Hit], OnWrite] | None = None,
         key: Hashable | None = None,
         tag: object = None,
         deadline: float | None = None,
         budget: Budget | None = None,
         enabled: bool = True,
+        once: bool = False,
     ) -> Breakpoint:
-        """As `Vm.breakpoint`; the handler may be a coroutine function.
+        """As `Vm.breakpoint`; the handler may be a coroutine function, and so may `ask`.
 
         A coroutine runs in the loop while the vCPU stands still, and `hit.vm` is valid in it. An ordinary function is called in the
         session's thread, or in the loop if there is no thread.
@@ -191,24 +209,24 @@ class AsyncVm:
         >>> asyncio.run(main())
         ['/opt/app/app.conf']
         """
-        call: Callable[[Hit], Verdict | None] | None = None
-        if handler is not None:
-            self._has_coroutines |= inspect.iscoroutinefunction(handler)
-            call = _in_loop(handler)
+        self._has_coroutines |= inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(ask)
         return self.vm.breakpoint(
             target,
-            call,
+            None if handler is None else _in_loop(handler),
             root=root,
             view=view,
             where=where,
             capture=capture,
             on_return=on_return,
+            abi=abi,
             on_write=on_write,
+            ask=None if ask is None else _in_loop(ask),
             key=key,
             tag=tag,
             deadline=deadline,
             budget=budget,
             enabled=enabled,
+            once=once,
         )
 
     def _descriptor(self) -> int | None:
@@ -373,16 +391,14 @@ async def _through(future: Awaitable[_T]) -> _T:
     return inner.result()
 
 
-def _in_loop(
-    handler: Callable[[Hit], Awaitable[Verdict | None]] | Callable[[Hit], Verdict | None],
-) -> Callable[[Hit], Verdict | None]:
+def _in_loop(handler: Callable[[Hit], Awaitable[_T]] | Callable[[Hit], _T]) -> Callable[[Hit], _T]:
     """The function that the session's thread calls."""
     if not inspect.iscoroutinefunction(handler):
         return handler  # type: ignore[return-value]
     loop = asyncio.get_running_loop()
 
-    def call(hit: Hit) -> Verdict | None:
-        said: Verdict | None = asyncio.run_coroutine_threadsafe(handler(hit), loop).result()
+    def call(hit: Hit) -> _T:
+        said: _T = asyncio.run_coroutine_threadsafe(handler(hit), loop).result()
         return said
 
     return call

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 import pytest
 
 import vmitap
-from vmitap import Arg, Cstr, Filter, Verdict, aio
+from vmitap import Arg, Cstr, Filter, OnWrite, Reg, Verdict, aio
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from vmitap import Hit
 
@@ -214,6 +215,81 @@ def test_wrong_use_is_a_typed_error() -> None:
         with pytest.raises(vmitap.AttachError):
             async with aio.attach("nothing:at-all"):
                 pass
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (aio.attach, vmitap.attach),
+        (aio.AsyncVm.breakpoint, vmitap.Vm.breakpoint),
+        (aio.AsyncVm.run, vmitap.Vm.run),
+        (aio.AsyncVm.events, vmitap.Vm.events),
+    ],
+)
+def test_what_is_here_takes_what_its_original_takes(ours: Callable[..., object], theirs: Callable[..., object]) -> None:
+    def parameters(function: Callable[..., object]) -> list[tuple[str, str, object]]:
+        # Which parameter is `self` is told differently of compiled functions.
+        given = inspect.signature(function).parameters.values()
+        return [(each.name, each.kind.name, each.default) for each in given if each.name != "self"]
+
+    assert parameters(ours) == parameters(theirs)
+
+
+def test_a_breakpoint_here_has_all_that_one_has_elsewhere() -> None:
+    async def main() -> None:
+        asked: list[int] = []
+
+        async def ask(hit: Hit) -> OnWrite:
+            await asyncio.sleep(0)
+            asked.append(hit.vm.read_u8(hit.address))
+            return OnWrite.DENY
+
+        async with aio.attach("demo") as guest:
+            spot, target = guest.vm.registers().rip, guest.vm.symbol("boot_copy")
+            # MOV BYTE PTR [RBX], 1; MOV BYTE PTR [RBX + 8], 2; MOV BYTE PTR [RBX + 16], 3; NOP; JMP to the NOP
+            guest.vm.write(spot, bytes.fromhex("c60301 c6430802 c6431003 90 ebfd"))
+            guest.vm.write(target, bytes(24))
+            guest.vm.set_registers(0, rbx=target, rcx=1234)
+            guest.breakpoint(target, on_write=OnWrite.ASK, ask=ask)
+            guest.breakpoint(target + 8, on_write=OnWrite.DENY | Filter.ring(0))
+            guest.breakpoint(target + 16, on_write=OnWrite.REMOVE & Filter.ring(3))
+            once = guest.breakpoint(spot + 11, once=True)
+            ms = guest.breakpoint(spot + 11, abi="ms", where=(Arg(0) == 1234) & (Reg.rcx == 1234) & Filter.once())
+            await guest.run(timeout=0.3)
+            assert asked == [0]
+            assert [guest.vm.read_u8(target + place) for place in (0, 8, 16)] == [0, 2, 0]
+            assert (once.state, once.stats.hits, ms.state, ms.stats.hits) == ("removed", 1, "active", 1)
+            assert ms.stats.filtered > 0
+
+    run(main())
+
+
+def test_a_guest_without_a_descriptor_has_a_thread_for_as_long_as_it_is_open() -> None:
+    async def main() -> None:
+        alone = threading.active_count()
+        seen: list[int] = []
+        for guests in (1, 3):
+            async with AsyncExitStack() as stack:
+                opened = [await stack.enter_async_context(aio.attach("demo", cmdline=ENDLESS)) for _ in range(guests)]
+                for guest in opened:
+                    guest.breakpoint("open_file", lambda hit: seen.append(threading.active_count()), where=Filter.every(1000))
+                running = [asyncio.create_task(guest.run()) for guest in opened]
+                while len(seen) < 10 * guests:
+                    await asyncio.sleep(0.01)
+                assert threading.active_count() == alone + guests
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+            # One that has ended has nothing more to do, and is gone in a moment.
+            for _ in range(100):
+                if threading.active_count() == alone:
+                    break
+                await asyncio.sleep(0.01)
+            assert threading.active_count() == alone
+            assert max(seen) == alone + guests
+            seen.clear()
 
     run(main())
 

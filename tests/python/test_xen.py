@@ -58,9 +58,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(library: Path, code: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+def run(library: Path, code: str, *, check: bool = True, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "VMITAP_LIBXENCTRL": str(library)}
-    command = [sys.executable, "-W", "error", "-c", PREPARE + code]
+    command = [sys.executable, "-W", "error", *options, "-c", PREPARE + code]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=check, env=environment)
 
 
@@ -442,8 +442,38 @@ async def main():
 asyncio.run(main())
 """
         + UNTOUCHED,
+        options=("-X", "dev"),
     )
     assert done.stdout.splitlines() == ["busy", "cancelled 0", "stopped", "no 0", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("way", ["gone", "dying"])
+@pytest.mark.parametrize("use", ["guest.run()", "anext(guest.events())"])
+def test_a_domain_that_goes_away_is_noticed_by_a_loop_that_waits_for_it(library: Path, way: str, use: str) -> None:
+    done = run(
+        library,
+        f"""
+import asyncio, time, vmitap.aio
+async def main():
+    async with vmitap.aio.attach("xen:guest") as guest:
+        guest.breakpoint(0x8000)
+        waiting = asyncio.ensure_future({use})
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        fake.fake_knob({way!r}.encode())[0] = 1
+        before = time.monotonic()
+        try:
+            await asyncio.wait_for(waiting, 20)
+        except vmitap.DomainGoneError:
+            print("gone", time.monotonic() - before)
+asyncio.run(main())
+""",
+        options=("-X", "dev"),
+    )
+    word, seconds = done.stdout.split()
+    assert (word, float(seconds) < 1) == ("gone", True), (done.stdout, done.stderr)
+    assert all(line.startswith("the guest is gone: ") for line in done.stderr.splitlines()), done.stderr
 
 
 def test_a_coroutine_as_a_handler_of_a_domain_has_a_thread(library: Path) -> None:
