@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -301,21 +300,3 @@ def test_an_empty_recording_is_a_page_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     run("report", str(tmp_path / "a.jsonl"))
     assert "There are no rows." in (tmp_path / "a.jsonl.html").read_text()
-
-
-def test_a_browser_shows_the_page(recorded: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no browser is installed here")
-    page, picture = tmp_path / "page.html", tmp_path / "report.png"
-    run("report", str(recorded), "-o", str(page))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,1600"]
-    subprocess.run([browser, *options, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=120, check=True)
-    data = picture.read_bytes()
-    assert data.startswith(b"\x89PNG")
-    assert int.from_bytes(data[16:20], "big") == 1100
-    # An empty page of that size is a few kilobytes.
-    assert len(data) > 30_000
-    artefacts = Path(os.environ.get("VMITAP_ARTEFACTS") or Path(__file__).parents[2] / "target" / "artefacts")
-    artefacts.mkdir(parents=True, exist_ok=True)
-    shutil.copy(picture, artefacts / "report.png")
