@@ -53,7 +53,7 @@ bench: $(VENV)/.built ## one table: a hit here, in plain unicorn scripts, in gdb
 	@$(BIN)/python benches/python/bench_table.py $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 bench-parts: $(VENV)/.built $(VENV)/.dev ## the benchmarks of the parts; compare ratios within one run
-	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench $(ARGS)
+	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench --features mock --bench '*' $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
 	@$(BIN)/python benches/python/bench_insertion.py
 	@$(BIN)/python benches/python/bench_capture.py

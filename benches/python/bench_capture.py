@@ -1,8 +1,8 @@
 """What a filtered hit, a captured row and a written row cost beyond the bare hit, which is counted and stepped over.
 
-`make bench-parts` runs it; by hand: `python benches/python/bench_capture.py [--hits N] [--json]`. Everything is measured in this one run,
-in turns, in processor time of all threads together, and the best of the turns counts. Each way must account for every call, or there is
-no result.
+`make bench-parts` runs it; by hand: `python benches/python/bench_capture.py [--hits N] [--turns N] [--json]`. Everything is measured in
+this one run, in turns, in processor time of all threads together, and the best of the turns counts. Each way must account for every call,
+or there is no result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from vmitap import Filter as _Filter
     from vmitap.capture import Capturable
 
-TURNS = 7
 BARE = "counted only"
 NUMBERS: dict[str, Capturable] = {"a": Arg(0), "b": Arg(1), "c": Reg.rip, "d": Reg.rsp}
 WAYS: dict[str, tuple[_Filter | None, dict[str, Capturable] | None, str]] = {
@@ -62,11 +61,12 @@ def main() -> None:
     """Measures, prints, and says which targets are met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hits", type=int, default=200_000, help="calls a turn (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=7, help="turns, of which the best counts (default %(default)s)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     best: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(TURNS):
+        for _ in range(options.turns):
             for way in WAYS:
                 cost = measure(way, options.hits, Path(folder))
                 best[way] = min(cost, best.get(way, cost))

@@ -1,8 +1,8 @@
 """What a hit costs, next to the same hidden breakpoint in plain `unicorn` (peer.py).
 
-`make bench-parts` runs it; by hand: `python benches/python/bench_dance.py [--hits N] [--json]`. Everything is measured in this one run, in
-turns, and the best of the turns counts: compare the ratios, not the times of two machines. Each way must count every hit, or there is
-no result.
+`make bench-parts` runs it; by hand: `python benches/python/bench_dance.py [--hits N] [--turns N] [--json]`. Everything is measured in
+this one run, in turns, and the best of the turns counts: compare the ratios, not the times of two machines. Each way must count every
+hit, or there is no result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from build import build
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TURNS = 5
 
 WAYS = ("vmitap, no handler", "vmitap, Python handler", "unicorn, two instances", "unicorn, byte swapped")
 PEERS = {"unicorn, two instances": "stepper", "unicorn, byte swapped": "swap"}
@@ -62,10 +61,10 @@ def theirs(guest: str, hits: int, way: str) -> float:
     return result.microseconds
 
 
-def dance(guest: str, hits: int) -> dict[str, float]:
+def dance(guest: str, hits: int, turns: int) -> dict[str, float]:
     """Microseconds a hit for each way; the slow ones get fewer hits."""
     best: dict[str, float] = {}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for way in WAYS:
             if way in PEERS:
                 cost = theirs(guest, hits // 20, PEERS[way])
@@ -79,11 +78,12 @@ def main() -> None:
     """Measures, prints, and says which targets are met."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hits", type=int, default=100_000, help="hits a turn (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="turns, of which the best counts (default %(default)s)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         guest = str(build("calls.S", Path(folder, "calls.elf")))
-        costs = dance(guest, options.hits)
+        costs = dance(guest, options.hits, options.turns)
     ratios = {way: {name: costs[name] / costs[way] for name in PEERS} for way in TARGETS}
     if options.json:
         print(json.dumps({"microseconds": costs, "ratios": ratios}))

@@ -1,8 +1,8 @@
 """What a Python handler costs, alone and beside a busy Python thread, and that what needs no handler costs the same beside it.
 
-`make bench-parts` runs it; by hand: `python benches/python/bench_dispatch.py [--hits N] [--json]`. The times are the best of the
-turns: compare those of one run. `busy` is the processor time of the thread that runs the guest, `call` the time by the wall clock; `held`
-is how long vCPUs stood still for a hit, as vmitap itself measures it.
+`make bench-parts` runs it; by hand: `python benches/python/bench_dispatch.py [--hits N] [--turns N] [--json]`. The times are the best of
+the turns: compare those of one run. `busy` is the processor time of the thread that runs the guest, `call` the time by the wall clock;
+`held` is how long vCPUs stood still for a hit, as vmitap itself measures it.
 
 Hits that follow each other closely keep the interpreter; one that comes alone has to get it back, for which a busy thread makes it wait one
 switch interval (`sys.setswitchinterval`, 5 ms unless it is set).
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from vmitap.capture import Capturable
 
-TURNS = 5
 ALONE = 1000
 """Of so many calls one has a handler, where hits come alone."""
 
@@ -79,10 +78,10 @@ def measure(way: str, hits: int) -> Cost:
         return Cost(busy / hits * 1e6, elapsed / hits * 1e6, bp.stats.hold_p50 * 1e6, bp.stats.hold_p99 * 1e6)
 
 
-def turns(hits: int) -> dict[str, Cost]:
+def best_of(hits: int, turns: int) -> dict[str, Cost]:
     """All ways, the best of the turns of each figure."""
     best: dict[str, Cost] = {}
-    for _ in range(TURNS):
+    for _ in range(turns):
         for way in WAYS:
             now = measure(way, hits)
             fields = zip(*(astuple(each) for each in (now, best.get(way, now))), strict=True)
@@ -90,7 +89,7 @@ def turns(hits: int) -> dict[str, Cost]:
     return best
 
 
-def beside(hits: int, interval: float) -> dict[str, Cost]:
+def beside(hits: int, turns: int, interval: float) -> dict[str, Cost]:
     """The same beside a thread that never waits."""
     before, ends = sys.getswitchinterval(), threading.Event()
 
@@ -102,7 +101,7 @@ def beside(hits: int, interval: float) -> dict[str, Cost]:
     busy.start()
     sys.setswitchinterval(interval)
     try:
-        return turns(hits)
+        return best_of(hits, turns)
     finally:
         sys.setswitchinterval(before)
         ends.set()
@@ -113,12 +112,13 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hits", type=int, default=50_000, help="calls a turn (default %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="turns, of which the best counts (default %(default)s)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     measured = {
-        "alone": turns(options.hits),
-        "beside a busy thread": beside(options.hits, 5e-3),
-        "beside it, setswitchinterval(0.0001)": beside(options.hits, 1e-4),
+        "alone": best_of(options.hits, options.turns),
+        "beside a busy thread": beside(options.hits, options.turns, 5e-3),
+        "beside it, setswitchinterval(0.0001)": beside(options.hits, options.turns, 1e-4),
     }
     if options.json:
         print(json.dumps({where: {way: asdict(cost) for way, cost in costs.items()} for where, costs in measured.items()}))

@@ -1,7 +1,7 @@
 """One table: what a hit costs with vmitap, with plain `unicorn` scripts, and with what else taps a function from Python.
 
-`make bench` runs it; by hand: `python benches/python/bench_table.py [--turns N] [--markdown]`. Everything is measured in this one run,
-in turns, in the processor time of all that take part, and the best of the turns counts: compare the ratios, not the times of two
+`make bench` runs it; by hand: `python benches/python/bench_table.py [--turns N] [--calls N] [--markdown]`. Everything is measured in this
+one run, in turns, in the processor time of all that take part, and the best of the turns counts: compare the ratios, not the times of two
 machines. Each way must count every call, or there is no result. `--peers PYTHON` is an interpreter that has what is to be compared (`pip
 install frida qiling python-ptrace`), if this one has not; what is missing is said in its row.
 
@@ -256,12 +256,15 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=7, help="measurements of each, of which the best counts (default %(default)s)")
+    parser.add_argument("--calls", type=int, help="calls of the function in a measurement, at most (default: as many as each takes well)")
     parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="the interpreter that has the peers")
     parser.add_argument("--markdown", action="store_true", help="for docs/benchmarks.md")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         guest = str(build("calls.S", Path(folder, "calls.elf")))
         ways = rows(guest, Process(Path(folder)), options.peers)
+        for way in ways:
+            way.calls = min(way.calls, options.calls or way.calls)
         for _ in range(options.turns):
             for way in ways:
                 way.turn()

@@ -1,4 +1,4 @@
-"""A Python breakpoint in gdb, which looks at one register at each hit. Run inside gdb: bench_peers.py has the command."""
+"""A Python breakpoint in gdb, which looks at one register at each hit. Run inside gdb: bench_table.py has the command."""
 
 import time
 

@@ -1,5 +1,5 @@
 /*
- * The ordinary process that debuggers tap in bench_peers.py: calls f in a loop as tests/guests/calls.S does, and looks at f's code at the end.
+ * The ordinary process that debuggers tap in bench_table.py: calls f in a loop as tests/guests/calls.S does, and looks at f's code at the end.
  * `process CALLS` prints how often f was called, the nanoseconds of processor time that took, and what its code is.
  */
 #include <stdio.h>
