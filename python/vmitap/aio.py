@@ -96,7 +96,6 @@ class AsyncVm:
         self._running: asyncio.Future[object] | None = None
         self._is_entered = False
         self._has_coroutines = False
-        self._is_turning = False
 
     @property
     def vm(self) -> Vm:
@@ -236,11 +235,12 @@ class AsyncVm:
     async def _turn(self, go: Callable[[], bool], has_ended: Callable[[], bool], timeout: float | None, name: str) -> None:
         """Has `go` called when the guest's descriptor is readable, until it has ended. Between two calls no event waits for an answer."""
         descriptor = self.vm.fileno()
-        if descriptor is None or self._is_turning or (self._running is not None and not self._running.done()):
+        if descriptor is None or (self._running is not None and not self._running.done()):
             raise SessionBusyError(name)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         deadline = None if timeout is None else loop.time() + timeout
-        self._is_turning = True
+        # Who ends the session waits for it.
+        self._running = turning = loop.create_future()
         loop.add_reader(descriptor, ready.set)
         try:
             while True:
@@ -257,7 +257,7 @@ class AsyncVm:
                     await asyncio.wait_for(ready.wait(), left)
         finally:
             loop.remove_reader(descriptor)
-            self._is_turning = False
+            turning.set_result(None)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
         """Runs it in the session's thread, which is there only as long as something needs it."""
@@ -284,7 +284,7 @@ class AsyncVm:
             raise
 
     async def _stop(self) -> None:
-        """Ends what runs in the thread, and waits for it."""
+        """Ends what runs in the thread or in the loop, and waits for it."""
         running = self._running
         if running is None or running.done():
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import pickle
-import signal
 import threading
 import time
 import weakref
@@ -370,22 +369,6 @@ def test_a_run_ends_in_time(vm: Vm) -> None:
     result = vm.run(timeout=0.2)
     assert result.reason == "timeout"
     assert 0.2 <= result.elapsed < 0.4
-
-
-def test_ctrl_c_is_noticed_while_the_guest_runs(vm: Vm) -> None:
-    for_ever(vm)
-    pressed: list[float] = []
-
-    def press() -> None:
-        time.sleep(0.1)
-        pressed.append(time.monotonic())
-        signal.raise_signal(signal.SIGINT)
-
-    threading.Thread(target=press).start()
-    with pytest.raises(KeyboardInterrupt):
-        vm.run(timeout=30)
-    assert time.monotonic() - pressed[0] < 0.3
-    assert vm.run(timeout=0).reason == "timeout"
 
 
 def test_other_threads_read_while_the_guest_runs(vm: Vm) -> None:

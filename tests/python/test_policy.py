@@ -159,7 +159,8 @@ def test_a_read_counts_if_its_policy_lets_it(vm: Vm) -> None:
         for number, (policy, _) in enumerate(OF_READS)
     ]
     writes = vm.watch(data, 8 * READS, vmitap.Access.W, where=YES | NO, key="writes")
-    vm.run(timeout=0.2)
+    vm.breakpoint(spot + 13, lambda hit: vmitap.Verdict.pause())
+    assert vm.run(timeout=20).reason == "paused"
     table = vm.recording.to_arrow()
     for number, (policy, expected) in enumerate(OF_READS):
         assert table[str(number)].drop_null().to_pylist() == expected, policy
