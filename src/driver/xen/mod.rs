@@ -5,6 +5,7 @@
 
 mod abi;
 mod attach;
+pub mod bell;
 mod codec;
 mod end;
 mod frames;
@@ -22,7 +23,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxHashSet;
@@ -40,6 +41,7 @@ use crate::event::{VmiEvent, VmiEventResponse};
 
 pub use abi::{Abi, Layout, MAX_EVENT};
 pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
+use bell::Bell;
 use end::left_behind;
 use frames::Frames;
 use monitors::monitored;
@@ -91,34 +93,6 @@ pub fn decode(request: &[u8; MAX_EVENT], layout: Layout) -> Option<VmiEvent> {
     match codec::Request::new(request, layout).asked() {
         codec::Asked::Event(event) => Some(event),
         _ => None,
-    }
-}
-
-/// Wakes a wait: a flag, and a descriptor that a poll sees.
-#[derive(Debug)]
-struct Bell {
-    rung: AtomicBool,
-    fd: OwnedFd,
-}
-
-impl Bell {
-    /// Whether it was rung since the last time.
-    fn take(&self) -> bool {
-        if !self.rung.load(Ordering::Acquire) {
-            return false;
-        }
-        let mut count = [0; 8];
-        // The flag decides; the descriptor only wakes the poll. It does not block.
-        let _ = rustix::io::read(&self.fd, &mut count);
-        self.rung.swap(false, Ordering::AcqRel)
-    }
-}
-
-impl Waker for Bell {
-    fn wake(&self) {
-        self.rung.store(true, Ordering::Release);
-        // A counter that is full is readable all the same.
-        let _ = rustix::io::write(&self.fd, &1_u64.to_ne_bytes());
     }
 }
 
@@ -224,7 +198,7 @@ impl XenDriver {
             monitors: FxHashSet::default(),
             pauses: 0,
             owes_unpause: Cell::new(false),
-            bell: Arc::new(Bell { rung: AtomicBool::new(false), fd }),
+            bell: Arc::new(Bell::new(AtomicBool::new(false), fd)),
             stepping: options.stepping,
             has_deposed: options.take_over,
             looked_at: Instant::now(),
@@ -553,7 +527,7 @@ impl VmiEvents for XenDriver {
         let os = |op, error: rustix::io::Errno| VmiError::Driver { op, errno: error.raw_os_error(), detail: error.to_string() };
         let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| os("epoll_create", error))?;
         let channel = self.events.fd().map_err(|error| failed(&error))?;
-        for fd in [channel, self.bell.fd.as_fd()] {
+        for fd in [channel, self.bell.fd().as_fd()] {
             epoll::add(&both, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(|error| os("epoll_ctl", error))?;
         }
         Ok(Some(both))
@@ -634,5 +608,5 @@ impl Drop for XenDriver {
 fn descriptors<'a>(events: &'a EventChannels, bell: &'a Bell) -> xen_sys::Result<[rustix::event::PollFd<'a>; 2]> {
     use rustix::event::{PollFd, PollFlags};
     let channel = events.fd()?;
-    Ok([PollFd::from_borrowed_fd(channel, PollFlags::IN), PollFd::from_borrowed_fd(bell.fd.as_fd(), PollFlags::IN)])
+    Ok([PollFd::from_borrowed_fd(channel, PollFlags::IN), PollFd::from_borrowed_fd(bell.fd().as_fd(), PollFlags::IN)])
 }

@@ -246,39 +246,38 @@ impl XenDriver {
             if has_slept && now >= deadline {
                 return Ok(Wait::Timeout);
             }
-            self.sleep(deadline.saturating_duration_since(now).min(LOOK))?;
-            has_slept = true;
-            if self.bell.take() {
+            if self.sleep(deadline.saturating_duration_since(now).min(LOOK))? {
                 return Ok(Wait::Timeout);
             }
+            has_slept = true;
         }
     }
 
-    /// Waits until Xen or the bell says something, or the time is over. A signal rings the bell, so that it can be looked at.
-    pub(super) fn sleep(&self, timeout: Duration) -> Result<()> {
+    /// Waits until Xen or the bell says something, or the time is over. Whether the bell did, or a signal came, which is to be looked at too.
+    pub(super) fn sleep(&self, timeout: Duration) -> Result<bool> {
         let mut fds = descriptors(&self.events, &self.bell).map_err(|error| failed(&error))?;
         let timeout =
             Timespec { tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: timeout.subsec_nanos().into() };
         match poll(&mut fds, Some(&timeout)) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => {
-                use crate::driver::Waker;
-                self.bell.wake();
-                return Ok(());
-            }
+            Err(rustix::io::Errno::INTR) => return Ok(true),
             Err(error) => {
                 return Err(VmiError::Driver { op: "poll", errno: error.raw_os_error(), detail: error.to_string() });
             }
         }
-        let [channel, _] = &fds;
+        let [channel, bell] = &fds;
+        if !bell.revents().is_empty() && self.bell.hear() {
+            // What the channel says is left for the next wait.
+            return Ok(true);
+        }
         if channel.revents().intersects(PollFlags::ERR | PollFlags::NVAL | PollFlags::HUP) {
             return Err(VmiError::DomainGone { reason: "its event channel is closed".to_owned() });
         }
-        if !channel.revents().contains(PollFlags::IN) {
-            return Ok(());
+        if channel.revents().contains(PollFlags::IN) {
+            let port = self.events.pending().map_err(|error| failed(&error))?;
+            self.events.unmask(port).map_err(|error| failed(&error))?;
         }
-        let port = self.events.pending().map_err(|error| failed(&error))?;
-        self.events.unmask(port).map_err(|error| failed(&error))
+        Ok(false)
     }
 
     /// Waits until no fast step is under way, as far as that can be seen: a vCPU that is in one is in the view of the step, and comes back

@@ -1,6 +1,7 @@
 //! The Xen driver against the stand-in for Xen's libraries, in every kind whose interfaces differ.
 
 mod attach;
+mod bell;
 mod dance;
 mod faults;
 mod repair;
