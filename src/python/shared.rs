@@ -89,9 +89,6 @@ pub struct Shared {
     run_ended: Condvar,
     detach_wanted: AtomicBool,
     closed: AtomicBool,
-    /// Numbers of the events of `wait_event` that are not answered, by vCPU; 0: none.
-    pub raw: Mutex<Vec<u64>>,
-    pub raw_count: AtomicU64,
 }
 
 impl Shared {
@@ -103,7 +100,6 @@ impl Shared {
         (on_write, abi): (OnWrite, Abi),
     ) -> Self {
         let (info, caps) = (session.vmi().driver().info().clone(), session.vmi().driver().caps());
-        let vcpus = usize::from(info.vcpus);
         let symbols = Arc::new(symbols);
         session.set_symbols(symbols.clone());
         Self {
@@ -133,8 +129,6 @@ impl Shared {
             run_ended: Condvar::new(),
             detach_wanted: AtomicBool::new(false),
             closed: AtomicBool::new(false),
-            raw: Mutex::new(vec![0; vcpus]),
-            raw_count: AtomicU64::new(0),
         }
     }
 

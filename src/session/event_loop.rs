@@ -143,7 +143,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             Ok(()) | Err(VmiError::NoPendingEvent { .. }) => {}
             Err(error) => {
                 log::error!("vCPU {} stands still for now: its event could not be answered: {error}", event.vcpu);
-                vcpu.raw = Some(home);
+                self.unanswered.open(event.vcpu, home);
             }
         }
     }

@@ -24,6 +24,7 @@ mod sink;
 mod tap;
 mod taps;
 mod types;
+mod unanswered;
 mod views;
 mod watch;
 mod watchdog;
@@ -62,6 +63,7 @@ use sink::Sink;
 use tap::Taps;
 use taps::Key;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
+pub use unanswered::Unanswered;
 use watch::WatchPage;
 pub use watchdog::Watchdog;
 #[cfg(feature = "xen")]
@@ -97,6 +99,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// Taps for what is announced, and what each is for.
     monitors: Vec<(TapId, EventSet)>,
     vcpus: Vec<Vcpu>,
+    /// Events of [`Session::wait_raw`], and those whose handling failed.
+    unanswered: Unanswered,
     /// Stores that are done, and whose shadows could not be brought up to date yet.
     overdue: Vec<AfterWrite>,
     /// The event whose hits are being handed out.
@@ -199,6 +203,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             watches: FxHashMap::default(),
             monitors: Vec::new(),
             vcpus: vec![Vcpu::default(); count],
+            unanswered: Unanswered::new(count),
             overdue: Vec::new(),
             pending: None,
             spare: None,
@@ -372,7 +377,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     // --- events as the driver raises them ---
 
-    /// Lets the guest run until its next event, whatever it is. The vCPU is held until [`Session::respond_raw`].
+    /// Lets the guest run until its next event, whatever it is. The vCPU is held until [`Session::respond_raw`]; the event's number is
+    /// [`Session::raw_number`].
     pub fn wait_raw(&mut self, timeout: Duration) -> Result<Wait> {
         let wait = self.vmi.driver_mut().wait(timeout)?;
         if let Wait::Event(event) = &wait {
@@ -385,36 +391,41 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             {
                 log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
             }
-            if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
-                vcpu.raw = Some(event.view.unwrap_or(self.tap_view));
-            }
+            self.unanswered.open(event.vcpu, event.view.unwrap_or(self.tap_view));
         }
         Ok(wait)
     }
 
-    /// Answers an event of [`Session::wait_raw`].
+    /// The number of the event that `vcpu` stands still for; no other event of the session has the same.
     ///
     /// # Errors
-    /// [`VmiError::NoPendingEvent`] if the vCPU has none; then and on any other error nothing has changed.
-    pub fn respond_raw(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
-        let slot = self.vcpus.get_mut(usize::from(vcpu.0)).filter(|slot| slot.raw.is_some());
-        let slot = slot.ok_or(VmiError::NoPendingEvent { vcpu })?;
-        self.vmi.driver_mut().respond(vcpu, response)?;
-        slot.raw = None;
-        slot.home = None;
+    /// [`VmiError::NoPendingEvent`] if there is none.
+    pub fn raw_number(&self, vcpu: VcpuId) -> Result<u64> {
+        self.unanswered.number(vcpu).ok_or(VmiError::NoPendingEvent { vcpu })
+    }
+
+    /// Answers the event of [`Session::wait_raw`] that has this number.
+    ///
+    /// # Errors
+    /// [`VmiError::NoPendingEvent`] if it was answered before; then and on any other error nothing has changed.
+    pub fn respond_raw(&mut self, vcpu: VcpuId, number: u64, response: &VmiEventResponse) -> Result<()> {
+        let Self { vmi, unanswered, .. } = self;
+        unanswered.settle(vcpu, number, || vmi.driver_mut().respond(vcpu, response))?;
+        if let Some(vcpu) = self.vcpus.get_mut(usize::from(vcpu.0)) {
+            vcpu.home = None;
+        }
         Ok(())
     }
 
     /// Answers what [`Session::wait_raw`] left open: each vCPU executes its instruction in the default view and goes on. So does one whose
     /// event could not be answered before.
     fn answer_raw(&mut self) -> Result<()> {
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate() {
-            if let Some(view) = vcpu.raw {
-                self.vmi.driver_mut().respond(VcpuId(index as u16), &vcpu.step_clean(view))?;
-                vcpu.raw = None;
-            }
-        }
-        Ok(())
+        let Self { vmi, unanswered, vcpus, .. } = self;
+        let failed = unanswered.settle_all(|vcpu, view| {
+            let Some(slot) = vcpus.get(usize::from(vcpu.0)) else { return Ok(()) };
+            vmi.driver_mut().respond(vcpu, &slot.step_clean(view))
+        });
+        failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
     // --- the end ---
@@ -443,28 +454,21 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for tap in self.taps.iter_mut() {
             tap.set_state(TapState::Removed);
         }
-        if let Some(pending) = self.pending.take()
-            && let Some(vcpu) = self.vcpus.get_mut(usize::from(pending.hit.vcpu.0))
-        {
-            vcpu.raw = Some(pending.home());
+        if let Some(pending) = self.pending.take() {
+            self.unanswered.open(pending.hit.vcpu, pending.home());
         }
         let driver = self.vmi.driver_mut();
         // With the breakpoints gone a retry is all that a held vCPU needs. One that steps would raise an event at its end that nobody
         // answers: that is taken back too.
         let go_on = VmiEventResponse::CONTINUE.in_view(View::DEFAULT);
-        let mut stuck = Vec::new();
-        for (index, vcpu) in self.vcpus.iter_mut().enumerate().filter(|(_, vcpu)| vcpu.raw.is_some()) {
-            match driver.respond(VcpuId(index as u16), &go_on) {
-                Ok(()) => vcpu.raw = None,
-                Err(error) => stuck.push((index, error)),
-            }
-        }
+        let stuck = self.unanswered.settle_all(|vcpu, _| driver.respond(vcpu, &go_on));
         if left.note(driver.release_held().map(drop), || "vCPUs that step".to_owned()) {
-            for (index, error) in stuck {
-                left.note(Err(error), || format!("the event of vCPU {index}"));
+            for (vcpu, error) in stuck {
+                left.note(Err(error), || format!("the event of vCPU {vcpu}"));
             }
         } else {
             self.vcpus.fill_with(Vcpu::default);
+            self.unanswered.clear();
         }
         left.note(driver.monitor(Monitor::Breakpoint, false), || "the INT3 monitor".to_owned());
         self.end_monitors(&mut left);

@@ -20,8 +20,6 @@ pub struct Vcpu {
     pub unfinished: Option<AfterWrite>,
     /// Its single-steps are handed out.
     pub walk: Option<Walk>,
-    /// It has an event of `wait_raw` that is not answered, from this view.
-    pub raw: Option<View>,
 }
 
 impl Vcpu {

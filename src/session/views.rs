@@ -78,7 +78,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn leave_and_destroy(&mut self, view: View) -> Result<()> {
         let ids = (0..self.vcpus.len() as u16).map(VcpuId);
         let at: Vec<View> = ids.map(|vcpu| self.vmi.driver().vcpu_view(vcpu)).collect::<Result<_>>()?;
-        let comes_back = self.vcpus.iter().any(|vcpu| vcpu.home == Some(view) || vcpu.raw == Some(view))
+        let comes_back = self.vcpus.iter().any(|vcpu| vcpu.home == Some(view))
+            || self.unanswered.iter().any(|(_, back)| back == view)
             || self.pending.as_ref().is_some_and(|pending| pending.home() == view);
         let is_used = comes_back || at.contains(&view);
         if is_used {
@@ -132,8 +133,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn note_switch(&mut self, view: View) {
         for vcpu in &mut self.vcpus {
             vcpu.home = vcpu.home.map(|_| view);
-            vcpu.raw = vcpu.raw.map(|_| view);
         }
+        self.unanswered.move_to(view);
         if let Some(pending) = &mut self.pending {
             pending.moved_to = Some(view);
         }

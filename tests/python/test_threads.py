@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 import vmitap
 from vmitap import Arg, Cstr, Filter, _native
 from vmitap.cli.truth import READ_KINDS, Truth
+from vmitap.testing import Breakpoint, mock
 
 if TYPE_CHECKING:
     from vmitap.capture import Capturable
@@ -149,3 +152,49 @@ def test_what_no_handler_is_called_for_never_waits_for_the_interpreter(
     # It comes back each 0.1 s to look at signals, and lets others have their turn then.
     assert let_go <= 10 + 2 * result.elapsed / 0.1 + 2 * handled
     assert let_go < 2_000
+
+
+def test_of_two_threads_that_answer_each_event_exactly_one_does_while_a_third_waits_for_the_next() -> None:
+    events = 3_000
+    go_on = vmitap.VmiEventResponse.continue_()
+    interval = sys.getswitchinterval()
+    with mock() as guest:
+        guest.script([Breakpoint("open_file")] * events)
+        queues: list[SimpleQueue[vmitap.VmiEvent | None]] = [SimpleQueue(), SimpleQueue()]
+        answered: list[list[int]] = [[], []]
+        failed: list[BaseException] = []
+
+        def answer(own: SimpleQueue[vmitap.VmiEvent | None], done: list[int]) -> None:
+            number = 0
+            while (event := own.get()) is not None:
+                try:
+                    guest.vm.respond(event, go_on)
+                    done.append(number)
+                except vmitap.NoPendingEventError:
+                    pass
+                except BaseException as error:
+                    failed.append(error)
+                number += 1
+
+        threads = [threading.Thread(target=answer, args=each) for each in zip(queues, answered, strict=True)]
+        for thread in threads:
+            thread.start()
+        sys.setswitchinterval(1e-6)
+        try:
+            taken, end = 0, time.monotonic() + 60
+            while taken < events and time.monotonic() < end:
+                # Idle as long as the one vCPU is held.
+                if (event := guest.vm.wait_event(timeout=0)) is not None:
+                    taken += 1
+                    for queue in queues:
+                        queue.put(event)
+        finally:
+            sys.setswitchinterval(interval)
+            for queue in queues:
+                queue.put(None)
+            for thread in threads:
+                thread.join()
+        assert not failed
+        assert taken == events, "an event was never answered"
+        assert sorted(answered[0] + answered[1]) == list(range(events))
+        assert len(guest.answers) == events

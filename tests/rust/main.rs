@@ -52,5 +52,6 @@ mod session;
 mod session_atomic;
 mod tap;
 mod tap_manager;
+mod unanswered;
 #[cfg(feature = "xen")]
 mod xen;

@@ -157,7 +157,10 @@ const OPERATIONS: &[Operation] = &[
             w.session.wait_raw(Duration::ZERO).unwrap();
             w
         },
-        |w| w.session.respond_raw(VcpuId(0), &VmiEventResponse::CONTINUE),
+        |w| {
+            let number = w.session.raw_number(VcpuId(0))?;
+            w.session.respond_raw(VcpuId(0), number, &VmiEventResponse::CONTINUE)
+        },
     ),
 ];
 

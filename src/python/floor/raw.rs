@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 
 use super::event::{VmiEvent, VmiEventResponse};
-use crate::addr::VcpuId;
 use crate::driver::Wait;
 use crate::error::VmiError;
 use crate::event;
@@ -15,10 +14,6 @@ use crate::python::shared::Shared;
 
 /// The longest wait without a look at Python's signals.
 const PATIENCE: Duration = Duration::from_millis(100);
-
-fn no_event(vcpu: VcpuId) -> PyErr {
-    VmiError::NoPendingEvent { vcpu }.into()
-}
 
 /// Lets the guest run until its next event; `None`: the time is over, the guest is idle, or it was told to stop.
 pub fn wait(py: Python<'_>, shared: &Arc<Shared>, timeout: Option<Duration>) -> PyResult<Option<VmiEvent>> {
@@ -39,30 +34,32 @@ fn wait_until(py: Python<'_>, shared: &Arc<Shared>, timeout: Option<Duration>) -
             return Ok(None);
         }
         let left = deadline.map_or(PATIENCE, |deadline| deadline.saturating_duration_since(Instant::now()).min(PATIENCE));
-        match shared.released(py, |inner| inner.session.wait_raw(left))? {
-            Wait::Event(event) => {
-                let number = shared.raw_count.fetch_add(1, Ordering::Relaxed) + 1;
-                if let Some(slot) = shared.raw.lock().get_mut(usize::from(event.vcpu.0)) {
-                    *slot = number;
-                }
-                return Ok(Some(VmiEvent::of(&event, number, shared)));
-            }
-            Wait::Idle => return Ok(None),
-            Wait::Timeout if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
-            Wait::Timeout => {}
+        let waited = shared.released(py, |inner| {
+            Ok::<_, VmiError>(match inner.session.wait_raw(left)? {
+                Wait::Event(event) => (Wait::Event(event), inner.session.raw_number(event.vcpu)?),
+                other => (other, 0),
+            })
+        });
+        match waited? {
+            (Wait::Event(event), number) => return Ok(Some(VmiEvent::of(&event, number, shared))),
+            (Wait::Idle, _) => return Ok(None),
+            (Wait::Timeout, _) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
+            (Wait::Timeout, _) => {}
         }
     }
 }
 
-/// Answers an event of [`wait`], exactly once.
+/// Answers an event of [`wait`], exactly once. The session's lock is held from the look at its number to the end.
 pub fn respond(py: Python<'_>, shared: &Arc<Shared>, event: &VmiEvent, response: &VmiEventResponse) -> PyResult<()> {
-    let vcpu = event.event.vcpu;
-    let index = usize::from(vcpu.0);
-    let is_open = event.is_of(shared) && shared.raw.lock().get(index) == Some(&event.number);
-    if !is_open {
-        return Err(no_event(vcpu));
+    let (vcpu, number) = (event.event.vcpu, event.number);
+    let none = || VmiError::NoPendingEvent { vcpu };
+    if !event.is_of(shared) {
+        return Err(none().into());
     }
     shared.open(py, |session| {
+        if session.raw_number(vcpu)? != number {
+            return Err(none());
+        }
         let registers = match &response.registers {
             Some(changes) => {
                 let mut gp = session.registers(vcpu)?.gp;
@@ -71,10 +68,6 @@ pub fn respond(py: Python<'_>, shared: &Arc<Shared>, event: &VmiEvent, response:
             }
             None => None,
         };
-        session.respond_raw(vcpu, &event::VmiEventResponse { action: response.action, view: response.view, registers })
-    })?;
-    if let Some(slot) = shared.raw.lock().get_mut(index) {
-        *slot = 0;
-    }
-    Ok(())
+        session.respond_raw(vcpu, number, &event::VmiEventResponse { action: response.action, view: response.view, registers })
+    })
 }
