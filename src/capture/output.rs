@@ -25,10 +25,10 @@ pub trait Output: Send {
     /// Writes a batch whole. After an error nothing more may be written; see [`Output::rescue`].
     fn write(&mut self, batch: &RecordBatch) -> io::Result<()>;
 
-    /// Ends the file.
-    fn finish(self: Box<Self>) -> io::Result<()>;
+    /// Ends the file. After an error see [`Output::rescue`].
+    fn finish(&mut self) -> io::Result<()>;
 
-    /// After a failed write: makes the file readable up to a whole batch, the last one if there is room for what ends the file.
+    /// After a failure: makes the file readable up to a whole batch, the last one if there is room for what ends the file.
     /// The rows in it then.
     fn rescue(self: Box<Self>) -> io::Result<u64>;
 }
@@ -149,11 +149,11 @@ impl Output for Parquet {
         Ok(())
     }
 
-    fn finish(mut self: Box<Self>) -> io::Result<()> {
+    fn finish(&mut self) -> io::Result<()> {
         if let Some(places) = self.places.metadata() {
             self.writer.append_key_value_metadata(places);
         }
-        self.writer.close().map(drop).map_err(io_error)
+        self.writer.finish().map(drop).map_err(io_error)
     }
 
     fn rescue(self: Box<Self>) -> io::Result<u64> {
@@ -218,7 +218,7 @@ impl<W: Write + Send> Output for JsonLines<W> {
         Ok(())
     }
 
-    fn finish(mut self: Box<Self>) -> io::Result<()> {
+    fn finish(&mut self) -> io::Result<()> {
         self.0.flush()
     }
 

@@ -209,6 +209,8 @@ pub struct Recording {
     limit: usize,
     rows: u64,
     lost: u64,
+    /// It was said that rows are lost since there is no room.
+    is_full: bool,
     /// The last rows of the open batch whose vCPU still stands.
     unsettled: usize,
     /// No column may come any more: a file is being written.
@@ -233,6 +235,7 @@ impl Recording {
             limit,
             rows: 0,
             lost: 0,
+            is_full: false,
             unsettled: 0,
             fixed: false,
         }
@@ -355,7 +358,7 @@ impl Recording {
     pub fn append(&mut self, facts: &Facts, places: &Places, row: &Row) {
         self.rows += 1;
         if self.closed_bytes + self.open_bytes >= self.limit {
-            if self.lost == 0 {
+            if !std::mem::replace(&mut self.is_full, true) {
                 log::warn!("the recording has reached its limit of {} bytes: rows are lost, and counted", self.limit);
             }
             self.lost += 1;
@@ -447,6 +450,13 @@ impl Recording {
     pub fn take_closed(&mut self) -> Vec<RecordBatch> {
         self.closed_bytes = 0;
         std::mem::take(&mut self.closed)
+    }
+
+    /// Takes batches back in that were handed out, before those that were closed since: they could not be kept elsewhere.
+    pub fn put_back(&mut self, mut batches: Vec<RecordBatch>) {
+        self.closed_bytes += batches.iter().map(RecordBatch::get_array_memory_size).sum::<usize>();
+        batches.append(&mut self.closed);
+        self.closed = batches;
     }
 
     /// Whether there are closed batches.

@@ -41,7 +41,6 @@ impl Recording {
         let path = path.into_os_string().into_string().map_err(|_| invalid("path", "it is no UTF-8"))?;
         let done: Result<()> = self.0.released(py, |inner| {
             let (schema, batches) = inner.session.recorded()?;
-            let mut rows = 0;
             let failed = |error: std::io::Error, rows| VmiError::Recording {
                 path: path.clone(),
                 errno: error.raw_os_error(),
@@ -49,13 +48,8 @@ impl Recording {
                 rows,
             };
             let mut output: Box<dyn Output> = format.create(&path, &schema, &self.0.symbols).map_err(|error| failed(error, 0))?;
-            for batch in batches {
-                if let Err(error) = output.write(&batch) {
-                    return Err(failed(error, output.rescue().unwrap_or(0)));
-                }
-                rows += batch.num_rows() as u64;
-            }
-            output.finish().map_err(|error| failed(error, rows))
+            let written = batches.iter().try_for_each(|batch| output.write(batch)).and_then(|()| output.finish());
+            written.map_err(|error| failed(error, output.rescue().unwrap_or(0)))
         });
         Ok(done?)
     }

@@ -13,7 +13,7 @@ use crate::error::{Result, VmiError};
 use crate::event::VmiEvent;
 use crate::symbols::SymbolTable;
 
-use super::sink::Sink;
+use super::sink::{Pushed, Sink};
 use super::{Session, TapId};
 
 /// The column of how long a call took, where return values are captured.
@@ -172,22 +172,31 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.recording.has_closed() { self.flush_closed() } else { Ok(()) }
     }
 
-    /// Hands closed batches to the file, if there is one.
+    /// Hands closed batches to the file, if there is one. What its writer does not take any more stays in memory.
     fn flush_closed(&mut self) -> Result<()> {
-        let Some(sink) = &mut self.sink else { return Ok(()) };
-        for batch in self.recording.take_closed() {
-            let rows = batch.num_rows() as u64;
-            match sink.push(batch) {
-                Ok(lost) => self.recording.add_lost(lost),
-                Err(error) => {
-                    self.recording.add_lost(rows);
-                    self.sink = None;
-                    self.recording.set_fixed(false);
-                    return Err(error);
+        let Self { sink, recording, .. } = self;
+        let Some(file) = sink else { return Ok(()) };
+        let mut batches = recording.take_closed().into_iter();
+        while let Some(batch) = batches.next() {
+            match file.push(batch) {
+                Pushed::Taken => {}
+                Pushed::GivenUp(rows) => recording.add_lost(rows),
+                Pushed::Ended(back) => {
+                    recording.put_back(std::iter::once(back).chain(batches).collect());
+                    return self.close_sink().map(drop);
                 }
             }
         }
         Ok(())
+    }
+
+    /// Ends the file, if there is one: the rows in it. Rows that its writer had and that are not in it are lost.
+    fn close_sink(&mut self) -> Result<u64> {
+        self.recording.set_fixed(false);
+        let Some(sink) = self.sink.take() else { return Ok(0) };
+        let (ended, lost) = sink.close();
+        self.recording.add_lost(lost);
+        ended
     }
 
     /// Between two waits: what somebody may read along is written.
@@ -202,7 +211,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// From now on rows go to a file, in batches of `rows`, and no longer to memory. What is in memory goes first.
     ///
     /// # Errors
-    /// [`VmiError::Recording`] if it cannot be written; [`VmiError::InvalidArgument`] if another is being written.
+    /// [`VmiError::Recording`] if it cannot be written: rows are still in memory, but for those its writer had taken, which are counted as
+    /// lost. [`VmiError::InvalidArgument`] if another is being written.
     pub fn record_to(&mut self, path: &str, format: Format, rows: usize) -> Result<()> {
         self.check_open()?;
         if let Some(sink) = &self.sink {
@@ -212,16 +222,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         self.recording.close()?;
         let (schema, batches) = self.recording.batches()?;
         self.sink = Some(Sink::open(path, format, &schema, &self.symbols)?);
+        // In the file all have the columns of the last.
         self.recording.clear()?;
+        self.recording.put_back(batches);
         self.recording.set_batch_rows(rows);
         self.recording.set_fixed(true);
-        for batch in batches {
-            if let Some(sink) = &mut self.sink {
-                let lost = sink.push(batch)?;
-                self.recording.add_lost(lost);
-            }
-        }
-        Ok(())
+        self.flush_closed()
     }
 
     /// Ends the file: the rows in it. Nothing if there is none.
@@ -231,9 +237,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub fn end_recording(&mut self) -> Result<u64> {
         self.end_waiting_rows();
         let closed = self.recording.close().and_then(|()| self.flush_closed());
-        self.recording.set_fixed(false);
-        let Some(sink) = self.sink.take() else { return closed.map(|()| 0) };
-        let ended = sink.close();
+        let ended = self.close_sink();
         closed.and(ended)
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, channel, sync_channel};
 use std::time::{Duration, Instant};
 
 use arrow_array::RecordBatch;
@@ -29,8 +29,10 @@ pub struct Sink {
     done: Receiver<std::io::Result<()>>,
     written: Arc<AtomicU64>,
     patience: Duration,
-    /// The writer was behind for too long; batches are given up until it has caught up.
-    is_stalled: bool,
+    /// Rows that the writer was given.
+    accepted: u64,
+    /// Rows given up since the writer was behind for too long; more are until it has caught up.
+    given_up: u64,
 }
 
 impl Sink {
@@ -54,7 +56,7 @@ impl Sink {
         let real = if path == "-" { "/dev/stdout" } else { path };
         let is_file = std::fs::metadata(real).is_ok_and(|metadata| metadata.is_file());
         let patience = if is_file { DISK_PATIENCE } else { PATIENCE };
-        Ok(Self { path: path.to_owned(), format, sender: Some(sender), done, written, patience, is_stalled: false })
+        Ok(Self { path: path.to_owned(), format, sender: Some(sender), done, written, patience, accepted: 0, given_up: 0 })
     }
 
     /// The file's name.
@@ -72,52 +74,68 @@ impl Sink {
         matches!(self.format, Format::JsonLines)
     }
 
-    /// Hands a batch to the writer; how many rows were given up because it is behind.
-    ///
-    /// # Errors
-    /// [`VmiError::Recording`] if writing failed.
-    pub fn push(&mut self, batch: RecordBatch) -> Result<u64> {
-        let Some(sender) = &self.sender else { return Ok(0) };
-        let give_up = Instant::now() + if self.is_stalled { Duration::ZERO } else { self.patience };
+    /// Hands a batch to the writer.
+    pub fn push(&mut self, batch: RecordBatch) -> Pushed {
+        let Some(sender) = &self.sender else { return Pushed::Ended(batch) };
+        let give_up = Instant::now() + if self.given_up > 0 { Duration::ZERO } else { self.patience };
+        let rows = batch.num_rows() as u64;
         let mut batch = batch;
         loop {
             match sender.try_send(batch) {
                 Ok(()) => {
-                    self.is_stalled = false;
-                    return Ok(0);
+                    self.accepted += rows;
+                    self.tell_given_up();
+                    return Pushed::Taken;
                 }
-                Err(TrySendError::Full(back)) if Instant::now() >= give_up => {
-                    if !std::mem::replace(&mut self.is_stalled, true) {
+                Err(TrySendError::Full(_)) if Instant::now() >= give_up => {
+                    if self.given_up == 0 {
                         log::warn!("{}: the writer is behind, rows are given up", self.path);
                     }
-                    return Ok(back.num_rows() as u64);
+                    self.given_up += rows;
+                    return Pushed::GivenUp(rows);
                 }
                 Err(TrySendError::Full(back)) => {
                     batch = back;
                     std::thread::sleep(Duration::from_millis(1));
                 }
-                Err(TrySendError::Disconnected(_)) => return self.end().map(|()| 0),
+                Err(TrySendError::Disconnected(back)) => return Pushed::Ended(back),
             }
         }
     }
 
-    /// Waits for the writer to end the file; the rows in it.
-    ///
-    /// # Errors
-    /// [`VmiError::Recording`] if writing failed, or if nobody takes what is written.
-    pub fn close(mut self) -> Result<u64> {
-        self.end()?;
-        Ok(self.written())
+    /// Waits for the writer to end the file: the rows in it, and how many were handed over and are not.
+    pub fn close(mut self) -> (Result<u64>, u64) {
+        self.tell_given_up();
+        // Without a sender the writer comes to its end.
+        self.sender = None;
+        let ended = self.done.recv_timeout(END + self.patience).unwrap_or_else(|error| {
+            let (kind, what) = match error {
+                RecvTimeoutError::Timeout => (std::io::ErrorKind::TimedOut, "nobody takes what is written"),
+                RecvTimeoutError::Disconnected => (std::io::ErrorKind::Other, "the writer has ended in the middle"),
+            };
+            Err(std::io::Error::new(kind, what))
+        });
+        let written = self.written();
+        (ended.map(|()| written).map_err(|error| failed(&self.path, &error, written)), self.accepted.saturating_sub(written))
     }
 
-    fn end(&mut self) -> Result<()> {
-        if self.sender.take().is_none() {
-            return Ok(());
+    /// Says how many rows were given up, once that is over.
+    fn tell_given_up(&mut self) {
+        let rows = std::mem::take(&mut self.given_up);
+        if rows > 0 {
+            log::warn!("{}: {rows} rows were given up", self.path);
         }
-        let stopped = || std::io::Error::new(std::io::ErrorKind::TimedOut, "nobody takes what is written");
-        let ended = self.done.recv_timeout(END + self.patience).unwrap_or_else(|_| Err(stopped()));
-        ended.map_err(|error| failed(&self.path, &error, self.written()))
     }
+}
+
+/// What became of a batch.
+pub enum Pushed {
+    /// The writer has it.
+    Taken,
+    /// The writer is behind: so many rows are gone.
+    GivenUp(u64),
+    /// The writer has ended, which [`Sink::close`] explains. The batch comes back.
+    Ended(RecordBatch),
 }
 
 fn failed(path: &str, error: &std::io::Error, rows: u64) -> VmiError {
@@ -125,15 +143,20 @@ fn failed(path: &str, error: &std::io::Error, rows: u64) -> VmiError {
 }
 
 fn write_all(mut output: Box<dyn Output>, batches: &Receiver<RecordBatch>, written: &AtomicU64) -> std::io::Result<()> {
-    while let Ok(batch) = batches.recv() {
-        if let Err(error) = output.write(&batch) {
-            match output.rescue() {
-                Ok(rows) => written.store(rows, Ordering::Relaxed),
-                Err(also) => log::warn!("what was written before could not be ended: {also}"),
-            }
-            return Err(error);
+    let mut result = Ok(());
+    while result.is_ok()
+        && let Ok(batch) = batches.recv()
+    {
+        result = output.write(&batch);
+        if result.is_ok() {
+            written.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
         }
-        written.fetch_add(batch.num_rows() as u64, Ordering::Relaxed);
     }
-    output.finish()
+    result.and_then(|()| output.finish()).inspect_err(|_| {
+        let rows = output.rescue().unwrap_or_else(|also| {
+            log::warn!("what was written before could not be ended: {also}");
+            0
+        });
+        written.store(rows, Ordering::Relaxed);
+    })
 }

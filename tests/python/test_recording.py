@@ -396,13 +396,19 @@ with vmitap.attach("demo", cmdline=f"mode=calls calls={{calls}} check=0") as vm:
         assert vm.run(timeout=5, max_hits=1).reason in ("max_hits", "idle")
         bp.remove()
         assert vm.stats.shadow_frames == 0
-    print("rows", vm.recording.rows, "lost", vm.recording.lost, file=sys.stderr)
+    print("rows", vm.recording.rows, "lost", vm.recording.lost, "memory", len(vm.recording), file=sys.stderr)
     {after}
 """
 
 
 def script(before: str = "", after: str = "", form: str = "parquet") -> str:
     return textwrap.dedent(SCRIPT).format(before=before, after=after, format=form)
+
+
+def check_accounts(stderr: str, in_file: int) -> None:
+    """Every row is in the file, in memory, or counted as lost."""
+    rows, lost, memory = map(int, stderr.split("rows ", 1)[1].split()[0:5:2])
+    assert rows == in_file + lost + memory
 
 
 def test_after_a_full_disk_the_file_can_be_read_up_to_the_last_whole_batch(tmp_path: Path) -> None:
@@ -414,6 +420,7 @@ def test_after_a_full_disk_the_file_can_be_read_up_to_the_last_whole_batch(tmp_p
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         errno, rows = map(int, done.stderr.split()[:2])
         assert errno == 27
+        check_accounts(done.stderr, rows)
         assert 0 < rows < 100_000
         if form == "parquet":
             table = pyarrow.parquet.read_table(path)
@@ -440,6 +447,7 @@ def test_a_disk_that_is_really_full_is_a_typed_error_too(tmp_path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         errno, rows = map(int, done.stderr.split()[:2])
         assert errno == 28
+        check_accounts(done.stderr, rows)
         # A copy: who has the file itself open would keep the disk busy.
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(path.read_bytes()))
         assert (table.num_rows, rows % 1000) == (rows, 0)
@@ -487,7 +495,9 @@ def test_a_closed_pipe_is_a_typed_error(tmp_path: Path) -> None:
         assert child.stderr is not None
         assert json.loads(child.stdout.readline())["n"] == 0
         child.stdout.close()
-        assert child.stderr.readline().split()[0] == "32"
+        errno, in_file = child.stderr.readline().split()
+        assert errno == "32"
+        check_accounts(child.stderr.read(), int(in_file))
         assert child.wait(timeout=60) == 0
         child.stderr.close()
 
@@ -500,6 +510,7 @@ def test_a_reader_that_stops_costs_rows_that_are_counted_and_the_end_does_not_ha
         assert first[0] == "None"
         assert second[:2] == ["rows", "200001"] or int(second[1]) >= 200_000
         assert int(second[3]) > 100_000
+        check_accounts(" ".join(second), int(first[1]))
         assert child.wait(timeout=60) == 0
         assert child.stdout is not None
         child.stdout.close()
@@ -514,7 +525,7 @@ def test_ten_million_rows_to_parquet_take_less_than_300_megabytes(tmp_path: Path
     command = [sys.executable, "-c", script(after=peak), str(path), str(calls), "65536"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=True)
     rows, kilobytes = done.stderr.split("\n")[:2]
-    assert rows == f"rows {calls} lost 0"
+    assert rows == f"rows {calls} lost 0 memory 0"
     assert int(kilobytes.split()[1]) < 300 << 10
     assert pyarrow.parquet.ParquetFile(path).metadata.num_rows == calls
 

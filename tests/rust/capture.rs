@@ -96,6 +96,14 @@ impl Tapped {
         }
     }
 
+    /// Every row is in the file, in memory, or counted as lost.
+    #[track_caller]
+    fn accounts(&self, in_file: u64) {
+        let recording = self.session.recording();
+        let (rows, lost, kept) = (recording.rows(), recording.lost(), recording.len() as u64);
+        assert_eq!(rows, in_file + lost + kept, "{in_file} in the file, {lost} lost, {kept} in memory");
+    }
+
     fn rows(&mut self) -> RecordBatch {
         let (schema, batches) = self.session.recorded().unwrap();
         arrow_select_all(&schema, &batches)
@@ -431,8 +439,64 @@ fn a_full_disk_is_a_typed_error_after_the_event_was_answered() {
     // It is over with the file, and with nothing else.
     guest.enter(0, 0, 1);
     assert!(guest.run().is_ok());
+    guest.accounts(0);
     guest.session.end_recording().unwrap();
     guest.session.detach().unwrap();
+}
+
+#[test]
+fn rows_in_memory_whose_file_is_full_at_once_are_counted_or_still_there_and_another_file_can_be_written() {
+    let mut guest = tapped();
+    let tap = guest.tap;
+    guest.session.set_capture(tap, plan(vec![number("n", argument(0))]), None, "f").unwrap();
+    guest.session.recording_mut().set_batch_rows(1);
+    for n in 0..10 {
+        guest.enter(0, 0, n);
+    }
+    assert!(guest.run().is_ok());
+    assert_eq!(guest.session.recording().len(), 10);
+    // The writer is a thread: with ten batches it fails before all of them are queued, or at the end.
+    let opened = guest.session.record_to("/dev/full", Format::JsonLines, 1);
+    let ended = guest.session.end_recording();
+    let failed = opened.err().or(ended.err());
+    assert!(matches!(failed, Some(VmiError::Recording { errno: Some(28), rows: 0, .. })), "{failed:?}");
+    guest.accounts(0);
+    // Columns can come again, and rows go to memory and to another file.
+    guest.session.set_capture(tap, plan(vec![number("late", argument(0))]), None, "f").unwrap();
+    guest.enter(0, 0, 10);
+    assert!(guest.run().is_ok());
+    guest.accounts(0);
+    assert!(!guest.session.recording().is_empty());
+    let path = std::env::temp_dir().join(format!("vmitap-{}-after.jsonl", std::process::id()));
+    let waiting = guest.session.recording().len() as u64;
+    guest.session.record_to(path.to_str().unwrap(), Format::JsonLines, 1).unwrap();
+    guest.enter(0, 0, 11);
+    assert!(guest.run().is_ok());
+    let written = guest.session.end_recording().unwrap();
+    assert_eq!((written, fs::read_to_string(&path).unwrap().lines().count() as u64), (waiting + 1, waiting + 1));
+    guest.accounts(written);
+    fs::remove_file(path).unwrap();
+}
+
+#[test]
+fn rows_that_wait_for_a_reader_who_has_gone_are_counted() {
+    let path = std::env::temp_dir().join(format!("vmitap-{}-pipe.jsonl", std::process::id()));
+    rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU, 0).unwrap();
+    let reader = fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut guest = tapped();
+    let tap = guest.tap;
+    guest.session.set_capture(tap, plan(vec![number("n", argument(0))]), None, "f").unwrap();
+    guest.session.record_to(path.to_str().unwrap(), Format::JsonLines, 4_000).unwrap();
+    // More than the pipe holds and the queue too: the writer stands still until the reader goes.
+    for n in 0..24_000 {
+        guest.enter(0, 0, n);
+    }
+    assert!(guest.run().is_ok());
+    drop(reader);
+    let ended = guest.session.end_recording();
+    let Err(VmiError::Recording { errno: Some(32), rows, .. }) = ended else { panic!("{ended:?}") };
+    guest.accounts(rows);
+    fs::remove_file(path).unwrap();
 }
 
 #[test]
