@@ -164,7 +164,7 @@ class AsyncVm:
         Args:
             breakpoints: whose hits; none given: those of every breakpoint and watch.
             timeout: seconds until the iteration ends; None: until the guest is idle or the iteration is closed.
-            queue: how many hits can wait; those that find no room are counted in `AsyncEvents.lost`.
+            queue: how many hits can wait; those that find no room are counted in `AsyncEvents.lost`, as those of `Vm.events`.
         """
         if queue < 1:
             raise InvalidArgumentError("queue", "there has to be room for a hit")
@@ -302,18 +302,16 @@ class AsyncEvents:
     def __init__(self, guest: AsyncVm, breakpoints: tuple[Breakpoint, ...], timeout: float | None, room: int) -> None:
         self._guest = guest
         self._events = guest.vm.events(*breakpoints, timeout=timeout, queue=room)
-        self._room = room
         self._timeout = timeout
         self._waiting: deque[Hit] = deque()
         self._arrived = asyncio.Event()
         self._told = False
-        self._lost = 0
         self._pump: asyncio.Task[None] | None = None
 
     @property
     def lost(self) -> int:
         """Hits that there was no room for so far."""
-        return self._lost + self._events.lost
+        return self._events.lost
 
     @property
     def result(self) -> RunResult | None:
@@ -340,7 +338,9 @@ class AsyncEvents:
             self._arrived.clear()
             if not self._waiting:
                 await self._arrived.wait()
-        return self._waiting.popleft()
+        hit = self._waiting.popleft()
+        self._events._give()
+        return hit
 
     async def aclose(self) -> None:
         """Stops the guest and drops the hits that wait. Twice is fine."""
@@ -355,9 +355,7 @@ class AsyncEvents:
         """In the loop: takes the hits that there are at once."""
         more = self._events._moment()
         while (hit := self._events._take()) is not None:
-            if len(self._waiting) >= self._room:
-                self._lost += 1
-                continue
+            self._events._keep()
             self._waiting.append(hit)
             self._arrived.set()
         return more
@@ -368,9 +366,7 @@ class AsyncEvents:
     def _pull(self, loop: asyncio.AbstractEventLoop) -> None:
         """In the thread: takes hits as long as there are any."""
         for hit in self._events:
-            if len(self._waiting) >= self._room:
-                self._lost += 1
-                continue
+            self._events._keep()
             self._waiting.append(hit)
             if not self._told:
                 self._told = True

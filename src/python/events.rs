@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -188,7 +188,8 @@ impl Events {
             return Err(invalid("breakpoints", "one of them is of another session"));
         }
         let taps = (!breakpoints.is_empty()).then(|| breakpoints.iter().map(|each| each.get().id()).collect());
-        let listener = Arc::new(Listener { taps, queue: Mutex::new(VecDeque::new()), room, lost: AtomicU64::new(0) });
+        let (queue, elsewhere) = (Mutex::new(VecDeque::new()), AtomicUsize::new(0));
+        let listener = Arc::new(Listener { taps, queue, room, elsewhere, lost: AtomicU64::new(0) });
         shared.add_listener(listener.clone());
         Ok(Self {
             vm,
@@ -278,6 +279,16 @@ impl Events {
     /// For `vmitap.aio`: a hit that waits, if there is one.
     fn _take(&self) -> Option<Py<Hit>> {
         self.next_waiting()
+    }
+
+    /// For `vmitap.aio`: a hit that was taken waits for its reader.
+    fn _keep(&self) {
+        self.listener.elsewhere.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// For `vmitap.aio`: the reader has it.
+    fn _give(&self) {
+        self.listener.elsewhere.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// Hits that there was no room for so far.

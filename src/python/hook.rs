@@ -381,7 +381,7 @@ fn listeners_of(shared: &Shared, tap: session::TapId) -> Vec<Arc<Listener>> {
 fn enqueue(py: Python<'_>, shared: &Shared, listener: &Listener, hit: &Py<Hit>) {
     let hit = hit.clone_ref(py);
     let mut queue = listener.queue.lock();
-    if queue.len() < listener.room {
+    if queue.len() + listener.elsewhere.load(Ordering::Relaxed) < listener.room {
         queue.push_back(hit);
         return;
     }

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -43,6 +43,8 @@ pub struct Listener {
     pub taps: Option<FxHashSet<TapId>>,
     pub queue: Mutex<VecDeque<Py<Hit>>>,
     pub room: usize,
+    /// Hits that were taken from the queue and wait elsewhere: they take room too.
+    pub elsewhere: AtomicUsize,
     pub lost: AtomicU64,
 }
 

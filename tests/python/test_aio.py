@@ -70,7 +70,7 @@ def test_events_end_with_the_guest_and_say_why() -> None:
     run(main())
 
 
-def test_what_finds_no_room_is_counted() -> None:
+def test_what_finds_no_room_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with aio.attach("demo", cmdline="mode=calls calls=5000 check=0") as guest:
             bp = guest.breakpoint("open_file")
@@ -82,8 +82,10 @@ def test_what_finds_no_room_is_counted() -> None:
             assert first.symbol == "open_file"
             assert len(rest) <= 10
             assert 1 + len(rest) + events.lost == 5000
+            assert events.result.lost == events.lost == guest.vm.stats.lost > 4000
 
     run(main())
+    assert caplog.text.count("10 hits wait in a queue") == 1
 
 
 def test_a_coroutine_is_a_handler_and_its_verdict_counts() -> None:

@@ -521,6 +521,32 @@ asyncio.run(main())
     assert all(line.startswith("the guest is gone: ") for line in done.stderr.splitlines()), done.stderr
 
 
+def test_what_an_asyncio_loop_has_no_room_for_is_counted_everywhere_and_said_once(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, logging, vmitap.aio
+logging.basicConfig(format="%(message)s")
+async def main():
+    async with vmitap.aio.attach("xen:guest") as guest:
+        bp = guest.breakpoint(0x8000)
+        fake.fake_automatic(50)
+        events = guest.events(bp, timeout=2, queue=10)
+        first = await anext(events)
+        while events.result is None:
+            await asyncio.sleep(0.01)
+        rest = [hit async for hit in events]
+        assert len(rest) == 10, len(rest)
+        assert 11 + events.lost == bp.stats.hits > 20, (events.lost, bp.stats.hits)
+        print(events.result.lost == events.lost == guest.vm.stats.lost)
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["True", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr.count("10 hits wait in a queue") == 1, done.stderr
+
+
 def test_a_coroutine_as_a_handler_of_a_domain_has_a_thread(library: Path) -> None:
     done = run(
         library,
