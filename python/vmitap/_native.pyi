@@ -361,6 +361,8 @@ class Vm:
     def console(self) -> str:
         """What the guest has written to its debug console so far; bytes that are not UTF-8 are replaced.
 
+        The first MiB is kept; what comes after is dropped, and said once in the log.
+
         Raises:
             NotSupportedError: the driver offers no console.
 
@@ -1900,6 +1902,9 @@ class Stats:
     @property
     def page_outs(self) -> int:
         """Addresses of breakpoints that the guest unmapped, or mapped elsewhere."""
+    @property
+    def roots_given_up(self) -> int:
+        """Page-table roots that made room for others: breakpoints are looked up under them again once the guest loads them again."""
     @property
     def shadow_frames(self) -> int:
         """Frames that hold shadow pages now."""

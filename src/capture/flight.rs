@@ -155,6 +155,8 @@ pub struct FlightRecorder {
     /// What will have become of it once it is answered.
     next_outcome: u64,
     names: usize,
+    /// It was said that there is no room for more of them.
+    is_full: bool,
 }
 
 impl FlightRecorder {
@@ -189,7 +191,7 @@ impl FlightRecorder {
         let region = mapped.inspect_err(|_| {
             let _ = std::fs::remove_file(path);
         })?;
-        Ok(Self { path: path.to_owned(), region, slots, total: 0, in_hand: SLOTS_AT, next_outcome: 0, names: 0 })
+        Ok(Self { path: path.to_owned(), region, slots, total: 0, in_hand: SLOTS_AT, next_outcome: 0, names: 0, is_full: false })
     }
 
     /// Writes the header, and zeros for the rest: a store into a hole of a file on a full disk would kill the process.
@@ -296,6 +298,9 @@ impl FlightRecorder {
     /// The name of a tap; once there is no room for more, it is left out.
     pub fn name(&mut self, tap: u32, name: &str) {
         if self.names >= NAMES {
+            if !std::mem::replace(&mut self.is_full, true) {
+                log::warn!("{}: {NAMES} breakpoints have their names in this journal, later ones have none", self.path);
+            }
             return;
         }
         let at = HEADER + self.names * NAME;

@@ -124,6 +124,8 @@ pub struct Stats {
     page_ins: u64,
     /// Addresses of breakpoints that the guest unmapped, or mapped elsewhere.
     page_outs: u64,
+    /// Page-table roots that made room for others: breakpoints are looked up under them again once the guest loads them again.
+    roots_given_up: u64,
     /// Frames that hold shadow pages now.
     shadow_frames: usize,
 }
@@ -146,6 +148,7 @@ impl Stats {
             table_writes: counters.table_writes,
             page_ins: counters.page_ins,
             page_outs: counters.page_outs,
+            roots_given_up: counters.roots_given_up,
             shadow_frames,
         }
     }

@@ -8,10 +8,16 @@ use log::{Level, LevelFilter, Log, Metadata, Record};
 use parking_lot::Mutex;
 use pyo3::prelude::*;
 
-/// Records kept until Python can take them; what comes beyond is dropped.
+/// Records kept until Python can take them; what comes beyond is counted.
 const ROOM: usize = 1024;
 
-static QUEUE: Mutex<Vec<(Level, String)>> = Mutex::new(Vec::new());
+/// Records, and how many there was no room for.
+struct Queue {
+    records: Vec<(Level, String)>,
+    lost: u64,
+}
+
+static QUEUE: Mutex<Queue> = Mutex::new(Queue { records: Vec::new(), lost: 0 });
 static HAS_RECORDS: AtomicBool = AtomicBool::new(false);
 
 struct Bridge;
@@ -26,8 +32,10 @@ impl Log for Bridge {
             return;
         }
         let mut queue = QUEUE.lock();
-        if queue.len() < ROOM {
-            queue.push((record.level(), record.args().to_string()));
+        if queue.records.len() < ROOM {
+            queue.records.push((record.level(), record.args().to_string()));
+        } else {
+            queue.lost += 1;
         }
         HAS_RECORDS.store(true, Ordering::Release);
     }
@@ -52,7 +60,10 @@ pub fn flush(py: Python<'_>) {
 #[cold]
 fn hand_over(py: Python<'_>) {
     HAS_RECORDS.store(false, Ordering::Release);
-    let records = std::mem::take(&mut *QUEUE.lock());
+    let Queue { mut records, lost } = std::mem::replace(&mut *QUEUE.lock(), Queue { records: Vec::new(), lost: 0 });
+    if lost > 0 {
+        records.push((Level::Warn, format!("{lost} records were lost: more than {ROOM} came at once")));
+    }
     let deliver = || {
         let logger = py.import("logging")?.call_method1("getLogger", ("vmitap",))?;
         for (level, message) in &records {

@@ -49,6 +49,10 @@ pub struct Returns {
     waiting: usize,
     serial: u64,
     lost: u64,
+    /// It was said that the oldest call is given up.
+    has_told_calls: bool,
+    /// It was said that there are too many return addresses.
+    has_told_sites: bool,
 }
 
 impl Returns {
@@ -98,7 +102,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.returns.waiting >= WAITING
             && let Some(Call { tap, facts, row, .. }) = self.returns.oldest()
         {
-            if self.returns.lost == 0 {
+            if !std::mem::replace(&mut self.returns.has_told_calls, true) {
                 log::warn!("{WAITING} calls have not returned: the oldest is given up for each that comes, and counted");
             }
             self.returns.lost += 1;
@@ -132,6 +136,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.remove_idle_sites();
         }
         if self.returns.sites.len() >= SITES {
+            if !std::mem::replace(&mut self.returns.has_told_sites, true) {
+                log::warn!(
+                    "{SITES} return addresses are tapped, and calls wait at each: calls from others are not followed, and counted"
+                );
+            }
             return None;
         }
         let view = self.spec(id)?.view;

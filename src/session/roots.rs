@@ -12,7 +12,7 @@ use crate::tap::Breakpoint;
 
 use super::{Session, TapId, TapKind, TapSpec, TapState};
 
-/// Roots that are remembered; the one that was loaded first makes room. More processes than that do not run at a time.
+/// Roots that are remembered; the one that was loaded first makes room, of those that no vCPU is in. More processes than that do not run at a time.
 const MAX_ROOTS: usize = 512;
 
 /// What page tables say of an address. What is not merely absent is not waited for.
@@ -100,10 +100,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Ok(());
         }
         if self.roots.len() >= MAX_ROOTS {
-            if let Some(oldest) = self.roots.first().copied() {
-                self.leave_root(oldest)?;
-                self.roots.remove(0);
-            }
+            self.give_up_a_root()?;
         }
         for tap in self.taps.all_roaming() {
             self.join(tap, context)?;
@@ -112,6 +109,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         // Only now: a root that failed is looked at again when it is loaded again.
         self.roots.push(context);
         self.track_roots(self.taps.roaming() > 0).map(drop)
+    }
+
+    /// The root that was loaded first makes room. Not one that a vCPU is in: breakpoints are put in again where a root is loaded again, and
+    /// that one is not.
+    fn give_up_a_root(&mut self) -> Result<()> {
+        let mut used = Vec::with_capacity(self.vcpus.len());
+        for vcpu in (0..self.vcpus.len() as u16).map(VcpuId) {
+            used.push(AddressContext::from(&self.vmi.driver().registers(vcpu)?).root);
+        }
+        let Some(at) = self.roots.iter().position(|known| !used.contains(&known.root)) else { return Ok(()) };
+        if let Some(oldest) = self.roots.get(at).copied() {
+            self.leave_root(oldest)?;
+            self.roots.remove(at);
+        }
+        if self.stats.roots_given_up == 0 {
+            log::warn!("{MAX_ROOTS} page-table roots were loaded: the oldest makes room for each that comes, and is counted");
+        }
+        self.stats.roots_given_up += 1;
+        Ok(())
     }
 
     /// Looks a global breakpoint up under one more root.

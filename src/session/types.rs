@@ -117,6 +117,8 @@ pub struct Stats {
     pub page_ins: u64,
     /// Addresses of breakpoints that were unmapped, or mapped elsewhere.
     pub page_outs: u64,
+    /// Page-table roots under which breakpoints are looked up again only once they are loaded again, to make room for others.
+    pub roots_given_up: u64,
     /// How long vCPUs stood still for hits that were handed out, all together.
     pub hold_total: Duration,
     /// The longest of these times.

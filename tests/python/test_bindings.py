@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import pickle
 import threading
 import time
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import vmitap
-from vmitap import Access, OnWrite, Verdict, VmiEventResponse
+from vmitap import Access, Arg, OnWrite, Reg, Verdict, VmiEventResponse
+from vmitap.testing import Breakpoint as Int3
+from vmitap.testing import mock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -659,6 +662,35 @@ def test_what_the_core_logs_arrives_in_the_logger_named_vmitap(vm: Vm, caplog: p
     records = [record for record in caplog.records if record.name == "vmitap"]
     assert [record.levelname for record in records] == ["WARNING"]
     assert "0x700000000000" in records[0].getMessage()
+
+
+def test_records_beyond_those_that_can_wait_are_counted_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "vmitap")
+    events = 20_000
+    with mock() as guest:
+        guest.vm.breakpoint("open_file", capture={"a": Arg(0)}, on_return={"b": Reg.rax})
+        # The stack holds no address that could be returned to, which is said of each call. They are thousands before Python has its turn.
+        stack = guest.put((1 << 50).to_bytes(8, "little"))
+        guest.script([Int3("open_file", regs={"rsp": stack})] * events)
+        guest.run(timeout=60)
+        assert guest.vm.stats.returns_lost == events
+    told = [record.getMessage() for record in caplog.records]
+    lost = [int(text.split()[0]) for text in told if "records were lost" in text]
+    assert lost
+    assert sum("is not tapped" in text for text in told) + sum(lost) == events
+
+
+def test_a_console_that_is_full_keeps_what_came_first_and_says_so_once(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:
+    # MOV AL, 'x'; OUT 0xE9, AL; JMP back to it.
+    vm.write("open_file", bytes.fromhex("b078 e6e9 ebfc"))
+    kept = 1 << 20
+    for _ in range(600):
+        vm.run(timeout=0.1)
+        if len(vm.console) == kept:
+            break
+    vm.run(timeout=0.1)
+    assert (len(vm.console), vm.console[-1]) == (kept, "x")
+    assert caplog.text.count("the guest's console has reached 1048576 bytes") == 1
 
 
 def test_the_log_reaches_python(vm: Vm, caplog: pytest.LogCaptureFixture) -> None:

@@ -17,6 +17,8 @@ use vmitap::session::{Histogram, Limits, Poll, Session, TapId, TapKind, TapSpec,
 use vmitap::tap::OnWrite;
 use vmitap::{Pa, Va, VcpuId, VmiError};
 
+use crate::lines::{listen, logged};
+
 const CODE: Va = Va(0x40_0000);
 const CODE_PA: Pa = Pa(0x5000);
 const STACK: u64 = 0x50_0000;
@@ -34,7 +36,13 @@ struct Tapped {
 fn tapped() -> Tapped {
     let mut driver = MockDriver::new(0x40000, 2);
     let context = driver.new_root(4).unwrap();
-    for (va, pa) in [(CODE, CODE_PA), (Va(STACK), STACK_PA), (Va(DATA), Pa(0x9000)), (Va(DATA + 0x1000), Pa(0x3000))] {
+    for (va, pa) in [
+        (CODE, CODE_PA),
+        (Va(STACK), STACK_PA),
+        (Va(DATA), Pa(0x9000)),
+        (Va(DATA + 0x1000), Pa(0x3000)),
+        (Va(CODE.0 + 0x1000), Pa(0xa000)),
+    ] {
         driver.map(context, va, pa, PageSize::Size4K, pte::P | pte::W).unwrap();
     }
     driver.poke(CODE_PA, &[0x90; 0x1000]).unwrap();
@@ -290,7 +298,12 @@ fn returns_are_matched_with_their_calls_in_recursion_and_on_other_vcpus() {
 
 #[test]
 fn calls_that_never_return_are_bounded_and_the_oldest_is_given_up() {
+    listen();
     let mut guest = with_returns();
+    // One that is lost for another reason does not keep it from being said.
+    guest.event(0, CODE, |registers| registers.gp.rsp = 0x1000);
+    assert!(guest.run().is_ok());
+    guest.session.recording_mut().clear().unwrap();
     for n in 0..WAITING as u64 + 3 {
         let rsp = STACK + 0x800;
         guest.poke(STACK_PA, &[0; 8]);
@@ -298,11 +311,30 @@ fn calls_that_never_return_are_bounded_and_the_oldest_is_given_up() {
         guest.event(0, CODE, |registers| (registers.gp.rsp, registers.gp.rdi) = (rsp, n));
         assert!(guest.run().is_ok());
     }
-    assert_eq!(guest.session.stats().returns_lost, 3);
+    assert_eq!(guest.session.stats().returns_lost, 4);
+    assert_eq!(logged().iter().filter(|line| line.starts_with("4096 calls have not returned")).count(), 1);
     assert_eq!(results(&guest.rows()), [(Some(0), None), (Some(1), None), (Some(2), None)]);
     guest.session.end_recording().unwrap();
     let rows = guest.session.recorded().unwrap().1;
     assert_eq!(rows.iter().map(RecordBatch::num_rows).sum::<usize>(), WAITING + 3);
+}
+
+#[test]
+fn return_addresses_are_bounded_and_a_call_from_one_too_many_is_counted_and_said_once() {
+    const SITES: u64 = 4096;
+    listen();
+    let mut guest = with_returns();
+    for n in 0..SITES + 2 {
+        let to = CODE.0 + 0x10 + n;
+        guest.poke(Pa(STACK_PA.0 + 0x800), &to.to_le_bytes());
+        guest.event(0, CODE, |registers| registers.gp.rdi = n);
+        assert!(guest.run().is_ok());
+    }
+    assert_eq!(guest.session.stats().returns_lost, 2);
+    assert_eq!(results(&guest.rows()), [(Some(SITES), None), (Some(SITES + 1), None)]);
+    let lines = logged();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].starts_with("4096 return addresses are tapped"), "{lines:?}");
 }
 
 #[test]

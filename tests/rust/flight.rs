@@ -10,6 +10,8 @@ use vmitap::capture::{Flight, FlightKind, FlightOutcome, FlightRecorder, MAX_SLO
 use vmitap::event::{EventReason, VmiEvent};
 use vmitap::{Gfn, MemoryAccess, Pa, Va, VcpuId, VmiError};
 
+use crate::lines::{listen, logged};
+
 const HEADER: usize = 4096 + 4096 * 64;
 
 struct Folder(PathBuf);
@@ -261,6 +263,7 @@ fn a_journal_that_cannot_be_made_leaves_nothing() {
 
 #[test]
 fn names_are_cut_off_at_whole_letters_and_there_is_an_end_to_them() {
+    listen();
     let folder = Folder::new("names");
     let target = "\u{e9}".repeat(200);
     let mut flight = FlightRecorder::create(&folder.file(), 1, false, &target, 0).unwrap();
@@ -272,6 +275,9 @@ fn names_are_cut_off_at_whole_letters_and_there_is_an_end_to_them() {
     assert_eq!(seen.target, "\u{e9}".repeat(127));
     assert_eq!((seen.name(0), seen.names.len()), (Some("x".repeat(58).as_str()), 4096));
     assert_eq!((seen.name(4095), seen.name(4096)), (Some("f"), None));
+    let lines = logged();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].ends_with("4096 breakpoints have their names in this journal, later ones have none"), "{lines:?}");
 }
 
 proptest! {

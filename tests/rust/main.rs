@@ -34,6 +34,7 @@ mod harness;
 mod image;
 mod journal;
 mod layering;
+mod lines;
 mod manager_changes;
 mod mock;
 mod model;

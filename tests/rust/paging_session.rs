@@ -11,6 +11,7 @@ use vmitap::{Gfn, MemoryAccess, Pa, Va, VcpuId, View, VmiError};
 
 use super::harness::{Faulty, World, each_call_failing};
 use super::session_atomic::session_books;
+use crate::lines::{listen, logged};
 
 const CODE: Va = Va(0xffff_8000_0040_0010);
 const CODE_PA: Pa = Pa(0x5010);
@@ -25,7 +26,11 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        let mut driver = MockDriver::new(0x40000, 2);
+        Self::with_memory(0x40000)
+    }
+
+    fn with_memory(size: u64) -> Self {
+        let mut driver = MockDriver::new(size, 2);
         let context = driver.new_root(4).unwrap();
         for (va, pa) in [(CODE, CODE_PA), (IDT, Pa(0x8000))] {
             driver.map(context, va, pa, PageSize::Size4K, FLAGS).unwrap();
@@ -402,6 +407,45 @@ fn a_root_that_is_loaded_is_looked_at_before_the_guest_runs_under_it() {
     assert!(!lab.is_planted(Pa(0x6010)));
     let pages = lab.session.vmi().driver().inner().snapshot().views[&view].pages.clone();
     assert!(pages.is_empty(), "{pages:?}");
+}
+
+#[test]
+fn of_many_roots_the_oldest_makes_room_but_never_one_that_a_vcpu_is_in() {
+    const ROOTS: usize = 512;
+    listen();
+    let mut lab = Lab::with_memory(0x80_0000);
+    let (va, view) = (Va(0x40_0010), lab.session.tap_view());
+    let tap = lab.session.add(&TapSpec { global: true, ..lab.spec(va) }).unwrap();
+    let old = lab.context.root.0;
+    let mut roots = Vec::new();
+    for number in 0..ROOTS as u64 + 3 {
+        let root = lab.driver().new_root(4).unwrap();
+        // The first two have the page; another vCPU loads the first, and stays.
+        if number < 2 {
+            lab.driver().map(root, va, Pa(0x6010 + number * 0x1000), PageSize::Size4K, FLAGS).unwrap();
+        }
+        lab.vcpu = VcpuId(u16::from(number == 0));
+        let load = EventReason::WriteControlRegister { register: ControlRegister::Cr3, old, new: root.root.0 };
+        lab.raise(view, load).unwrap();
+        if number == 0 {
+            let registers = Registers { cr3: root.root.0, ..lab.event(view, load).registers };
+            lab.driver().poke_registers(VcpuId(1), registers).unwrap();
+        }
+        roots.push(root);
+        // The root in which vCPU 0 loads them is one of those that are remembered.
+        let is_full = roots.len() >= ROOTS;
+        assert!(lab.is_planted(Pa(0x6010)), "vCPU 1 is there, after {number} more");
+        assert_eq!(lab.is_planted(Pa(0x7010)), number >= 1 && !is_full, "nobody is there, after {number}");
+    }
+    assert_eq!((lab.state(tap), lab.session.stats().roots_given_up), (TapState::Active, 4));
+    let lines = logged();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].starts_with("512 page-table roots were loaded"), "{lines:?}");
+    // Who comes back to one that made room finds the breakpoint there.
+    lab.vcpu = VcpuId(0);
+    let load = EventReason::WriteControlRegister { register: ControlRegister::Cr3, old, new: roots[1].root.0 };
+    lab.raise(view, load).unwrap();
+    assert!(lab.is_planted(Pa(0x7010)));
 }
 
 impl World for Lab {

@@ -495,8 +495,12 @@ impl Hooks for CpuHooks {
 
     fn port_out(&self, port: u32, _: u32, value: u32) {
         let mut console = self.devices.console.borrow_mut();
-        if port == CONSOLE_PORT && console.len() < CONSOLE_LIMIT {
-            console.push(value as u8);
+        if port != CONSOLE_PORT || console.len() >= CONSOLE_LIMIT {
+            return;
+        }
+        console.push(value as u8);
+        if console.len() == CONSOLE_LIMIT {
+            log::warn!("the guest's console has reached {CONSOLE_LIMIT} bytes: what comes after is dropped");
         }
     }
 }

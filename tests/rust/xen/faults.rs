@@ -1,7 +1,6 @@
 //! Every call of Xen's libraries fails once, with every error number it can have, for a whole session: what was asked for has not happened, and
 //! asked for again it does. And the domain goes away at every call.
 
-use std::cell::RefCell;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use xen_sys::fake::{Fake, Kind, Reg};
 use super::session::{looping, spec};
 use super::{CODE, is_untouched, options};
 use crate::journal::{Folder, guest_id};
+use crate::lines::{listen, logged};
 
 /// What a session consists of, and what it has so far.
 struct Tool<'a> {
@@ -325,30 +325,9 @@ fn whichever_call_fails_with_whichever_error_it_is_told_and_the_next_try_does_it
     }
 }
 
-thread_local! {
-    /// Lines of warnings and errors that this thread has logged.
-    static LINES: RefCell<Vec<String>> = const { RefCell::new(Vec::new()) };
-}
-
-struct Lines;
-
-impl log::Log for Lines {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::Level::Warn
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            LINES.with_borrow_mut(|lines| lines.push(record.args().to_string()));
-        }
-    }
-
-    fn flush(&self) {}
-}
-
 /// A whole session in which the domain goes away at call `n`, in the way of the knob.
 fn with_a_domain_that_goes(kind: Kind, n: i64, (knob, value): (&str, i64)) {
-    LINES.with_borrow_mut(Vec::clear);
+    listen();
     let fake = looping(kind, 2);
     fake.set_at(n, knob, value);
     let folder = own_folder();
@@ -377,7 +356,7 @@ fn with_a_domain_that_goes(kind: Kind, n: i64, (knob, value): (&str, i64)) {
     drop(tool);
     assert!(began.elapsed() < Duration::from_secs(5), "{}", told("it took too long"));
     assert_eq!(fake.state("maps", 0), 0, "{}", told("a mapping keeps the domain from going"));
-    let lines = LINES.with_borrow(Vec::clone);
+    let lines = logged();
     assert!(lines.len() <= 3, "{}: {lines:#?}", told("a flood"));
     // At the last calls there is nothing left that could notice.
     assert!(knob != "gone" || gone.is_some() || n > fake.total() - 40, "{}", told("nobody noticed"));
@@ -385,11 +364,6 @@ fn with_a_domain_that_goes(kind: Kind, n: i64, (knob, value): (&str, i64)) {
 
 #[test]
 fn a_domain_that_goes_away_at_any_call_is_one_kind_of_error_and_a_prompt_end() {
-    static LOGGER: Lines = Lines;
-    // Another test may have one of its own.
-    if log::set_logger(&LOGGER).is_ok() {
-        log::set_max_level(log::LevelFilter::Warn);
-    }
     let kind = Kind::ALL[1];
     let calls = calls(kind).len() as i64;
     let ways = [("gone", 1), ("dying", 1), ("shutdown", 1), ("named", 0)];
