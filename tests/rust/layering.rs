@@ -6,7 +6,7 @@
 //!                               core <- tap, ptm, capture <- session <- python
 //! ```
 //!
-//! `tap`, `ptm` and `capture` do not know each other, concrete drivers neither, and only `driver` names a concrete one.
+//! And where `unsafe` may be. `tap`, `ptm` and `capture` do not know each other, concrete drivers neither, and only `driver` names a concrete one.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,6 +29,9 @@ const DRIVERS: &[&str] = &["mock", "emu", "xen", "dump"];
 /// What nothing below `session` may know (drivers wait and wake, so they know time and threads), and who below it may all the same.
 const FOREIGN: &[(&str, &[&str])] =
     &[("pyo3", &[]), ("std::thread", &["driver"]), ("Instant::now", &["driver"]), ("SystemTime", &["driver"])];
+
+/// Where `unsafe` may be; all else that is compiled into the library, its benchmarks and its fuzz targets has none.
+const UNSAFE: &[&str] = &["src/driver/emu/sys.rs", "crates/xen-sys/"];
 
 fn layer(module: &str) -> Option<usize> {
     LAYERS.iter().position(|layer| layer.contains(&module))
@@ -142,6 +145,19 @@ fn violations(file: &str, source: &str) -> Vec<String> {
     found
 }
 
+/// The lines of one file with `unsafe` that may not be there, also of an attribute that allows it. `file` is relative to the repository.
+fn unsafe_lines(file: &str, source: &str) -> Vec<String> {
+    if UNSAFE.iter().any(|place| file.starts_with(place)) {
+        return Vec::new();
+    }
+    let lines = source.lines().map(|line| line.split("//").next().unwrap_or_default()).enumerate();
+    let is_word = |line: &str, at: usize| !line[..at].ends_with(|letter: char| letter.is_alphanumeric() || letter == '_');
+    lines
+        .filter(|(_, line)| line.match_indices("unsafe").any(|(at, _)| is_word(line, at)))
+        .map(|(number, line)| format!("{file}:{}: {}", number + 1, line.trim()))
+        .collect()
+}
+
 fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
@@ -165,6 +181,48 @@ fn every_arrow_between_modules_goes_the_right_way() {
         found.extend(violations(&name, &fs::read_to_string(&file).unwrap()));
     }
     assert!(found.is_empty(), "\n{}", found.join("\n"));
+}
+
+#[test]
+fn unsafe_code_is_only_where_it_may_be() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = vec![root.join("build.rs")];
+    for folder in ["src", "benches", "crates", "fuzz/targets"] {
+        rust_files(&root.join(folder), &mut files);
+    }
+    let mut found = Vec::new();
+    let mut has_some = Vec::new();
+    for file in files {
+        let name = file.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+        let source = fs::read_to_string(&file).unwrap();
+        found.extend(unsafe_lines(&name, &source));
+        has_some.extend(unsafe_lines("elsewhere", &source).first().map(|_| name));
+    }
+    assert!(found.is_empty(), "\n{}", found.join("\n"));
+    for place in UNSAFE {
+        assert!(has_some.iter().any(|name| name.starts_with(place)), "{place} needs no leave any more");
+    }
+}
+
+#[test]
+fn planted_unsafe_code_is_caught_however_it_is_written() {
+    for source in [
+        "let x = unsafe { *p };",
+        "unsafe fn f() {}",
+        "unsafe impl Send for T {}",
+        "#[unsafe(no_mangle)]",
+        "#![allow(unsafe_code)]",
+        "    #[expect(unsafe_code, reason = \"it is quick\")]",
+        "unsafe\n{ *p }",
+    ] {
+        for file in ["src/core.rs", "src/driver/emu/memory.rs", "src/driver/xen/bell.rs", "crates/other/src/lib.rs", "build.rs"] {
+            assert_eq!(unsafe_lines(file, source).len(), 1, "{file}: {source}");
+        }
+        for file in ["src/driver/emu/sys.rs", "crates/xen-sys/src/load.rs"] {
+            assert!(unsafe_lines(file, source).is_empty(), "{file}");
+        }
+    }
+    assert!(unsafe_lines("src/core.rs", "// unsafe { }\n/// unsafe\nlet is_unsafe = 1;").is_empty());
 }
 
 #[test]
