@@ -15,7 +15,7 @@ use xen_sys::Mapping;
 use xen_sys::fake::{Kind, Reg};
 use xen_sys::types::RingHead;
 
-use super::{EMULATE, INSN_DATA, NOWRITE, PAUSED, attach, guest, is_untouched, tapped};
+use super::{EMULATE, FAST, INSN_DATA, NOWRITE, PAUSED, attach, guest, is_untouched, tapped};
 
 #[test]
 fn every_kind_of_request_gets_exactly_one_answer_that_echoes_it() {
@@ -163,6 +163,11 @@ proptest! {
             let (answer, word) = (answers[index], |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap()));
             prop_assert_eq!((answer.version, answer.vcpu), (word(0), word(12)));
             prop_assert_eq!(answer.flags & PAUSED, word(4) & PAUSED);
+            // What the reasons share, too; a fast step has the view to come back to there.
+            if answer.flags & FAST == 0 {
+                let asked = [24, 32, 40, 48].map(|at| u64::from_le_bytes(request[at..at + 8].try_into().unwrap()));
+                prop_assert_eq!(answer.u, asked);
+            }
         }
         prop_assert_eq!(fake.state("owed", 0), 0);
         drop(driver);
