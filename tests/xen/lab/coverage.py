@@ -20,6 +20,7 @@ def report(parts: Sequence[Path], results: Path, library: Path) -> None:
     found = {tool.name: tool for tool in tools.glob("*/bin/llvm-*")}
     if "llvm-cov" not in found:
         raise LabError("LLVM's tools are needed to read the coverage:\n    rustup component add llvm-tools")
+    results.mkdir(exist_ok=True)
     merged = results / "coverage.profdata"
     run([found["llvm-profdata"], "merge", "-sparse", *profiles, "-o", merged])
     text = run([found["llvm-cov"], "report", library, f"-instr-profile={merged}", "--ignore-filename-regex=registry|rustc"])
