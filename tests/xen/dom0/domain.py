@@ -30,7 +30,7 @@ def release() -> tuple[int, int]:
 
 
 def attach(target: str, *, on_write: vmitap.OnWrite | None = None) -> vmitap.Vm:
-    """Without a watchdog, which is another Python that takes six seconds to start here. test_repair.py has it."""
+    """Without a watchdog, which is another Python that takes longer to start than most tests. test_repair.py has it."""
     return vmitap.attach(target, on_write=on_write, watchdog=False)
 
 
