@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import vmitap
-from vmitap import Arg, Filter, InvalidArgumentError, Mem, OnWrite, Reg, WritePolicy
+from vmitap import Access, Arg, Filter, InvalidArgumentError, Mem, OnWrite, Reg, WritePolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 PHYSMAP = 0xFFFF_8880_0000_0000
 """Where the demo guest sees all of its memory (guests/demo/kernel.h)."""
+GUESTS = Path(__file__).parents[1] / "guests"
 YES = Filter.ring(0)
 NO = Filter.ring(3)
 UNKNOWN = Mem(0x10) == 1
@@ -118,6 +122,66 @@ def test_of_several_breakpoints_under_a_write_one_that_denies_is_enough(vm: Vm) 
     vm.breakpoint(target, on_write=OnWrite.REMOVE & NO, key="other")
     vm.run(timeout=0.2)
     assert vm.read_u8(target) == 0x90
+
+
+@pytest.fixture(scope="module")
+def store_guest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("guests") / "policy.elf"
+    subprocess.run([sys.executable, str(GUESTS / "build.py"), "policy.S", str(path)], check=True, timeout=60)
+    return f"emu:{path}"
+
+
+# Where it begins, bytes of a round, rounds (0: no string instruction), where the breakpoint is, and whether the store is over it.
+STORES = [
+    (0x0FE, 4, 0, 0x100, True),
+    (0x0FC, 4, 0, 0x100, False),
+    (0x101, 4, 0, 0x100, False),
+    (0xFFD, 8, 0, 0x1000, True),
+    (0xFFD, 8, 0, 0x1005, False),
+    (0xFFC, 8, 0, 0xFFF, True),
+    (0x0F0, 1, 32, 0x100, True),
+    (0x0F0, 1, 16, 0x100, False),
+]
+
+
+@pytest.mark.parametrize("vcpu", [0, 1])
+@pytest.mark.parametrize(("at", "size", "rounds", "tapped", "is_over"), STORES)
+def test_a_store_of_either_vcpu_follows_the_policy_of_the_bytes_it_is_over(
+    store_guest: str, at: int, size: int, rounds: int, tapped: int, is_over: bool, vcpu: int
+) -> None:
+    length = size * max(rounds, 1)
+    cases: list[tuple[OnWrite | WritePolicy, OnWrite | None]] = [
+        (OnWrite.REAPPLY, None),
+        (OnWrite.REMOVE, None),
+        (OnWrite.DENY, None),
+        (OnWrite.DENY | Filter.vcpu(1 - vcpu), None),
+        (OnWrite.REMOVE & Filter.vcpu(vcpu), None),
+        (OnWrite.ASK, OnWrite.REMOVE),
+        (OnWrite.ASK, OnWrite.DENY),
+    ]
+    for policy, answer in cases:
+        asked: list[tuple[int, Access]] = []
+
+        def ask(hit: Hit, asked: list[tuple[int, Access]] = asked, answer: OnWrite | None = answer) -> OnWrite:
+            asked.append((hit.vcpu, hit.access))
+            return answer or OnWrite.REAPPLY
+
+        cmdline = f"at={at} size={size} rounds={rounds} by={vcpu}"
+        with vmitap.attach(store_guest, memory=8 << 20, vcpus=2, cmdline=cmdline) as vm:
+            area = vm.symbol("area")
+            # Both pages are hidden.
+            hiding = [vm.breakpoint(area + 8), vm.breakpoint(area + 0x1FF8)]
+            bp = vm.breakpoint(area + tapped, on_write=policy, ask=ask if answer else None)
+            assert vm.run(timeout=60).reason == "idle"
+            said = repr(answer or policy)
+            stored = not (is_over and "DENY" in said)
+            removed = is_over and "REMOVE" in said
+            expected = bytes(0xF8 if stored and at <= n < at + length else 0x90 for n in range(0x1FFF))
+            assert vm.read(area, 0x1FFF) == expected, said
+            assert (bp.state, bp.stats.hits) == (("removed", 0) if removed else ("active", 1)), said
+            assert asked == ([(vcpu, Access.W)] if is_over and answer else []), said
+            assert [other.stats.hits for other in hiding] == [1, 1]
+            assert vm.stats.removed_by_write == removed
 
 
 def test_many_breakpoints_have_policies_of_their_own_state(vm: Vm) -> None:
