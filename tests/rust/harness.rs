@@ -64,6 +64,8 @@ struct Books {
     left: usize,
     /// What it fails with.
     failure: Failure,
+    /// The call that failed last.
+    failed: Option<&'static str>,
     remaps: BTreeMap<(View, Gfn), Gfn>,
     views: BTreeSet<View>,
     monitors: BTreeSet<String>,
@@ -189,6 +191,11 @@ impl<D: VmiDriver> Faulty<D> {
         (books.left, books.failure) = (n, failure);
     }
 
+    /// The name of the call that was made to fail last.
+    pub fn failed(&self) -> Option<&'static str> {
+        self.0.books.lock().failed
+    }
+
     /// Whether a call is still to fail.
     pub fn is_armed(&self) -> bool {
         self.0.books.lock().left > 0
@@ -225,6 +232,7 @@ impl<D: VmiDriver> Faulty<D> {
         if books.left > 0 {
             books.left -= 1;
             if books.left == 0 {
+                books.failed = Some(op);
                 return Err(match books.failure {
                     Failure::Errno(errno) => VmiError::Driver { op, errno, detail: "a fault the test asked for".to_owned() },
                     Failure::Gone => {
@@ -504,6 +512,7 @@ fn fails_whole<W: World>(world: &mut W, (n, errno): (usize, i32), op: impl Fn(&m
         Err(VmiError::Driver { op, errno: told, .. }) if *told == errno => op,
         other => panic!("call {n} with {errno}: {other:?}"),
     };
+    assert_eq!(Some(*failed), driver.failed(), "call {n} is told as another");
     assert_same(&both(world), &before, &format!("call {n}, {failed}"));
     true
 }
@@ -519,17 +528,45 @@ pub fn each_call_panicking<W: World>(
     let wanted = both(&world);
     for n in 1.. {
         let mut world = make();
-        let before = both(&world);
-        arm(&mut world, n);
-        let result = catch_unwind(AssertUnwindSafe(|| op(&mut world)));
-        if !arm(&mut world, 0) {
-            assert!(n > 1 && result.is_ok(), "it makes no call");
+        if !panics_whole(&mut world, n, &op, &arm) {
+            assert!(n > 1, "it makes no call");
             return;
         }
-        let panic = result.expect_err("the panic was swallowed");
-        assert_eq!(panic.downcast_ref::<&str>(), Some(&"a controller that panics"), "call {n}");
-        assert_same(&both(&world), &before, &format!("panic in call {n}"));
         op(&mut world).unwrap();
         assert_same(&both(&world), &wanted, &format!("retry of call {n}"));
     }
+}
+
+/// As [`each_call_panicking`], with all the panics on one guest, and then the retry. Returns how many calls there are.
+pub fn each_call_panicking_on_one<W: World>(
+    world: &mut W,
+    op: impl Fn(&mut W) -> Result<()>,
+    arm: impl Fn(&mut W, usize) -> bool,
+) -> usize {
+    let mut n = 1;
+    while panics_whole(world, n, &op, &arm) {
+        n += 1;
+    }
+    assert!(n > 1, "it makes no call");
+    n - 1
+}
+
+/// Does `op` with a panic in call `n` of the controller. False if there is no such call: then it is done.
+fn panics_whole<W: World>(
+    world: &mut W,
+    n: usize,
+    op: impl Fn(&mut W) -> Result<()>,
+    arm: impl Fn(&mut W, usize) -> bool,
+) -> bool {
+    let before = both(world);
+    arm(world, n);
+    let result = catch_unwind(AssertUnwindSafe(|| op(world)));
+    if !arm(world, 0) {
+        assert!(matches!(result, Ok(Ok(()))), "{result:?}");
+        return false;
+    }
+    let panic = result.expect_err("the panic was swallowed");
+    assert_eq!(panic.downcast_ref::<&str>(), Some(&"a controller that panics"), "call {n}");
+    assert_same(&both(world), &before, &format!("panic in call {n}"));
+    true
 }
