@@ -10,12 +10,8 @@ use vmitap::tap::OnWrite;
 use vmitap::{MemoryAccess, Result, Va, VcpuId, VmiError};
 
 use super::guest::Lab;
-use super::harness::{Failure, Faulty};
+use super::harness::{ERRNOS, Failure, Faulty};
 use super::repair::{boot, breakpoint, truth, untapped};
-
-/// What the system calls and libraries behind a driver give: EPERM, ESRCH, EINTR, EIO, E2BIG, EAGAIN, ENOMEM, EACCES, EFAULT, EBUSY, EEXIST, ENODEV,
-/// EINVAL, ENOSPC, ERANGE, ENOSYS, ENODATA, EOPNOTSUPP.
-pub const ERRNOS: [i32; 18] = [1, 3, 4, 5, 7, 11, 12, 13, 14, 16, 17, 19, 22, 28, 34, 38, 61, 95];
 
 /// Does what may fail once more if it does, as a caller who wants it done; the errors are kept.
 struct Persistent {

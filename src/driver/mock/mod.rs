@@ -13,8 +13,8 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 
-use self::calls::{Counted, Recorder};
 pub use self::calls::{Call, CallKind};
+use self::calls::{Counted, Recorder};
 pub use self::remote::{Answered, Remote};
 pub use self::state::{GuestState, MockVcpu, MockView};
 pub use self::tables::PageSize;
