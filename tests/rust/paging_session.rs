@@ -580,3 +580,52 @@ fn a_failure_lets_no_root_be_forgotten_that_was_loaded_once() {
         assert_eq!([0x6018, 0x7018].map(|pa| lab.is_planted(Pa(pa))), [true; 2], "call {n}");
     }
 }
+
+#[test]
+fn the_root_that_makes_room_is_left_by_a_retry_where_that_failed() {
+    for n in 1.. {
+        let mut lab = Lab::with_memory(0x40_0000);
+        let first = lab.driver().new_root(4).unwrap();
+        lab.driver().map(first, LOW, Pa(0x6010), PageSize::Size4K, FLAGS).unwrap();
+        let (top, index) = (lab.session.vmi().read_pa_u64(first.root).unwrap(), 8 * (LOW.0 >> 39 & 511));
+        assert_eq!(index, 0);
+        let spec = TapSpec { global: true, ..lab.spec(LOW) };
+        lab.session.add(&spec).unwrap();
+        let view = lab.session.tap_view();
+        let load = |lab: &mut Lab, root: Pa| {
+            let reason = EventReason::WriteControlRegister { register: ControlRegister::Cr3, old: 0, new: root.0 };
+            lab.raise(view, reason)
+        };
+        // With the one in use there are as many as are remembered.
+        let mut others = Vec::new();
+        for _ in 0..511 {
+            let root = lab.driver().new_root(4).unwrap().root;
+            lab.put(root, top);
+            load(&mut lab, root).unwrap();
+            others.push(root);
+        }
+        let oldest = lab.context.root.gfn();
+        assert_eq!(lab.access(oldest), MemoryAccess::RX);
+        // No vCPU is in that one.
+        for vcpu in [0, 1] {
+            let registers = Registers { cr3: others[510].0, ..Registers::default() };
+            lab.driver().poke_registers(VcpuId(vcpu), registers).unwrap();
+        }
+        let driver = World::driver(&lab);
+        // The first call is the wait.
+        driver.fail_nth(n + 1);
+        let result = load(&mut lab, first.root);
+        let is_through = driver.is_armed();
+        driver.fail_nth(0);
+        if !is_through {
+            assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
+            load(&mut lab, first.root).unwrap();
+        }
+        assert_eq!(lab.access(oldest), MemoryAccess::RWX, "call {n}");
+        assert!(others.iter().chain([&first.root]).all(|root| lab.access(root.gfn()) == MemoryAccess::RX), "call {n}");
+        if is_through {
+            assert!(n > 3, "{n}");
+            return result.unwrap();
+        }
+    }
+}
