@@ -502,8 +502,8 @@ fn pending() -> Lab {
     lab.raise(view, reason).unwrap();
     assert!(lab.is_planted(Pa(0x6010)) && lab.is_planted(Pa(0x7010)) && lab.is_planted(CODE_PA));
     let states = [0, 1, 2, 3, 4].map(|tap| lab.state(TapId(tap)));
-    use TapState::{Active, Disabled, Pending};
-    assert_eq!(states, [Active, Active, Pending, Pending, Disabled]);
+    let (active, pending) = (TapState::Active, TapState::Pending);
+    assert_eq!(states, [active, active, pending, pending, TapState::Disabled]);
     lab
 }
 
@@ -521,8 +521,10 @@ fn in_second() -> Lab {
     lab
 }
 
+type Operation = (fn() -> Lab, fn(&mut Lab) -> vmitap::Result<()>, usize);
+
 /// On what, the operation, and how many calls it has at least.
-const OPERATIONS: &[(fn() -> Lab, fn(&mut Lab) -> vmitap::Result<()>, usize)] = &[
+const OPERATIONS: &[Operation] = &[
     (
         none,
         |lab| {
