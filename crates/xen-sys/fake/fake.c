@@ -297,7 +297,7 @@ int fake_run(int v, int n)
 {
     struct vcpu *c = &d.vcpu[v]; int done = 0;
     boot();
-    while (done < n && !c->held && !d.pauses && !c->down && !knob("gone") && !knob("shutdown")) {
+    while (done < n && !c->held && !d.pauses && !c->down && !knob("gone") && !knob("dying") && !knob("shutdown")) {
         if (c->emulate) { uint32_t f = c->emulate; c->emulate = 0; c->misplaced += c->regs.rip != c->event_rip; execute(v, f & INSN_DATA && !(f & NOWRITE) ? c->insn : 0, 1, !!(f & NOWRITE)); done++; continue; }
         if (!execute(v, 0, 0, 0)) break;
         done++;

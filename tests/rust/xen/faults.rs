@@ -325,62 +325,114 @@ fn whichever_call_fails_with_whichever_error_it_is_told_and_the_next_try_does_it
     }
 }
 
-/// A whole session in which the domain goes away at call `n`, in the way of the knob.
-fn with_a_domain_that_goes(kind: Kind, n: i64, (knob, value): (&str, i64)) {
+/// How a domain goes away, or seems to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    /// It is there no more.
+    Gone,
+    /// It is being destroyed.
+    Dying,
+    /// It shuts down, and stays.
+    Shutdown,
+    /// It gets another name, and runs on.
+    Renamed,
+}
+
+impl Way {
+    const ALL: [Self; 4] = [Self::Gone, Self::Dying, Self::Shutdown, Self::Renamed];
+
+    /// What the stand-in calls it.
+    const fn knob(self) -> (&'static str, i64) {
+        match self {
+            Self::Gone => ("gone", 1),
+            Self::Dying => ("dying", 1),
+            Self::Shutdown => ("shutdown", 1),
+            Self::Renamed => ("named", 0),
+        }
+    }
+
+    /// Whether a session has to be told of it.
+    const fn is_the_end(self) -> bool {
+        matches!(self, Self::Gone | Self::Dying)
+    }
+}
+
+/// A whole session in which that happens to the domain at call `n`.
+fn with_a_domain_that_goes(kind: Kind, n: i64, way: Way) {
     listen();
     let fake = looping(kind, 2);
+    let (knob, value) = way.knob();
     fake.set_at(n, knob, value);
     let folder = own_folder();
     let mut tool = tool(&fake, &folder);
-    let told = |what: &str| format!("{knob} at call {n} ({}): {what}", fake.name(n));
-    let mut gone = None;
+    let told = |what: &str| format!("{way:?} at call {n} ({}): {what}", fake.name(n));
+    // When it happened, if that leaves a step in which it has to be noticed, and the step in which it was.
+    let (mut happened, mut gone) = (None, None);
     let began = Instant::now();
     for (what, step) in STEPS {
         if tool.session.is_none() && gone.is_some() {
             break;
         }
-        let detaches = *what == "detach";
+        let (detaches, is_last) = (*what == "detach", what.starts_with("a last hit"));
+        if fake.total() >= n && !is_last && !detaches {
+            happened.get_or_insert_with(Instant::now);
+        }
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| step(&mut tool)));
         match done.unwrap_or_else(|_| panic!("{}: {what}", told("it"))) {
-            // Also afterwards every call is told the same.
-            Err(VmiError::DomainGone { reason }) if !detaches => assert!(!reason.is_empty()),
+            // It is refused, and the next try would be.
             Err(VmiError::Attach { reason, hint, .. }) if *what == "attach" => assert!(!reason.is_empty() && !hint.is_empty()),
+            // Also afterwards every call is told the same.
+            Err(VmiError::DomainGone { reason }) if way.is_the_end() && !detaches => assert!(!reason.is_empty()),
             // Nothing can be kept whole without the domain, such as a view that could not be made.
-            Err(_) if gone.is_some() && !detaches => {}
+            Err(_) if way.is_the_end() && gone.is_some() && !detaches => {}
             Err(error) => panic!("{}: {what}: {error:?}", told("another error")),
             // Also what needs no domain, once it is gone.
             Ok(()) => continue,
         }
-        gone.get_or_insert(*what);
+        gone.get_or_insert((*what, Instant::now()));
     }
+    let was_open = tool.session.is_some();
+    let is_down = tool.is_down;
     drop(tool);
     assert!(began.elapsed() < Duration::from_secs(5), "{}", told("it took too long"));
     assert_eq!(fake.state("maps", 0), 0, "{}", told("a mapping keeps the domain from going"));
     let lines = logged();
     assert!(lines.len() <= 3, "{}: {lines:#?}", told("a flood"));
-    // At the last calls there is nothing left that could notice.
-    assert!(knob != "gone" || gone.is_some() || n > fake.total() - 40, "{}", told("nobody noticed"));
+    match way {
+        Way::Gone | Way::Dying => {
+            assert!(happened.is_none() || gone.is_some(), "{}", told("nobody noticed"));
+            let took = happened.zip(gone).map(|(happened, (_, noticed))| noticed.saturating_duration_since(happened));
+            assert!(took.is_none_or(|took| took < Duration::from_secs(3)), "{}: {took:?}", told("it was noticed late"));
+        }
+        Way::Shutdown | Way::Renamed => {
+            assert_eq!(gone.is_some(), !was_open, "{}: {gone:?}", told("something has happened"));
+            let must_see = way == Way::Shutdown && was_open && happened.is_some();
+            assert!(is_down || !must_see, "{}", told("it was not seen to stand still"));
+            assert!(!is_down || way == Way::Shutdown, "{}", told("it stands still"));
+            assert_eq!(lines, [] as [String; 0], "{}", told("something was logged"));
+            fake.automatic(0);
+            let restored = std::panic::catch_unwind(|| is_untouched(&fake));
+            assert!(restored.is_ok(), "{}", told("something is left"));
+            let runs = if way == Way::Renamed { 100 } else { 0 };
+            assert_eq!((fake.run(0, 100), fake.run(1, 100)), (runs, runs), "{}", told("it runs on, if it can"));
+        }
+    }
 }
 
 #[test]
-fn a_domain_that_goes_away_at_any_call_is_one_kind_of_error_and_a_prompt_end() {
+fn a_domain_that_goes_away_at_any_call_is_one_kind_of_error_and_a_prompt_end_and_one_that_is_renamed_is_none() {
     let kind = Kind::ALL[1];
     let calls = calls(kind).len() as i64;
-    let ways = [("gone", 1), ("dying", 1), ("shutdown", 1), ("named", 0)];
     let next = AtomicI64::new(0);
     // Most of it is waiting.
     std::thread::scope(|scope| {
-        for _ in 0..8 {
+        for _ in 0..16 {
             scope.spawn(|| {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
-                    let Some(way) = ways.get((index % 4) as usize) else { return };
+                    let Some(way) = Way::ALL.get((index % 4) as usize) else { return };
                     if index / 4 >= calls {
                         return;
-                    }
-                    // The others are the same for a while.
-                    if way.0 != "gone" && index / 4 % 3 != 0 {
-                        continue;
                     }
                     with_a_domain_that_goes(kind, index / 4 + 1, *way);
                 }
