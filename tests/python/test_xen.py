@@ -378,6 +378,29 @@ def test_a_watchdog_has_no_privileges_beyond_its_users_files(library: Path, stat
         assert watchdog.wait(timeout=20) == 0
 
 
+def test_a_watchdog_has_nothing_open_but_what_it_waits_for(library: Path, state: Path) -> None:
+    # Also what its tool would hand down to children: whoever waits for the other end of that pipe is not to wait for a watchdog.
+    done = run(
+        library,
+        """
+import pathlib, time
+ours = os.pipe()
+for end in ours:
+    os.set_inheritable(end, True)
+with vmitap.attach("xen:guest", watchdog=True) as vm:
+    [watchdog] = pathlib.Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    folder, end = pathlib.Path(f"/proc/{watchdog}/fd"), time.monotonic() + 20
+    def is_waiting():
+        return pathlib.Path(f"/proc/{watchdog}/status").read_text().count("NoNewPrivs:\\t1")
+    while not is_waiting() and time.monotonic() < end:
+        time.sleep(0.05)
+    for each in sorted(folder.iterdir()):
+        print(each.name, os.readlink(each).split(":")[0])
+""",
+    )
+    assert done.stdout.splitlines() == ["0 pipe", "1 /dev/null", "2 /dev/null"], (done.stdout, done.stderr)
+
+
 def test_a_guest_that_ends_with_its_tool_needs_no_repair(library: Path, state: Path) -> None:
     refused = command(library, "repair", "demo")
     assert refused.returncode == 6

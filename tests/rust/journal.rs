@@ -9,10 +9,13 @@ use proptest::prelude::*;
 use vmitap::arch::amd64::ControlRegister;
 use vmitap::driver::mock::{CallKind, MockDriver};
 use vmitap::driver::{Additions, Monitor, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiRepair, VmiViews};
+use vmitap::event::VmiEvent;
 use vmitap::session::journal::{GuestId, Journal, Remains};
-use vmitap::session::{Journaled, Repaired, Session, repair};
+use vmitap::session::{Journaled, Limits, Poll, Repaired, Session, TapSpec, Verdict, repair};
 use vmitap::tap::OnWrite;
-use vmitap::{Gfn, MemoryAccess, View, VmiError};
+use vmitap::{Gfn, MemoryAccess, Pa, Va, VcpuId, View, VmiError};
+
+use crate::session::{CODE, CODE_PA, guest, int3, spec};
 
 /// A folder for journals that goes with the test.
 pub struct Folder(pub PathBuf);
@@ -84,6 +87,32 @@ fn the_file_is_its_owners_alone_and_goes_with_a_session_that_undid_everything() 
     driver.create_view(MemoryAccess::RWX).unwrap();
     drop(driver);
     assert_eq!(folder.files(), 1, "a view is left");
+}
+
+#[test]
+fn nothing_is_written_for_a_hit() {
+    let folder = Folder::new("hits");
+    let (mut driver, context) = guest(2);
+    for (hit, va, pa) in (0..1000).map(|n| if n % 2 == 0 { (n, CODE, CODE_PA) } else { (n, Va(CODE.0 + 1), Pa(CODE_PA.0 + 1)) }) {
+        driver.push_event(VmiEvent { vcpu: VcpuId(hit % 2), ..int3(View(1), context, va, pa) });
+    }
+    let mut session = Session::new(Box::new(begin(&folder, driver)), OnWrite::Reapply).unwrap();
+    assert_eq!(session.tap_view(), View(1));
+    // One whose hits are handed out and step, and one whose hits are counted.
+    session.add(&spec(&session, context, CODE)).unwrap();
+    session.add(&TapSpec { wanted: false, ..spec(&session, context, Va(CODE.0 + 1)) }).unwrap();
+    let written = || {
+        let metadata = fs::metadata(file(&folder)).unwrap();
+        (metadata.len(), metadata.modified().unwrap(), fs::read(file(&folder)).unwrap())
+    };
+    let before = written();
+    assert!(before.0 > 0);
+    while let Poll::Hit(_) = session.poll(&Limits::default()).unwrap() {
+        session.answer(Verdict::Continue).unwrap();
+    }
+    assert_eq!(session.stats().hits, 1000);
+    assert_eq!(written(), before);
+    session.detach().unwrap();
 }
 
 #[test]
