@@ -26,7 +26,9 @@ fn after_wakes_of_two_threads_were_seen_the_descriptor_is_silent() {
         while threads.iter().any(|thread| !thread.is_finished()) {
             assert_eq!(driver.wait(Duration::ZERO).unwrap(), Wait::Timeout);
         }
-        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for thread in threads {
+            thread.join().unwrap();
+        }
         for _ in 0..3 {
             driver.wait(Duration::ZERO).unwrap();
         }
@@ -117,7 +119,9 @@ fn in_every_order(ways: Ways, rings: &'static [usize]) {
             taken
         };
         look();
-        wakers.into_iter().for_each(|waker| waker.join().unwrap());
+        for waker in wakers {
+            waker.join().unwrap();
+        }
         // Now it is quiet, and one look has to do.
         look();
         assert_eq!(bell.fd().0.load(Ordering::Acquire), 0, "nothing keeps a poll from sleeping");
