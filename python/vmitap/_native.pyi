@@ -1755,7 +1755,7 @@ class Verdict:
         """Goes on instruction by instruction: the handler is called again after each of the next `count`, with `Hit.step` from 1 on.
 
         A verdict it returns then takes the place of what is left. Breakpoints met on the way are hit as always. One with `once=True` is gone
-        after its hit, and steps no further: `where=Filter.once()` does.
+        after its hit, and steps no further: `where=Filter.once()` does. An INT3 of the guest's own ends it, and is delivered to the guest.
 
         Raises:
             InvalidArgumentError: `count` is less than 1.

@@ -619,8 +619,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         }
         let clean = View::DEFAULT;
         let Some(vcpu) = self.vcpus.get_mut(usize::from(id.0)) else { return Ok(()) };
-        // What is denied is not stepped: a walk ends there.
-        if vcpu.walk.is_some_and(|walk| walk.left == 0) || course == Course::Deny {
+        // What is denied is not stepped, and an INT3 of the guest's own is delivered: a walk ends there.
+        if vcpu.walk.is_some_and(|walk| walk.left == 0) || matches!(course, Course::Deny | Course::Reinject) {
             vcpu.walk = None;
         }
         let reports = vcpu.walk.is_some();

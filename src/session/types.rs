@@ -228,6 +228,7 @@ pub enum Verdict {
     /// The vCPU goes on with these registers. With another RIP the instruction is not executed; a hit of a monitor needs one.
     SetRegisters(Box<GpChanges>),
     /// The vCPU goes on instruction by instruction: after each of so many there is a hit again, with [`Hit::step`] from 1 on.
+    /// An INT3 of the guest's own ends it.
     Step(u32),
     /// The register write that was announced has no effect, and counts as executed; the guest does not get the exception. For hits of a monitor.
     Deny,
