@@ -297,7 +297,9 @@ impl BreakpointManager {
         self.work(py, None, |books, vmi, controller| books.remove(vmi, controller, view, va, root, &key))
     }
 
-    /// As `remove`; what is planted is known, so `pa` decides nothing.
+    /// As `remove`, for callers who know where the address is mapped (None: it is not).
+    ///
+    /// Where a breakpoint is planted is known, so `pa` decides nothing.
     #[pyo3(signature = (address, root, view, pa, *, key=None))]
     fn remove_with_hint(
         &self,
