@@ -15,6 +15,7 @@ use vmitap::{Pa, Va, VcpuId, View, VmiError};
 use crate::dump_files::*;
 
 const PAGE: usize = 4096;
+const MIXED: u64 = 0x9e37_79b9_7f4a_7c15;
 
 fn opened(file: &[u8]) -> Result<DumpDriver, VmiError> {
     DumpDriver::new("guest.dump", Box::new(file.to_vec()))
@@ -28,9 +29,10 @@ fn reason(file: &[u8]) -> String {
     }
 }
 
-/// Memory of which no two words are the same.
+/// Memory of which no two pages are the same, and that can be packed.
 fn memory(pages: usize) -> Vec<u8> {
-    (0..(pages * PAGE / 8) as u64).flat_map(|word| word.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()).collect()
+    let word = |word: u64| if word.is_multiple_of(2) { word.wrapping_mul(MIXED) } else { 0x1122_3344_5566_7788 };
+    (0..(pages * PAGE / 8) as u64).flat_map(|number| word(number).to_le_bytes()).collect()
 }
 
 /// Registers of which no two are the same, but for those that are in no dump.
@@ -95,10 +97,14 @@ fn every_format() -> Vec<(&'static str, Vec<u8>)> {
     let no_page = (u64::MAX, &memory[..PAGE]);
     let pages: Vec<_> = [8, 9, 0, 1, 2, 7, 3, 6].map(page).into_iter().chain([no_page]).collect();
     let runs = [(0, low.len() as u64, low), (0x6000, high.len() as u64, high)];
+    let ways = [Packing::None, Packing::Zlib, Packing::Snappy];
+    let packed: Vec<_> =
+        [0, 1, 2, 3, 6, 7, 8, 9].map(|number| (number, ways[number as usize % 3], page(number as usize).1)).to_vec();
     vec![
         ("LiME", lime(&[(0x6000, high), (0, low)])),
         ("ELF core", elf_core(&runs, &qemu_notes(&vcpus))),
         ("Xen core", xen_core(&pages, &vcpus)),
+        ("kdump", kdump(12, &packed, &qemu_notes(&vcpus))),
     ]
 }
 
@@ -127,6 +133,52 @@ fn what_a_dump_holds_is_read_and_a_hole_is_an_error_with_its_address() {
     let mut all = vec![0; memory.len()];
     raw.read(Pa(0), &mut all).unwrap();
     assert_eq!((all, raw.info().memory_size, raw.version().as_str()), (memory, 0xa000, "raw"));
+}
+
+#[test]
+fn a_page_that_cannot_be_unpacked_is_an_error_and_one_that_was_lost_is_not_there() {
+    let memory = memory(3);
+    let page = |number: usize| &memory[number * PAGE..][..PAGE];
+    let good = kdump(3, &[(0, Packing::Zlib, page(0)), (1, Packing::Lost, page(1)), (2, Packing::Snappy, page(2))], &[]);
+    let dump = opened(&good).unwrap();
+    let mut bytes = [0; 8];
+    assert_eq!(dump.read(Pa(PAGE as u64), &mut bytes), Err(VmiError::NotInDump { pa: Pa(0x1000), len: 8 }));
+    // Again and again, also when other pages have been unpacked in between.
+    for number in [0, 2, 0, 0, 2] {
+        dump.read(Pa((number * PAGE) as u64 + 8), &mut bytes).unwrap();
+        assert_eq!(bytes, page(number)[8..16]);
+    }
+    let descriptors = 4 * PAGE;
+    for (at, value, part) in [
+        (descriptors + 12, 4_u32, "the page at 0x0"),
+        (descriptors + 12, 0, "the page at 0x0"),
+        (descriptors + 12, 2, "packed with LZO"),
+        (descriptors + 8, 100, "the page at 0x0"),
+        (descriptors + 8, 5000, "a page: 0x1388 bytes"),
+        (descriptors + 4, 1, "reach past the file"),
+    ] {
+        let mut bad = good.clone();
+        bad[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        let refused = opened(&bad).unwrap().read(Pa(0), &mut bytes);
+        assert!(matches!(&refused, Err(VmiError::Image { reason, .. }) if reason.contains(part)), "{part}: {refused:?}");
+    }
+}
+
+#[test]
+fn the_pages_of_a_large_kdump_are_found_across_all_of_its_bitmap() {
+    let memory = memory(1500);
+    let numbers = |index: u64| index * 37 + index % 5;
+    let pages: Vec<_> =
+        (0..1500_u64).map(|index| (numbers(index), Packing::Snappy, &memory[index as usize * PAGE..][..PAGE])).collect();
+    let dump = opened(&kdump(numbers(1499) + 1000, &pages, &[])).unwrap();
+    assert_eq!(dump.info().memory_size, (numbers(1499) + 1) * PAGE as u64);
+    for index in (0..1500).step_by(7) {
+        let mut bytes = [0; 8];
+        dump.read(Pa(numbers(index) * PAGE as u64), &mut bytes).unwrap();
+        assert_eq!(bytes, memory[index as usize * PAGE..][..8]);
+        let beside = (numbers(index) + 1) * PAGE as u64;
+        assert_eq!(dump.read(Pa(beside), &mut bytes), Err(VmiError::NotInDump { pa: Pa(beside), len: 8 }));
+    }
 }
 
 #[test]
@@ -227,6 +279,7 @@ fn absurd_numbers_are_refused_by_name_and_at_once() {
     };
     let core = elf_core(&[(0, 4096, &page)], &[]);
     let run = lime(&[(0, &page)]);
+    let packed = kdump(1, &[(0, Packing::Zlib, &page)], &[]);
     let (max, past) = (u64::MAX.to_le_bytes(), (1_u64 << 52).to_le_bytes());
     let segment = 64 + 56;
     let many = {
@@ -285,6 +338,17 @@ fn absurd_numbers_are_refused_by_name_and_at_once() {
         (xen(HVM, 0, 1, 1, &[u64::MAX - 1]), "past physical address space"),
         (xen_sections(&[(".note.Xen", Vec::new())]), "say nothing of the domain"),
         (xen_sections(&[]), "no section .note.Xen"),
+        (put(&packed, 424, &[2]), "packed with LZO"),
+        (put(&packed, 424, &[0x20]), "packed with zstd"),
+        (put(&packed, 272, b"ia64"), "x86-64"),
+        (put(&packed, 428, &[0, 0x40]), "blocks of 0x4000"),
+        (put(&packed, 432, &[0]), "no second header"),
+        (put(&packed, 436, &[1]), "too few for two bitmaps"),
+        (put(&packed, 436, &max[..4]), "the bitmap of pages"),
+        (put(&packed, 4096 + 96, &max), "too few for two bitmaps"),
+        (put(&packed, 4096 + 12, &[1]), "split dump"),
+        (put(&packed, 4096 + 56, &max), "the notes"),
+        (put(&packed, 3 * 4096, &[0]), "holds no memory"),
         ([b"PAGEDU64".to_vec(), vec![0; PAGE - 8]].concat(), "crash dump of Windows"),
         ([b"\x1f\x8b".to_vec(), vec![0; PAGE - 2]].concat(), "gzip"),
     ] {
@@ -302,7 +366,9 @@ fn a_dump_that_is_cut_off_anywhere_is_refused() {
         for len in at {
             let cut = opened(&file[..len]).map(|_| ());
             let whole_runs = format == "LiME" && len == 32 + 4 * PAGE;
-            assert!(matches!(cut, Err(VmiError::Image { .. })) || whole_runs, "{format} with {len} bytes: {cut:?}");
+            // What is behind the descriptors of a kdump is looked at when it is read.
+            let is_packed = format == "kdump" && len >= 4 * PAGE;
+            assert!(matches!(cut, Err(VmiError::Image { .. })) || whole_runs || is_packed, "{format} with {len} bytes: {cut:?}");
         }
     }
 }
@@ -321,11 +387,11 @@ fn look_at(dump: DumpDriver) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
     fn a_dump_with_wrong_bytes_is_refused_or_read_and_never_worse(
-        which in 0..3_usize,
+        which in 0..4_usize,
         flips in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>(), any::<bool>()), 1..6),
     ) {
         let (_, mut file) = every_format().swap_remove(which);
@@ -403,7 +469,7 @@ fn a_session_looks_at_a_dump_and_refuses_the_rest_before_anything_is_done() {
     assert!(matches!(refused, Err(VmiError::NotSupported { driver: "dump", .. })), "{refused:?}");
     let mut session = Session::reading(dump());
     assert_eq!(session.registers(VcpuId(1)).unwrap(), registers(2));
-    assert_eq!(session.vmi().read_pa_u64(Pa(8)).unwrap(), 0x9e37_79b9_7f4a_7c15);
+    assert_eq!(session.vmi().read_pa_u64(Pa(16)).unwrap(), 2_u64.wrapping_mul(MIXED));
     // An address that is none at all, and still it is the guest that cannot be tapped.
     let spec = |kind| TapSpec {
         kind,

@@ -177,3 +177,49 @@ pub fn xen_core(pages: &[(u64, &[u8])], vcpus: &[Registers]) -> Vec<u8> {
         (".xen_pfn", numbers.0),
     ])
 }
+
+/// How a page of a kdump is packed.
+#[derive(Clone, Copy)]
+pub enum Packing {
+    None,
+    Zlib,
+    Snappy,
+    Lost,
+}
+
+/// A compressed kdump of `count` pages of memory, of which those given are in the file.
+pub fn kdump(count: u64, pages: &[(u64, Packing, &[u8])], notes: &[u8]) -> Vec<u8> {
+    let blocks = (count.div_ceil(8)).div_ceil(4096);
+    let mut file = Bytes::default();
+    file.bytes(b"KDUMP   ").u32s(&[6]).zeros(4 * 65).bytes(b"x86_64").zeros(65 - 6 + 65 + 6).u64s(&[0, 0]);
+    // Status, block size, blocks of the second header, blocks of both bitmaps, pages (not used any more).
+    file.u32s(&[0, 4096, 1, 2 * blocks as u32, u32::MAX]).zeros(5 * 4);
+    file.0.resize(4096, 0);
+    let bitmaps = 2 * 4096;
+    let descriptors = bitmaps + 2 * blocks * 4096;
+    let notes_at = descriptors + 24 * pages.len() as u64;
+    file.u64s(&[0]).u32s(&[31, 0]).u64s(&[0; 4]).u64s(&[notes_at, notes.len() as u64, 0, 0, 0, 0, count]);
+    file.0.resize(bitmaps as usize, 0);
+    let set = |all: &mut [u8], page: u64| all[page as usize / 8] |= 1 << (page % 8);
+    let (mut first, mut second) = (vec![0; blocks as usize * 4096], vec![0; blocks as usize * 4096]);
+    (0..count).for_each(|page| set(&mut first, page));
+    pages.iter().for_each(|(page, ..)| set(&mut second, *page));
+    file.bytes(&first).bytes(&second);
+    let mut data = Bytes::default();
+    data.bytes(notes);
+    for (_, packing, page) in pages {
+        let (flags, bytes) = match packing {
+            Packing::None => (0, page.to_vec()),
+            Packing::Zlib => (1, miniz_oxide::deflate::compress_to_vec_zlib(page, 6)),
+            Packing::Snappy => (4, snap::raw::Encoder::new().compress_vec(page).unwrap()),
+            Packing::Lost => (0, Vec::new()),
+        };
+        // What packing does not make smaller is left as it is.
+        let (flags, bytes) = if bytes.len() < page.len() { (flags, bytes) } else { (0, page.to_vec()) };
+        let at = if matches!(packing, Packing::Lost) { 0 } else { notes_at + data.0.len() as u64 };
+        file.u64s(&[at]).u32s(&[bytes.len() as u32, flags]).u64s(&[0]);
+        data.bytes(&bytes);
+    }
+    file.bytes(&data.0);
+    file.0
+}

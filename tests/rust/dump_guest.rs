@@ -53,6 +53,8 @@ fn a_dump_of_a_demo_guest_is_the_guest_in_each_format() {
     let (low, high) = (&memory[..0xa_0000], &memory[0x10_0000..]);
     let pages: Vec<_> = memory.chunks(PAGE).enumerate().rev().map(|(number, page)| (number as u64, page)).collect();
     let runs = [(0, low.len() as u64, low), (0x10_0000, high.len() as u64, high)];
+    let ways = [Packing::Zlib, Packing::Snappy, Packing::None];
+    let packed: Vec<_> = memory.chunks(PAGE).enumerate().map(|(number, page)| (number as u64, ways[number % 3], page)).collect();
     let folder = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("dump-guest-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     for (format, file) in [
@@ -60,6 +62,7 @@ fn a_dump_of_a_demo_guest_is_the_guest_in_each_format() {
         ("LiME", lime(&[(0, low), (0x10_0000, high)])),
         ("ELF core", elf_core(&runs, &qemu_notes(&vcpus))),
         ("Xen core", xen_core(&pages, &vcpus)),
+        ("kdump", kdump(packed.len() as u64, &packed, &qemu_notes(&vcpus))),
     ] {
         let path = folder.join("guest.dump");
         std::fs::write(&path, &file).unwrap();

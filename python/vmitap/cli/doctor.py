@@ -95,4 +95,8 @@ def check_dump() -> Check:
                 vm.read_pa(0, vm.memory.size)
     except (OSError, vmitap.VmitapError) as error:
         return Check("dump", usable=False, missing=str(error), hint="a folder for temporary files is needed to try it")
-    return Check("dump", usable=True, found=["raw memory, LiME, ELF cores of QEMU, libvirt and kdump, Xen cores of HVM and PVH domains"])
+    return Check(
+        "dump",
+        usable=True,
+        found=["raw memory, LiME, ELF cores of QEMU, libvirt and kdump, Xen cores of HVM and PVH domains, compressed kdumps"],
+    )

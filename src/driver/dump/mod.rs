@@ -2,6 +2,7 @@
 
 mod elf;
 mod extents;
+mod kdump;
 mod lime;
 mod raw;
 mod refuse;
@@ -41,25 +42,28 @@ impl Contents {
 enum Pages {
     /// As it was in memory, in runs.
     AsTheyAre(Extents),
+    /// Page by page, packed.
+    Packed(kdump::Packed),
 }
 
 impl Pages {
     fn end(&self) -> u64 {
         match self {
             Self::AsTheyAre(extents) => extents.end(),
+            Self::Packed(pages) => pages.end(),
         }
     }
 
     fn read(&self, file: &File<'_>, pa: u64, buf: &mut [u8]) -> Result<()> {
         match self {
             Self::AsTheyAre(extents) => extents.read(file, pa, buf),
+            Self::Packed(pages) => pages.read(file, pa, buf),
         }
     }
 }
 
 /// Formats that are known, and cannot be read: how they begin, and what they are.
 const UNREADABLE: &[(&[u8], &str)] = &[
-    (b"KDUMP   ", "a compressed kdump, which makedumpfile -E writes as an ELF core"),
     (b"makedumpfile\0", "a flattened kdump, which makedumpfile -R puts together"),
     (b"DISKDUMP", "a diskdump"),
     (b"PAGEDU", "a crash dump of Windows"),
@@ -82,6 +86,9 @@ fn contents(file: &File<'_>) -> Result<Contents> {
     if head.starts_with(lime::MAGIC) {
         return lime::read(file);
     }
+    if head.starts_with(kdump::MAGIC) {
+        return kdump::read(file);
+    }
     if let Some((_, what)) = UNREADABLE.iter().find(|(magic, _)| head.starts_with(magic)) {
         return Err(file.error(format!("it is {what}")));
     }
@@ -101,7 +108,8 @@ pub struct DumpDriver {
 }
 
 impl DumpDriver {
-    /// Opens a file of one of the formats: raw memory, LiME, ELF cores of QEMU, libvirt and kdump, Xen's cores of HVM and PVH domains.
+    /// Opens a file of one of the formats: raw memory, LiME, ELF cores of QEMU, libvirt and kdump, compressed kdumps, and Xen's
+    /// cores of HVM and PVH domains.
     ///
     /// # Errors
     /// [`VmiError::Attach`] if the file cannot be read, [`VmiError::Image`] if it is no such dump, is cut off or contradicts itself.
