@@ -19,7 +19,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
 LIBUNICORN = $$($(BIN)/python -c 'import vmitap; print(vmitap.find_libunicorn())')
 
-.PHONY: help demo test lint format bench bench-parts fuzz soak miri valgrind wheel xen-lab clean
+.PHONY: help demo test lint format bench bench-table bench-parts fuzz soak miri valgrind wheel xen-lab clean
 
 help: ## this list
 	@echo "vmitap: tap a running virtual machine without the machine noticing"
@@ -49,10 +49,12 @@ format: $(VENV)/.dev ## write the formatting that lint asks for
 	$(BIN)/ruff check --fix
 
 # PEERS=python with what is compared: python -m venv peers && peers/bin/pip install frida qiling python-ptrace
-bench: $(VENV)/.built ## one table: a hit here, in plain unicorn scripts, in gdb, and in peers (PEERS=peers/bin/python)
+bench: bench-table bench-parts ## one table: a hit here, in plain unicorn scripts, in gdb, and in peers (PEERS=peers/bin/python); then the parts
+
+bench-table: $(VENV)/.built
 	@$(BIN)/python benches/python/bench_table.py $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
-bench-parts: $(VENV)/.built $(VENV)/.dev ## the benchmarks of the parts; compare ratios within one run
+bench-parts: $(VENV)/.built $(VENV)/.dev ## the benchmarks of the parts: lookups, books, the dance, insertions, captures, handlers
 	@VMITAP_LIBUNICORN=$(LIBUNICORN) cargo bench --features mock --bench '*' $(ARGS)
 	@$(BIN)/python benches/python/bench_dance.py
 	@$(BIN)/python benches/python/bench_insertion.py
