@@ -95,7 +95,8 @@ fn every_format() -> Vec<(&'static str, Vec<u8>)> {
     let vcpus = [registers(1), registers(2)];
     let page = |number: usize| (number as u64, &memory[number * PAGE..][..PAGE]);
     let no_page = (u64::MAX, &memory[..PAGE]);
-    let pages: Vec<_> = [8, 9, 0, 1, 2, 7, 3, 6].map(page).into_iter().chain([no_page]).collect();
+    let mut pages = [8, 9, 0, 1, 2, 7, 3, 6].map(page).to_vec();
+    pages.insert(3, no_page);
     let runs = [(0, low.len() as u64, low), (0x6000, high.len() as u64, high)];
     let ways = [Packing::None, Packing::Zlib, Packing::Snappy];
     let packed: Vec<_> =
@@ -118,7 +119,16 @@ fn what_a_dump_holds_is_read_and_a_hole_is_an_error_with_its_address() {
             let mut bytes = vec![0xee; len];
             dump.read(Pa(pa), &mut bytes).map(|()| bytes)
         };
-        for (from, to) in [(0, 0x4000), (0x6000, 0xa000), (0xfff, 0x1001), (0x2ffe, 0x3004), (0x7ff0, 0x9010), (5, 5)] {
+        for (from, to) in [
+            (0, 0x4000),
+            (0x6000, 0xa000),
+            (0xfff, 0x1001),
+            (0x2ffe, 0x3004),
+            (0x7ff0, 0x9010),
+            (0x3fff, 0x4000),
+            (0x9fff, 0xa000),
+            (5, 5),
+        ] {
             assert_eq!(read(from as u64, to - from).unwrap(), memory[from..to], "{format}: {from:#x}..{to:#x}");
         }
         let missing = |pa, len| Err(VmiError::NotInDump { pa: Pa(pa), len });
@@ -246,7 +256,9 @@ fn segments_that_show_the_same_memory_are_one_and_others_are_refused() {
     whole[second + 8..][..8].copy_from_slice(&(first + 0x3000).to_le_bytes());
     whole[second + 24..][..8].copy_from_slice(&0x3000_u64.to_le_bytes());
     whole[second + 32..][..8].copy_from_slice(&0x2000_u64.to_le_bytes());
-    opened(&whole).unwrap();
+    let mut behind = vec![0; PAGE + 8];
+    opened(&whole).unwrap().read(Pa(0x3ff8), &mut behind).unwrap();
+    assert_eq!(behind, [&memory[0x3ff8..], &memory[PAGE..2 * PAGE]].concat());
     // At another offset the second one begins inside of the first and ends behind it.
     whole[second + 8..][..8].copy_from_slice(&first.to_le_bytes());
     assert!(reason(&whole).contains("overlaps"), "{}", reason(&whole));
