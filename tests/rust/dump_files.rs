@@ -203,7 +203,9 @@ pub fn kdump(count: u64, pages: &[(u64, Packing, &[u8])], notes: &[u8]) -> Vec<u
     let set = |all: &mut [u8], page: u64| all[page as usize / 8] |= 1 << (page % 8);
     let (mut first, mut second) = (vec![0; blocks as usize * 4096], vec![0; blocks as usize * 4096]);
     (0..count).for_each(|page| set(&mut first, page));
-    pages.iter().for_each(|(page, ..)| set(&mut second, *page));
+    for (page, ..) in pages {
+        set(&mut second, *page);
+    }
     file.bytes(&first).bytes(&second);
     let mut data = Bytes::default();
     data.bytes(notes);

@@ -30,6 +30,8 @@ mod packed {
 }
 
 type Page = [u8; PAGE_SIZE as usize];
+/// A page that was unpacked, and its number.
+type Unpacked = (u64, Box<Page>);
 
 /// The pages of a kdump.
 pub struct Packed {
@@ -40,7 +42,7 @@ pub struct Packed {
     /// Where the first descriptor is.
     descriptors: u64,
     /// Each at the one place its number leads to.
-    kept: Mutex<Vec<Option<(u64, Box<Page>)>>>,
+    kept: Mutex<Vec<Option<Unpacked>>>,
 }
 
 fn ones(bytes: &[u8]) -> u64 {
