@@ -151,10 +151,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// The view the vCPU of an event is to be in afterwards: during a step in the default view that is another one.
-    fn home_of(&self, event: &VmiEvent) -> View {
-        let view = event.view.unwrap_or(self.tap_view);
-        let home = self.vcpus.get(usize::from(event.vcpu.0)).and_then(|vcpu| vcpu.home);
-        home.filter(|_| view == View::DEFAULT).unwrap_or(view)
+    fn home_of(&mut self, event: &VmiEvent) -> View {
+        let mut view = event.view.unwrap_or(self.tap_view);
+        let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return view };
+        if std::mem::take(&mut vcpu.moved) {
+            // The event may have been on its way then: it tells of the view that it happened in.
+            view = self.vmi.driver().vcpu_view(event.vcpu).unwrap_or(view);
+        }
+        vcpu.home.filter(|_| view == View::DEFAULT).unwrap_or(view)
     }
 
     /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.

@@ -385,3 +385,43 @@ proptest! {
         prop_assert_eq!([0, 1].map(|vcpu| fake.state("int3s", vcpu) + fake.state("misplaced", vcpu)), [0, 0]);
     }
 }
+
+#[test]
+fn an_event_that_was_on_its_way_does_not_undo_a_switch_of_views() {
+    for kind in Kind::ALL {
+        for stepping in [Stepping::Auto, Stepping::Fast, Stepping::Toggle] {
+            for to_default in [false, true] {
+                let fake = looping(kind, 1);
+                let mut session = session(&fake, stepping);
+                let before = session.tap_view();
+                let tap = session.add(&spec(before, true)).unwrap();
+                let other = session.create_view(vmitap::MemoryAccess::RWX).unwrap();
+                let to = if to_default { vmitap::View::DEFAULT } else { other };
+                // The INT3 was executed in the view that the vCPU is taken out of, and nobody has been told yet.
+                fake.run(0, 1);
+                assert_eq!(fake.state("held", 0), 1);
+                session.switch_to_view(to).unwrap();
+                let Poll::Hit(hit) = session.poll(&Limits::default()).unwrap() else { panic!("{kind:?} {stepping:?}") };
+                assert_eq!((hit.tap, hit.va), (tap, Va(CODE)));
+                session.answer(Verdict::Continue).unwrap();
+                while !matches!(
+                    session.poll(&Limits { deadline: Some(Instant::now()), ..Limits::default() }).unwrap(),
+                    Poll::Timeout
+                ) {}
+                // Over the instruction, and with a way of stepping that ends later, through its end.
+                assert!(fake.run(0, 20) > 0);
+                while matches!(
+                    session.poll(&Limits { deadline: Some(Instant::now()), ..Limits::default() }).unwrap(),
+                    Poll::Hit(_)
+                ) {
+                    panic!("{kind:?} {stepping:?}: a hit in a view that no vCPU is in");
+                }
+                fake.run(0, 20);
+                assert_eq!(fake.state("view", 0), i64::from(to.0), "{kind:?} {stepping:?} {to_default}");
+                session.detach().unwrap();
+                drop(session);
+                is_untouched(&fake);
+            }
+        }
+    }
+}
