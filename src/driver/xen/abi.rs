@@ -7,7 +7,7 @@
 //! | domain info | 104 bytes to 4.15, 112 from 4.16 | not needed: the prefix is the same and the buffer larger | public/domctl.h |
 //! | XENMEM_access_default | 10 to 4.19, 11 from 4.20 | not needed: only plain rights are sent | public/memory.h |
 //! | view's default rights | used for pages met later only from 4.19 on (7e5b662b28) | not needed: views begin with all rights, and pages are set one by one | arch/x86/mm/p2m.c |
-//! | switching views on | at run time to 4.18; when the domain is made from 4.19 on (0291089f6e) | `xc_hvm_param_set` says EEXIST | arch/x86/hvm/hvm.c |
+//! | switching views on | at run time to 4.18; when the domain is made from 4.19 on (0291089f6e) | `xc_hvm_param_set` says EEXIST, also to the 0 that is there | arch/x86/hvm/hvm.c |
 //! | most views | 10 with the default one to 4.20; `altp2m_count=` from 4.21 on (06cf6cdab4) | [`Abi::max_views`]; there is no query | asm-x86/domain.h |
 //! | fast step without the single-step monitor | broken to 4.18 (410ef33439) | not needed: the monitor is always on | arch/x86/hvm/monitor.c |
 //! | fast step left over after stepping was switched off | 4.14 to 4.16, 4.17.0 to 4.17.3, 4.18.0 (897def94b5) | not needed: steps are let end before a view is left | arch/x86/hvm/hvm.c |

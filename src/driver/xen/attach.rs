@@ -162,7 +162,7 @@ pub fn vcpus(info: &DomainInfo) -> u16 {
 }
 
 /// What can be seen of a domain without changing it: whether it can be tapped. Returns the capability bits.
-pub fn check(control: &Control, abi: &Abi, info: &DomainInfo) -> Result<u32, Obstacle> {
+pub fn check(control: &Control, info: &DomainInfo) -> Result<u32, Obstacle> {
     let id = u32::from(info.domain);
     if id == 0 {
         return Err(Obstacle::new("domain 0 is the control domain itself", "tap another domain"));
@@ -205,9 +205,13 @@ pub fn check(control: &Control, abi: &Abi, info: &DomainInfo) -> Result<u32, Obs
     match control.altp2m_state(id) {
         Ok(_) => Ok(bits),
         Err(error) if matches!(error.errno, errno::EOPNOTSUPP | errno::ENOSYS) => Err(no_altp2m(control)),
-        // Not switched on for this domain: from 4.19 on that is for its configuration to say.
-        Err(error) if error.errno == errno::EINVAL && abi.release < (4, 19) => Ok(bits),
-        Err(error) if error.errno == errno::EINVAL => Err(not_in_domain(id)),
+        // Not switched on for this domain. From 4.19 on that is for its configuration to say, and the parameter is read-only; before, the 0 that
+        // is there is written over itself (`hvm_allow_set_param` in arch/x86/hvm/hvm.c).
+        Err(error) if error.errno == errno::EINVAL => match control.set_param(id, HVM_PARAM_ALTP2M, 0) {
+            Ok(()) => Ok(bits),
+            Err(error) if error.errno == errno::EEXIST => Err(not_in_domain(id)),
+            Err(error) => Err(explain(&error)),
+        },
         Err(error) => Err(explain(&error)),
     }
 }
@@ -326,7 +330,7 @@ pub fn host(library: Option<&Path>) -> Result<HostSummary> {
         is_hvm: info.flags & dominf::HVM_GUEST != 0,
         vcpus: vcpus(&info),
         memory_size: info.tot_pages.saturating_mul(crate::addr::PAGE_SIZE),
-        obstacle: check(control, &abi, &info).err().or_else(|| listened_to(control, info.domain.into())),
+        obstacle: check(control, &info).err().or_else(|| listened_to(control, info.domain.into())),
     });
     Ok(HostSummary {
         version: version(&abi),

@@ -162,7 +162,7 @@ impl XenDriver {
         let xen = attach::open_xen(options.library.as_deref()).map_err(refuse)?;
         let abi = attach::find_abi(xen.control()).map_err(refuse)?;
         let (found, name) = attach::find_domain(&xen, which).map_err(refuse)?;
-        let bits = attach::check(xen.control(), &abi, &found).map_err(refuse)?;
+        let bits = attach::check(xen.control(), &found).map_err(refuse)?;
         let (domain, vcpus) = (u32::from(found.domain), attach::vcpus(&found));
         let highest = xen.control().maximum_gpfn(domain).map_err(call)?;
         let events = xen.event_channels().map_err(call)?;

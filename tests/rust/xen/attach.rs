@@ -152,6 +152,8 @@ fn domains_are_listed_with_what_is_in_the_way() {
     let found = host(Some(fake.path())).unwrap();
     assert_eq!((found.version.as_str(), found.obstacle), ("xen 4.17.5 (vm_event 7)", None));
     assert_eq!(found.libraries, [fake.path().to_string_lossy()]);
+    // That its views are off is in nobody's way, and looking has not switched them on.
+    assert_eq!(fake.knob("altp2m_param"), 0);
     let list = found.domains;
     let names: Vec<_> = list.iter().map(|domain| (domain.id, domain.name.as_str(), domain.is_hvm)).collect();
     assert_eq!(names, [(0, "Domain-0", false), (7, "guest", true)]);
