@@ -1809,7 +1809,15 @@ class RunResult:
         """What ended it.
 
         "timeout"; "max_hits"; "stopped" by `stop()`; "paused" or "detached" by a verdict; "idle": every vCPU has halted for good,
-        or is held.
+        or is held, or the guest has shut down.
+        """
+    @property
+    def shutdown(self) -> Literal["poweroff", "reboot", "suspend", "crash", "watchdog", "soft-reset", "other"] | None:
+        """How the guest has shut down, where `reason` is "idle" for that and the driver is told (Xen, within half a second); else None.
+
+        Xen says "poweroff" also where every vCPU has halted for good. "suspend" is what stops a guest that is saved or migrated. Who
+        manages the guest may destroy it next, and start another in its place: what is asked of the session then is a `DomainGoneError`
+        that names the same.
         """
     @property
     def hits(self) -> int:

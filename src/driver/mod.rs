@@ -164,6 +164,58 @@ pub trait VmiInfo {
     fn console(&self) -> Option<Vec<u8>> {
         None
     }
+
+    /// How the guest has shut down, as far as the last wait saw; `None` while it has not, and where the driver is not told.
+    fn shutdown(&self) -> Option<Shutdown> {
+        None
+    }
+}
+
+/// What a guest, or whoever manages it, gave as the reason when it was shut down (Xen's public/sched.h, "Reason codes").
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Shutdown {
+    /// It has switched itself off.
+    Poweroff,
+    /// It wants to be started again.
+    Reboot,
+    /// It has been stopped to be saved or migrated.
+    Suspend,
+    /// It has ended in a fault, or says that it has.
+    Crash,
+    /// Its watchdog was not fed.
+    Watchdog,
+    /// It begins anew in the same memory, as into another kernel.
+    SoftReset,
+    /// A reason that is not known here.
+    Other,
+}
+
+impl Shutdown {
+    /// By its number.
+    pub const fn from_code(code: u32) -> Self {
+        match code {
+            0 => Self::Poweroff,
+            1 => Self::Reboot,
+            2 => Self::Suspend,
+            3 => Self::Crash,
+            4 => Self::Watchdog,
+            5 => Self::SoftReset,
+            _ => Self::Other,
+        }
+    }
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Poweroff => "poweroff",
+            Self::Reboot => "reboot",
+            Self::Suspend => "suspend",
+            Self::Crash => "crash",
+            Self::Watchdog => "watchdog",
+            Self::SoftReset => "soft-reset",
+            Self::Other => "other",
+        }
+    }
 }
 
 /// Reading guest-physical memory, as the default view shows it.

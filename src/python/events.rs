@@ -16,6 +16,7 @@ use super::hit::Hit;
 use super::hook::{Course, Reason, drive};
 use super::shared::{Listener, Shared};
 use super::vm::Vm;
+use crate::driver::Shutdown;
 use crate::session::Stats as Counters;
 
 /// Why `run` came back, and what happened in it.
@@ -24,6 +25,8 @@ use crate::session::Stats as Counters;
 pub struct RunResult {
     /// What ended it.
     reason: &'static str,
+    /// How the guest has shut down, if it has and the driver is told.
+    shutdown: Option<&'static str>,
     /// Hits of breakpoints and watches; an event that several own counts once for each.
     hits: u64,
     /// Hits that filters kept back, and events nobody wanted: under another root, or in the rest of a watched page.
@@ -61,12 +64,16 @@ impl RunResult {
     pub fn new(py: Python<'_>, shared: &Shared, course: &Course, reason: Reason) -> Self {
         let elapsed = course.begun.elapsed().as_secs_f64();
         let before = &course.holds_before;
-        let (now, holds) = shared.quick(py, |inner| (inner.session.stats(), inner.session.holds().since(before)));
+        let (now, holds, shutdown) = shared.quick(py, |inner| {
+            let session = &inner.session;
+            (session.stats(), session.holds().since(before), session.vmi().driver().shutdown().filter(|_| reason == Reason::Idle))
+        });
         let hits = now.hits.saturating_sub(course.before.hits);
         let handled = now.handled.saturating_sub(course.before.handled);
         let hold_total = now.hold_total.saturating_sub(course.before.hold_total).as_secs_f64();
         Self {
             reason: reason.name(),
+            shutdown: shutdown.map(Shutdown::name),
             hits,
             filtered: now.filtered.saturating_sub(course.before.filtered),
             py_calls: shared.calls.load(Ordering::Relaxed).saturating_sub(course.calls_before),

@@ -9,8 +9,8 @@ use super::journal::{Entry, Found, Journal};
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, Trap, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection,
-    VmiRead, VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
+    Additions, Caps, Monitor, Shutdown, Trap, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject,
+    VmiProtection, VmiRead, VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
 use crate::event::VmiEventResponse;
@@ -131,6 +131,10 @@ impl<D: VmiDriver + ?Sized> VmiInfo for Journaled<D> {
 
     fn console(&self) -> Option<Vec<u8>> {
         self.inner.console()
+    }
+
+    fn shutdown(&self) -> Option<Shutdown> {
+        self.inner.shutdown()
     }
 }
 

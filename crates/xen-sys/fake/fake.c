@@ -350,7 +350,7 @@ int xc_domain_getinfolist(void *x, uint32_t first, unsigned max, struct info *ou
     memset(out, 0, sizeof *out);
     if (!first) { out->max_vcpu = 0; return 1; }
     out->domain = DOMAIN; out->tot = GUEST_PAGES; out->max = d.max_pages; out->max_vcpu = VCPUS - 1;
-    out->flags = (knob("dying") ? 1 : 0) | (knob("hvm") ? 2 : 0) | (knob("shutdown") ? 4 : 0) | (d.pauses ? 8 : 0) | (knob("hap") ? 256 : 0);
+    out->flags = (knob("dying") ? 1 : 0) | (knob("hvm") ? 2 : 0) | (knob("shutdown") ? 4 | (knob("shutdown") - 1) << 16 : 0) | (d.pauses ? 8 : 0) | (knob("hap") ? 256 : 0);
     return 1;
 }
 int xc_domain_pause(void *x, uint32_t dom) { (void)x; (void)dom; ENTER(); d.pauses++; return 0; }

@@ -100,6 +100,8 @@ pub mod dominf {
     pub const SHUTDOWN: u32 = 1 << 2;
     pub const PAUSED: u32 = 1 << 3;
     pub const HAP: u32 = 1 << 8;
+    pub const SHUTDOWN_SHIFT: u32 = 16;
+    pub const SHUTDOWN_MASK: u32 = 255;
 }
 
 /// hvm/params.h: HVM_PARAM_ALTP2M.

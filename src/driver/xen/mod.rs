@@ -32,7 +32,8 @@ use xen_sys::types::{NO_ERROR_CODE, event_type, monitor_event};
 use xen_sys::{DeviceModel, EventChannels, Xen, errno};
 
 use super::{
-    Caps, Monitor, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiRead, VmiRegisters, VmiWrite, Wait, Waker,
+    Caps, Monitor, Shutdown, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiRead, VmiRegisters, VmiWrite, Wait,
+    Waker,
 };
 use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE, Pa, VcpuId};
 use crate::arch::amd64::{ControlRegister, Injection, InjectionKind, Registers, vector};
@@ -136,6 +137,8 @@ pub struct XenDriver {
     has_deposed: bool,
     /// When the domain was last looked at.
     looked_at: Instant,
+    /// How the domain has shut down, while it has.
+    shutdown: Option<Shutdown>,
     /// Why the domain is gone, once it is.
     gone: Option<String>,
     /// Why the ring cannot be used any more, although the domain may be there.
@@ -202,6 +205,7 @@ impl XenDriver {
             stepping: options.stepping,
             has_deposed: options.take_over,
             looked_at: Instant::now(),
+            shutdown: None,
             gone: None,
             broken: None,
             has_ended: false,
@@ -302,11 +306,20 @@ impl XenDriver {
         use xen_sys::types::dominf;
         self.looked_at = Instant::now();
         let info = self.xen.control().domain(self.domain).map_err(|error| failed(&error))?;
-        let reason = match info {
-            Some(info) if info.flags & dominf::DYING == 0 => return Ok(info.flags & dominf::SHUTDOWN == 0),
+        if let Some(info) = &info {
+            let has_shut_down = info.flags & dominf::SHUTDOWN != 0;
+            self.shutdown =
+                has_shut_down.then(|| Shutdown::from_code(info.flags >> dominf::SHUTDOWN_SHIFT & dominf::SHUTDOWN_MASK));
+        }
+        let mut reason = match info {
+            Some(info) if info.flags & dominf::DYING == 0 => return Ok(self.shutdown.is_none()),
             Some(_) => format!("domain {} is being destroyed", self.domain),
             None => format!("domain {} does not exist any more", self.domain),
         };
+        if let Some(shutdown) = self.shutdown {
+            // Who manages it (xl) destroys it then, and may have made another in its place.
+            reason = format!("{reason}; it had shut down ({})", shutdown.name());
+        }
         // A mapping keeps a domain that has ended from going away.
         self.pages.clear();
         self.gone = Some(reason.clone());
@@ -343,6 +356,10 @@ impl VmiInfo for XenDriver {
 
     fn version(&self) -> String {
         attach::version(&self.abi)
+    }
+
+    fn shutdown(&self) -> Option<Shutdown> {
+        self.shutdown
     }
 }
 

@@ -239,7 +239,8 @@ impl XenDriver {
             let now = Instant::now();
             self.pages.age(now);
             let deadline = *deadline.get_or_insert(now + timeout);
-            if now.saturating_duration_since(self.looked_at) >= LOOK && !self.look()? {
+            let is_due = self.shutdown.is_some() || now.saturating_duration_since(self.looked_at) >= LOOK;
+            if is_due && !self.look()? {
                 return Ok(Wait::Idle);
             }
             // Even without time the channel is looked at once.

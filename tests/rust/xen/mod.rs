@@ -3,6 +3,7 @@
 mod attach;
 mod bell;
 mod dance;
+mod end;
 mod faults;
 mod repair;
 mod ring;
