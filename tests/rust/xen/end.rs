@@ -1,12 +1,72 @@
-//! How a session ends: what is told of a domain that has ended by itself.
+//! How a session ends: in which order things are taken back, and what is told of a domain that has ended by itself.
 
 use std::time::Duration;
 
 use vmitap::VmiError;
-use vmitap::driver::{Shutdown, VmiEvents, VmiInfo, Wait};
-use xen_sys::fake::Kind;
+use vmitap::driver::xen::Stepping;
+use vmitap::driver::{Monitor, Shutdown, VmiEvents, VmiInfo, VmiViews, Wait};
+use vmitap::{MemoryAccess, View};
+use xen_sys::fake::{Kind, Reg};
 
-use super::{attach, guest, is_untouched};
+use super::{CODE, attach, guest, is_untouched, tapped_with};
+
+/// Calls that change nothing in the domain.
+const LOOKS: &[&str] = &[
+    "xc_domain_getinfolist",
+    "xc_altp2m_get_vcpu_p2m_idx",
+    "xc_domain_hvm_getcontext_partial",
+    "xenevtchn_fd",
+    "xenevtchn_pending",
+    "xenevtchn_unmask",
+];
+
+#[test]
+fn a_domain_is_let_go_in_the_documented_order() {
+    for kind in Kind::ALL {
+        // A vCPU has an event that was handed out, the other one that was not.
+        let mut lab = tapped_with(kind, &[0x55, 0x90], Stepping::Fast, |fake| fake.set("vcpus", 2));
+        lab.fake.set_reg(1, Reg::Rip, CODE);
+        lab.vmi.driver_mut().monitor(Monitor::Cpuid, true).unwrap();
+        let other = lab.vmi.driver_mut().create_view(MemoryAccess::RWX).unwrap();
+        assert_ne!(other, View::DEFAULT);
+        lab.fake.run(0, 1);
+        lab.fake.run(1, 1);
+        lab.event();
+        let before = lab.fake.total();
+        drop(lab.vmi);
+        let fake = lab.fake;
+        let mut calls: Vec<String> = (before + 1..=fake.total()).map(|nth| fake.name(nth)).collect();
+        calls.retain(|name| !LOOKS.contains(&name.as_str()));
+        calls.dedup();
+        let expected = [
+            // Every vCPU into the default view while the domain runs, and every event answered.
+            "xc_altp2m_switch_to_view",
+            "xenevtchn_notify",
+            "xc_domain_pause",
+            // Nothing that could still come from a vCPU, before the views that it would come from.
+            "xc_domain_debug_control",
+            "xc_monitor_",
+            "xc_altp2m_destroy_view",
+            "xc_altp2m_set_domain_state",
+            // Frames once nothing shows or maps them.
+            "xenforeignmemory_unmap",
+            "xc_domain_decrease_reservation_exact",
+            "xc_domain_setmaxmem",
+            "xenforeignmemory_unmap",
+            "xc_monitor_disable",
+            "xenevtchn_unbind",
+            "xc_domain_unpause",
+        ];
+        let mut said: Vec<&str> = calls
+            .iter()
+            .map(|name| if name.starts_with("xc_monitor_") && name != "xc_monitor_disable" { "xc_monitor_" } else { name })
+            .collect();
+        said.dedup();
+        let closed = said.iter().position(|name| name.ends_with("_close")).unwrap();
+        assert_eq!(said[..closed], expected, "{kind:?}");
+        is_untouched(&fake);
+    }
+}
 
 #[test]
 fn how_a_domain_has_shut_down_is_told() {
