@@ -367,7 +367,7 @@ def shown(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def test_the_command_line_looks_at_a_dump(files: dict[str, Path], guest: Guest) -> None:
+def test_the_command_line_looks_at_a_dump(files: dict[str, Path], guest: Guest, tmp_path: Path) -> None:
     target, raw_target = f"dump:{files['ELF core']}", f"dump:{files['raw']}"
     va, pa, data = guest.places["open_file"]
     root = guest.vcpus[0].root
@@ -376,6 +376,7 @@ def test_the_command_line_looks_at_a_dump(files: dict[str, Path], guest: Guest) 
     assert [vcpu["rip"] for vcpu in info["vcpus"]] == [regs.rip for regs in guest.vcpus]
     assert info["capabilities"]["events"] is False
     assert shown("info", raw_target)["vcpus"] == []
+    assert shown("info", write(tmp_path / "vmcore", elf(guest, notes=None)))["vcpus"] == []
     assert "ELF core" in command("info", target).stdout
     assert "raw" in command("info", raw_target).stdout
     assert shown("read", hex(va), "64", target)["hex"] == data.hex()
