@@ -1,9 +1,9 @@
 """One table: what a hit costs with vmitap, with plain `unicorn` scripts, and with what else taps a function from Python.
 
-`make bench-table` runs it; by hand: `python benches/python/bench_table.py [--turns N] [--calls N] [--markdown]`. Everything is measured in this
-one run, in turns, in the processor time of all that take part, and the best of the turns counts: compare the ratios, not the times of two
-machines. Each way must count every call, or there is no result. `--peers PYTHON` is an interpreter that has what is to be compared (`pip
-install frida qiling python-ptrace`), if this one has not; what is missing is said in its row.
+`make bench-table` runs it; by hand: `python benches/python/bench_table.py [--turns N] [--calls N] [--markdown]`. Everything is measured
+in this one run, in turns, in the processor time of all that take part, and the best of the turns counts: compare the ratios, not the
+times of two machines. Each way must count every call, or there is no result. `--peers PYTHON` is an interpreter that has what is to be
+compared (`pip install frida qiling python-ptrace`), if this one has not; what is missing is said in its row.
 
 The tapped function is the same in all rows: it adds its argument up, counts, and returns. vmitap and the unicorn scripts call it in a
 guest with page tables (tests/guests/calls.S), the others in an ordinary process (peers/process.c).
