@@ -203,6 +203,7 @@ u64 mismatches_seen(void);
 void probe(u64 round, int requests);
 void probe_give(void);
 void probe_trace(void);
+void probe_storm(void);
 void probe_traced(void);
 
 /* syscall.c */

@@ -173,6 +173,8 @@ static void probes_mode(u64 rounds)
 		if (number("trace=", 0))
 			probe_trace();
 	}
+	for (u64 n = number("storm=", 0); n; n--)
+		probe_storm();
 	if (checking)
 		check_integrity();
 	verdict();

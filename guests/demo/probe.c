@@ -108,6 +108,15 @@ TRACEABLE void probe_trace(void)
 	__asm__ volatile("pushfq; orq $0x100, (%%rsp); popfq; nop; nop; nop; pushfq; andq $~0x100, (%%rsp); popfq" ::: "memory", "cc");
 }
 
+/* Breakpoints of its own in every form: plain, behind prefixes, and as the interrupt. */
+TRACEABLE void probe_storm(void)
+{
+	__asm__ volatile(".global storm_plain, storm_prefixed\n"
+			 "storm_plain: int3\n"
+			 "storm_prefixed: .byte 0x66, 0xcc, 0xf3, 0xcc, 0x48, 0xcc\n"
+			 ".byte 0x66, 0x2e, 0xf2, 0x48, 0xcc, 0xcd, 3" ::: "memory", "cc");
+}
+
 void probe(u64 round, int requests)
 {
 	probe_cpuid();

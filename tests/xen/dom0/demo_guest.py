@@ -41,10 +41,12 @@ def symbols() -> dict[str, int]:
     return found
 
 
-def start_demo(start: Start, cmdline: str, *, vcpus: int = VCPUS, kinds: Sequence[str] = QUICK) -> Domain:
+def start_demo(
+    start: Start, cmdline: str, *, vcpus: int = VCPUS, kinds: Sequence[str] = QUICK, name: str = "demo", **options: object
+) -> Domain:
     """A demo guest that has come up and waits to be told to begin; its checks read in the ways `kinds`."""
     bits = sum(1 << READ_KINDS.index(kind) for kind in kinds)
-    guest = start("demo", IMAGE, f"{cmdline} wait=1 tick=1000000 vcpus={vcpus} kinds={bits}", vcpus=vcpus)
+    guest = start(name, IMAGE, f"{cmdline} wait=1 tick=1000000 vcpus={vcpus} kinds={bits}", vcpus=vcpus, **options)
     wait_for("the guest's start", lambda: guest.console.count("waiting") > 0)
     return guest
 
