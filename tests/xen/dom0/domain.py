@@ -45,8 +45,18 @@ class Domain:
     """A running guest; its debug console (port 0xe9) goes into Xen's own log."""
 
     def __init__(
-        self, name: str, kernel: str, cmdline: str, *, memory: int = 64, vcpus: int = VCPUS, more: str = "", paused: bool = False
+        self,
+        name: str,
+        kernel: str,
+        cmdline: str,
+        *,
+        memory: int = 64,
+        vcpus: int = VCPUS,
+        more: str = "",
+        paused: bool = False,
+        managed: bool = False,
     ) -> None:
+        """`managed`: `xl` stays and starts it again when it wants to be rebooted."""
         self.name = name
         self.vcpus = vcpus
         config = JOB / f"{name}.cfg"
@@ -55,7 +65,7 @@ class Domain:
         lines |= {"on_poweroff": "preserve", "on_crash": "preserve"}
         text = "".join(f'{key}="{value}"\n' for key, value in lines.items())
         config.write_text(f"{text}memory={memory}\nmaxmem={memory}\nvcpus={vcpus}\n{more}\n")
-        xl("create", "-q", "-e", *(["-p"] if paused else []), str(config))
+        xl("create", "-q", *([] if managed else ["-e"]), *(["-p"] if paused else []), str(config))
         self.domid = int(xl("domid", name))
 
     def unpause(self) -> None:

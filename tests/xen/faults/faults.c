@@ -1,6 +1,6 @@
 /*
  * Stands between vmitap and Xen's libraries, all of them: named in VMITAP_LIBXENCTRL, it passes each call on, counts it, and at one of them
- * fails it or ends the process. Its state lies in memory that is shared with processes that are forked later: whoever has forked one that
+ * fails it, or ends the process or the domain. Its state lies in memory that is shared with processes that are forked later: whoever has forked one that
  * is to die reads here how far it came.
  *
  * Built for one release: -DLIBXENCTRL="\"libxenctrl.so.4.17\"". tests/xen/dom0/faults.py drives it.
@@ -9,12 +9,15 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum what { NOTHING, FAIL, KILL_BEFORE, KILL_AFTER };
+enum what { NOTHING, FAIL, KILL_BEFORE, KILL_AFTER, END_DOMAIN };
+/* What becomes of the domain then; what is not negative is the reason of a shutdown (Xen's public/sched.h). */
+enum { DESTROYED = -1, RENAMED = -2 };
 /* The result of a failure that only whoever makes a mistake can meet, and that here nobody does. */
 enum { CERTAIN = 1 };
 
@@ -23,6 +26,7 @@ struct state {
 	long calls; /* so far */
 	long at, what, error; /* what is to happen at which call */
 	long done; /* it has */
+	long domain, way; /* the domain that ends, and how */
 	char last[64], failed[64]; /* the function of the last call, and of the one that failed */
 };
 
@@ -54,6 +58,48 @@ static void *find(const char *name)
 	abort();
 }
 
+void faults_end(int domain, long way)
+{
+	if (way == RENAMED) {
+		void *(*open)(long) = find("xs_open");
+		char (*write)(void *, unsigned, const char *, const char *, unsigned) = find("xs_write");
+		void (*close)(void *) = find("xs_close");
+		char path[64];
+		snprintf(path, sizeof path, "/local/domain/%d/name", domain);
+		void *store = open(0);
+		if (!store || !write(store, 0, path, "renamed", 7))
+			abort();
+		close(store);
+		return;
+	}
+	void *(*open)(void *, void *, unsigned) = find("xc_interface_open");
+	int (*destroy)(void *, unsigned) = find("xc_domain_destroy");
+	int (*shut_down)(void *, unsigned, int) = find("xc_domain_shutdown");
+	int (*close)(void *) = find("xc_interface_close");
+	void *control = open(0, 0, 0);
+	if (!control || (way == DESTROYED ? destroy(control, domain) : shut_down(control, domain, way)))
+		abort();
+	close(control);
+}
+
+/* Has a domain that has shut down go on where it was. */
+int faults_resume(int domain)
+{
+	void *(*open)(void *, void *, unsigned) = find("xc_interface_open");
+	int (*domctl)(void *, void *) = find("xc_domctl");
+	int (*close)(void *) = find("xc_interface_close");
+	/* public/domctl.h; the library fills in the version, and the rest is room. */
+	struct {
+		unsigned cmd, version;
+		unsigned short domain, padding[3];
+		unsigned char rest[256];
+	} request = {.cmd = 27 /* XEN_DOMCTL_resumedomain */, .domain = domain};
+	void *control = open(0, 0, 0);
+	int result = control ? domctl(control, &request) : -1;
+	close(control);
+	return result;
+}
+
 /* Every function takes its arguments in registers and at most two on the stack, whatever they are: eight words pass all of them on. */
 typedef long function(long, long, long, long, long, long, long, long);
 
@@ -70,6 +116,8 @@ static long call(const char *name, function **own, long failed, long a, long b, 
 		errno = state->error;
 		return failed;
 	}
+	if (now == END_DOMAIN)
+		faults_end(state->domain, state->way);
 	if (now == KILL_BEFORE)
 		kill(getpid(), SIGKILL);
 	long result = (*own)(a, b, c, d, e, f, g, h);
