@@ -9,11 +9,11 @@ use common::CpuTime;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use vmitap::arch::amd64::AddressContext;
 use vmitap::core::VmiCore;
-use vmitap::driver::VmiDriver;
-use vmitap::driver::mock::MockDriver;
+use vmitap::driver::mock::{CallKind, MockDriver};
+use vmitap::driver::{Caps, VmiDriver, VmiInfo, VmiViews};
 use vmitap::event::VmiEvent;
-use vmitap::tap::{Breakpoint, BreakpointManager, TapController, TapEvents};
-use vmitap::{Gfn, Pa, Result, Va, View};
+use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager, TapController, TapEvents};
+use vmitap::{Gfn, MemoryAccess, Pa, Result, Va, View};
 
 const VIEW: View = View(1);
 const ROOT: Pa = Pa(0x1000);
@@ -119,5 +119,31 @@ fn lookup(c: &mut Criterion<CpuTime>) {
     }
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = lookup);
+/// The calls of a driver that many breakpoints at once cost, with and without a call for the rights of many pages. They are the same in
+/// each run, and not timed.
+fn bulk(_: &mut Criterion<CpuTime>) {
+    const PAGES: u64 = 15_000;
+    for multi_access in [true, false] {
+        let mut driver = MockDriver::new((PAGES + 1) << 12, 1);
+        let view = driver.create_view(MemoryAccess::RWX).unwrap();
+        driver.set_caps(Caps { multi_access, ..driver.caps() });
+        let mut vmi = VmiCore::new(Box::new(driver));
+        let points = (0..4 * PAGES).map(|n| {
+            let pa = Pa((n % PAGES) << 12 | (n / PAGES) << 8);
+            (Breakpoint { view, va: Va(pa.0), context: AddressContext::new(ROOT), key: 7, tag: (), global: true }, Some(pa))
+        });
+        let mut manager = BreakpointManager::new();
+        manager.insert_many_with_hints(&mut vmi, &mut BreakpointController::new(), points.collect()).unwrap();
+        let count = |kind| vmi.driver().count_of(kind);
+        println!(
+            "bulk/60,000 breakpoints on 15,000 pages, {} one call for many rights: {} remaps, {} calls that set rights, {} for frames",
+            if multi_access { "with" } else { "without" },
+            count(CallKind::Remap),
+            count(CallKind::SetMemoryAccess) + count(CallKind::SetMemoryAccessMulti),
+            count(CallKind::AllocateFrames),
+        );
+    }
+}
+
+criterion_group!(name = benches; config = common::criterion(); targets = lookup, bulk);
 criterion_main!(benches);

@@ -9,6 +9,7 @@ allocator (MALLOC_ARENA_MAX=1) makes that a matter of what is held, and not of w
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -274,6 +275,8 @@ class Use:
     @classmethod
     def sample(cls, at: float) -> Use:
         gc.collect()
+        # What the allocator keeps for later is not held: it was seen to be 80 MB, and 35 MB more after an hour, with as many bytes in use.
+        ctypes.CDLL(None).malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return cls(round(at), pages * 4096, len(list(Path("/proc/self/fd").iterdir())), threading.active_count())
 
