@@ -152,11 +152,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// The view the vCPU of an event is to be in afterwards: during a step in the default view that is another one.
     fn home_of(&mut self, event: &VmiEvent) -> View {
-        let mut view = event.view.unwrap_or(self.tap_view);
+        let view = event.view.unwrap_or(self.tap_view);
         let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) else { return view };
-        if std::mem::take(&mut vcpu.moved) {
-            // The event may have been on its way then: it tells of the view that it happened in.
-            view = self.vmi.driver().vcpu_view(event.vcpu).unwrap_or(view);
+        if let Some(moved) = vcpu.moved.take() {
+            // The event may have been on its way then, and tells of the view that it happened in.
+            return moved;
         }
         vcpu.home.filter(|_| view == View::DEFAULT).unwrap_or(view)
     }

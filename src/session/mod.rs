@@ -391,7 +391,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             {
                 log::warn!("global breakpoints could not be looked up under {new:#x}: {error}");
             }
-            self.unanswered.open(event.vcpu, event.view.unwrap_or(self.tap_view));
+            let moved = self.vcpus.get_mut(usize::from(event.vcpu.0)).and_then(|vcpu| vcpu.moved.take());
+            self.unanswered.open(event.vcpu, moved.or(event.view).unwrap_or(self.tap_view));
         }
         Ok(wait)
     }
@@ -412,7 +413,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Self { vmi, unanswered, .. } = self;
         unanswered.settle(vcpu, number, || vmi.driver_mut().respond(vcpu, response))?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(vcpu.0)) {
-            vcpu.home = None;
+            // The answer says where it goes on.
+            (vcpu.home, vcpu.moved) = (None, None);
         }
         Ok(())
     }

@@ -14,8 +14,8 @@ use super::{Hit, TapId, Verdict};
 pub struct Vcpu {
     /// The view it comes back to after a step elsewhere.
     pub home: Option<View>,
-    /// It was put into another view, and has had no event since.
-    pub moved: bool,
+    /// The view it was put into, with no event since.
+    pub moved: Option<View>,
     /// What has to be done once its store is done.
     pub after_write: Option<AfterWrite>,
     /// The same of a store that is told on: not done, and another of its pages is to be decided on.

@@ -133,7 +133,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     fn note_switch(&mut self, view: View) {
         for vcpu in &mut self.vcpus {
             vcpu.home = vcpu.home.map(|_| view);
-            vcpu.moved = true;
+            vcpu.moved = Some(view);
         }
         self.unanswered.move_to(view);
         if let Some(pending) = &mut self.pending {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vmitap::arch::amd64::AddressContext;
+use vmitap::driver::Wait;
 use vmitap::driver::xen::{Stepping, XenDriver, XenOptions};
 use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, TapState, Verdict};
 use vmitap::tap::OnWrite;
@@ -390,7 +391,7 @@ proptest! {
 fn an_event_that_was_on_its_way_does_not_undo_a_switch_of_views() {
     for kind in Kind::ALL {
         for stepping in [Stepping::Auto, Stepping::Fast, Stepping::Toggle] {
-            for to_default in [false, true] {
+            for (to_default, is_raw) in [(false, false), (true, false), (false, true), (true, true)] {
                 let fake = looping(kind, 1);
                 let mut session = session(&fake, stepping);
                 let before = session.tap_view();
@@ -401,9 +402,13 @@ fn an_event_that_was_on_its_way_does_not_undo_a_switch_of_views() {
                 fake.run(0, 1);
                 assert_eq!(fake.state("held", 0), 1);
                 session.switch_to_view(to).unwrap();
-                let Poll::Hit(hit) = session.poll(&Limits::default()).unwrap() else { panic!("{kind:?} {stepping:?}") };
-                assert_eq!((hit.tap, hit.va), (tap, Va(CODE)));
-                session.answer(Verdict::Continue).unwrap();
+                if is_raw {
+                    assert!(matches!(session.wait_raw(Duration::ZERO).unwrap(), Wait::Event(_)));
+                } else {
+                    let Poll::Hit(hit) = session.poll(&Limits::default()).unwrap() else { panic!("{kind:?} {stepping:?}") };
+                    assert_eq!((hit.tap, hit.va), (tap, Va(CODE)));
+                    session.answer(Verdict::Continue).unwrap();
+                }
                 while !matches!(
                     session.poll(&Limits { deadline: Some(Instant::now()), ..Limits::default() }).unwrap(),
                     Poll::Timeout
@@ -413,7 +418,7 @@ fn an_event_that_was_on_its_way_does_not_undo_a_switch_of_views() {
                 let polled = session.poll(&Limits { deadline: Some(Instant::now()), ..Limits::default() }).unwrap();
                 assert!(!matches!(polled, Poll::Hit(_)), "{kind:?} {stepping:?}: a hit in a view that no vCPU is in");
                 fake.run(0, 20);
-                assert_eq!(fake.state("view", 0), i64::from(to.0), "{kind:?} {stepping:?} {to_default}");
+                assert_eq!(fake.state("view", 0), i64::from(to.0), "{kind:?} {stepping:?} {to_default} {is_raw}");
                 session.detach().unwrap();
                 drop(session);
                 is_untouched(&fake);
