@@ -25,7 +25,7 @@ use crate::session::Stats as Counters;
 pub struct RunResult {
     /// What ended it.
     reason: &'static str,
-    /// How the guest has shut down, if it has and the driver is told.
+    /// How the guest has shut down, where `reason` is "idle" for that and the driver is told (Xen, within half a second); else None.
     shutdown: Option<&'static str>,
     /// Hits of breakpoints and watches; an event that several own counts once for each.
     hits: u64,

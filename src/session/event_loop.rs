@@ -82,8 +82,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             // By reference: an event is large, and this is done once for each.
             let event = match &wait {
                 Ok(Wait::Event(event)) => event,
-                // The one that was wanted last was only counted.
-                Ok(Wait::Timeout) if stop_at.is_some_and(|stop_at| self.stats.hits >= stop_at) => return Ok(Poll::MaxHits),
                 Ok(Wait::Timeout) => return self.flush_followed().map(|()| Poll::Timeout),
                 Ok(Wait::Idle) => return self.flush_followed().map(|()| Poll::Idle),
                 Err(_) => return wait.map(|_| Poll::Idle),

@@ -12,7 +12,7 @@ use super::Session;
 const USUAL: u32 = 15;
 
 impl<D: VmiDriver + ?Sized> Session<D> {
-    /// Waits for the next event. Hits of taps that are only counted are none; with the one at which `stop_at` is reached the wait is over.
+    /// Waits for the next event. Hits of taps that are only counted are none, but for the one at which `stop_at` is reached.
     pub(super) fn wait(&mut self, timeout: Duration, stop_at: Option<u64>) -> Result<Wait> {
         let Self {
             vmi, manager, tables, taps, vcpus, owners, sampler, stats, returns, spent, usual, began, holds, flight, ..
@@ -22,7 +22,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return vmi.driver_mut().wait(timeout);
         }
         let clock = || began.elapsed().as_nanos() as u64;
-        let stop = stop_at.map(|stop_at| (stop_at, vmi.driver().waker()));
         vmi.driver_mut().wait_counting(timeout, &mut |trap: &Trap<'_>| {
             let Some(vcpu) = vcpus.get_mut(usize::from(trap.vcpu.0)) else { return false };
             // Something is to be done first.
@@ -34,6 +33,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             manager.for_each_at(trap.view, trap.gfn.pa(trap.rip.0), trap.rip, trap.root, |tap, ()| owners.push(*tap));
             if owners.is_empty() || !owners.iter().all(|id| taps.is_only_counted(*id)) {
                 *usual = USUAL;
+                return false;
+            }
+            if stop_at.is_some_and(|stop_at| stats.hits + owners.len() as u64 >= stop_at) {
                 return false;
             }
             // Those that the filters keep back stood for nothing.
@@ -63,11 +65,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 sampler.pass();
             }
             vcpu.home = Some(trap.view);
-            if let Some((stop_at, waker)) = &stop
-                && stats.hits >= *stop_at
-            {
-                waker.wake();
-            }
             true
         })
     }
