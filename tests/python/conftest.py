@@ -1,13 +1,20 @@
-"""What every test can ask for: the fixtures of `vmitap.testing`, and an address in the demo guest that may be written to."""
+"""What every test can ask for: the fixtures of `vmitap.testing`, an address in the demo guest that may be written to, and the guests of
+tests/guests."""
 
 from __future__ import annotations
 
+import functools
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import vmitap
 
 pytest_plugins = ["vmitap.testing"]
@@ -28,3 +35,18 @@ def vm(demo_vm: vmitap.Vm) -> vmitap.Vm:
 def scratch(vm: vmitap.Vm) -> int:
     """An address in `vm` that may be written to."""
     return vm.symbol("boot_copy")
+
+
+@pytest.fixture(scope="session")
+def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Builds a guest, once, of a source in tests/guests or at a path, and of C files there; returns what to attach to."""
+    folder = tmp_path_factory.mktemp("guests")
+    program = Path(__file__).parents[1] / "guests" / "build.py"
+
+    @functools.cache
+    def build(source: str | Path, *more: str) -> str:
+        image = folder / f"{Path(source).stem}.elf"
+        subprocess.run([sys.executable, str(program), str(source), str(image), *more], check=True, timeout=60)
+        return f"emu:{image}"
+
+    return build

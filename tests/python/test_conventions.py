@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import pytest
@@ -16,23 +15,21 @@ from vmitap import Arg, Reg, StaleContextError, TranslationError
 from vmitap.testing import Breakpoint
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmitap import Hit
     from vmitap.testing import MockVm
 
     Abi = Literal["sysv", "ms"]
 
-GUESTS = Path(__file__).parents[1] / "guests"
 FUNCTIONS: list[tuple[str, Abi]] = [("sysv_eight", "sysv"), ("ms_eight", "ms")]
 CALLS = [(n, 2, 3, 4, 5, 6, 7, 8) for n in (1, 2, 3)]
 """What conventions.c calls each of them with."""
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("guests") / "conventions.elf"
-    command = [sys.executable, str(GUESTS / "build.py"), "conventions.S", str(path), "conventions.c"]
-    subprocess.run(command, check=True, timeout=60)
-    return f"emu:{path}"
+def guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("conventions.S", "conventions.c")
 
 
 @pytest.mark.parametrize(("function", "abi"), FUNCTIONS)

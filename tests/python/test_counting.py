@@ -1,23 +1,22 @@
 """Hits that nobody looks at are counted before there is an event: each one all the same, and beside those that somebody looks at."""
 
-import subprocess
-import sys
-from pathlib import Path
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import pytest
 
 import vmitap
 from vmitap import Arg, Budget
 
-GUESTS = Path(__file__).parents[1] / "guests"
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> str:
+def calls(build_guest: Callable[..., str]) -> str:
     """Calls f 300 times, and g and h in between and at the end: 31 times."""
-    path = tmp_path_factory.mktemp("guests") / "calls.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "calls.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+    return build_guest("calls.S")
 
 
 def assert_whole(vm: vmitap.Vm) -> None:

@@ -4,8 +4,6 @@ import os
 import pickle
 import signal
 import struct
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,24 +15,17 @@ import vmitap
 from vmitap import Access, OnWrite, Verdict
 from vmitap.cli.truth import FUNCTIONS, READ_KINDS, Truth
 
-GUESTS = Path(__file__).parents[1] / "guests"
 ENDLESS = "mode=calls calls=1000000000000"
 
 
-def build(name: str, folder: Path) -> str:
-    path = folder / f"{name}.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), f"{name}.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+@pytest.fixture(scope="session")
+def calls_guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("calls.S")
 
 
 @pytest.fixture(scope="session")
-def calls_guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build("calls", tmp_path_factory.mktemp("guests"))
-
-
-@pytest.fixture(scope="session")
-def patch_guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build("patch", tmp_path_factory.mktemp("guests"))
+def patch_guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("patch.S")
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 import pytest
@@ -13,9 +10,10 @@ import pytest
 import vmitap
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmitap import Hit, Vm
 
-GUESTS = Path(__file__).parents[1] / "guests"
 ROUNDS = 10
 UNMAPPED = 0x0000_7000_0000_0000
 
@@ -29,10 +27,8 @@ class Injection(TypedDict, total=False):
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("guests") / "inject.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "inject.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+def guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("inject.S")
 
 
 def word(vm: Vm, name: str, index: int = 0) -> int:

@@ -6,9 +6,6 @@ handler saw.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
     from vmitap import Hit, Vm
 
-GUESTS = Path(__file__).parents[1] / "guests"
 USER = 0x100_0000_0000
 """Where the guest maps its page for ring 3."""
 IN_USER = {"t_syscall", "t_user_int3", "t_user_nop", "t_user_out"}
@@ -33,10 +29,8 @@ JUMPS = {"t_first": "tapped_start+5", "t_call": "t_call+6", "t_indirect": "t_ind
 
 
 @pytest.fixture(scope="module")
-def guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("guests") / "insns.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "insns.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+def guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("insns.S")
 
 
 def truth(vm: Vm) -> dict[str, bytes | str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,7 +12,10 @@ import vmitap
 from vmitap import Access, Arg, Filter
 from vmitap.cli.truth import Truth
 
-GUESTS = Path(__file__).parents[1] / "guests"
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
 CALLS = "mode=calls callers=1 check=0 calls="
 STORM = """
 #define TAPPED_SIZE 4096
@@ -118,11 +119,12 @@ def test_thousands_of_reads_of_hidden_pages_a_second_from_four_vcpus_are_all_ans
 
 
 @pytest.mark.parametrize("vcpus", [1, 3])
-def test_a_storm_of_the_guests_own_breakpoints_with_prefixes_goes_to_the_guest(tmp_path: Path, vcpus: int) -> None:
-    source, image = tmp_path / "storm.S", tmp_path / "storm.elf"
+def test_a_storm_of_the_guests_own_breakpoints_with_prefixes_goes_to_the_guest(
+    tmp_path: Path, build_guest: Callable[..., str], vcpus: int
+) -> None:
+    source = tmp_path / "storm.S"
     source.write_text(STORM)
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), str(source), str(image)], check=True, timeout=60)
-    with vmitap.attach(f"emu:{image}", memory=8 << 20, vcpus=vcpus) as vm:
+    with vmitap.attach(build_guest(source), memory=8 << 20, vcpus=vcpus) as vm:
         # One of ours on its first byte, and one behind it on the same page.
         own, beside = vm.breakpoint("storm"), vm.breakpoint("tapped", where=Arg(0) == Arg(0))
         assert vm.run(timeout=60).reason == "idle"

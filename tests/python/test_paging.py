@@ -7,23 +7,24 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import vmitap
 from vmitap import VmiEventResponse
 
-GUESTS = Path(__file__).parents[1] / "guests"
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # The addresses of tests/guests/paging.S.
 TARGET, FIRST, ROLE1, ROLE3 = 0x80_0020_5040, 0x80_0020_0040, 0x80_0060_0040, 0x100_0000_3040
 UNMAPPED = 0x7000_0000_0000
 
 
 @pytest.fixture(scope="module")
-def paging_guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("guests") / "paging.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "paging.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+def paging_guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("paging.S")
 
 
 def words(vm: vmitap.Vm, *names: str) -> list[int]:
@@ -98,10 +99,8 @@ def test_the_example_of_the_page_about_paging_runs() -> None:
     subprocess.run([sys.executable, "-c", "import vmitap\n" + example[1]], check=True, timeout=60)
 
 
-def test_a_watch_that_outlives_the_root_it_was_put_in_under_is_enabled_again(tmp_path: Path) -> None:
-    path = tmp_path / "roots.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "roots.S", str(path)], check=True, timeout=60)
-    with vmitap.attach(f"emu:{path}", memory=8 << 20, cmdline="n=20") as vm:
+def test_a_watch_that_outlives_the_root_it_was_put_in_under_is_enabled_again(build_guest: Callable[..., str]) -> None:
+    with vmitap.attach(build_guest("roots.S"), memory=8 << 20, cmdline="n=20") as vm:
         calls: list[vmitap.Breakpoint] = []
 
         @vm.breakpoint("f")

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import vmitap
 from vmitap import OnWrite
 
-GUESTS = Path(__file__).parents[1] / "guests"
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 ROUNDS = 30
 
 
 @pytest.fixture(scope="module")
-def poke_guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("guests") / "poke.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "poke.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+def poke_guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("poke.S")
 
 
 def attach(guest: str, vcpus: int) -> vmitap.Vm:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +16,6 @@ if TYPE_CHECKING:
 
 PHYSMAP = 0xFFFF_8880_0000_0000
 """Where the demo guest sees all of its memory (guests/demo/kernel.h)."""
-GUESTS = Path(__file__).parents[1] / "guests"
 YES = Filter.ring(0)
 NO = Filter.ring(3)
 UNKNOWN = Mem(0x10) == 1
@@ -125,10 +121,8 @@ def test_of_several_breakpoints_under_a_write_one_that_denies_is_enough(vm: Vm) 
 
 
 @pytest.fixture(scope="module")
-def store_guest(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("guests") / "policy.elf"
-    subprocess.run([sys.executable, str(GUESTS / "build.py"), "policy.S", str(path)], check=True, timeout=60)
-    return f"emu:{path}"
+def store_guest(build_guest: Callable[..., str]) -> str:
+    return build_guest("policy.S")
 
 
 # Where it begins, bytes of a round, rounds (0: no string instruction), where the breakpoint is, and whether the store is over it.
