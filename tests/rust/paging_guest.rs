@@ -52,19 +52,29 @@ impl Guest {
         AddressContext::from(&self.session.registers(VcpuId(0)).unwrap())
     }
 
-    pub fn tap(&mut self, va: Va, root: Option<AddressContext>, wanted: bool) -> TapId {
-        let spec = TapSpec {
+    /// A global breakpoint that is only counted.
+    fn spec(&self, va: Va) -> TapSpec {
+        TapSpec {
             kind: TapKind::Breakpoint,
             va,
-            context: root.unwrap_or_else(|| self.here()),
-            global: root.is_none(),
+            context: self.here(),
+            global: true,
             view: self.session.tap_view(),
             on_write: None,
             key: None,
-            wanted,
+            wanted: false,
             enabled: true,
-        };
+        }
+    }
+
+    pub fn tap(&mut self, va: Va, root: Option<AddressContext>, wanted: bool) -> TapId {
+        let spec = self.spec(va);
+        let spec = TapSpec { context: root.unwrap_or(spec.context), global: root.is_none(), wanted, ..spec };
         self.session.add(&spec).unwrap()
+    }
+
+    pub fn tap_under(&mut self, va: Va, on_write: OnWrite) -> TapId {
+        self.session.add(&TapSpec { on_write: Some(on_write), ..self.spec(va) }).unwrap()
     }
 
     /// Runs until nothing can run, with `handler` for each hit that is wanted.

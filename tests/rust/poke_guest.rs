@@ -1,24 +1,13 @@
 //! Guests that patch their own code through another mapping, under a session: tests/guests/poke.S.
 
 use vmitap::MemoryAccess;
-use vmitap::session::{TapId, TapKind, TapSpec, TapState};
+use vmitap::session::{TapId, TapState};
 use vmitap::tap::OnWrite;
 
 use super::paging_guest::Guest;
 
 fn tap(guest: &mut Guest, name: &str, on_write: OnWrite) -> TapId {
-    let spec = TapSpec {
-        kind: TapKind::Breakpoint,
-        va: guest.va(name),
-        context: guest.here(),
-        global: true,
-        view: guest.session.tap_view(),
-        on_write: Some(on_write),
-        key: None,
-        wanted: false,
-        enabled: true,
-    };
-    guest.session.add(&spec).unwrap()
+    guest.tap_under(guest.va(name), on_write)
 }
 
 fn assert_right(guest: &Guest) {

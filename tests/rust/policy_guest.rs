@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use vmitap::Va;
-use vmitap::session::{Limits, Poll, TapId, TapKind, TapSpec, TapState};
+use vmitap::session::{Limits, Poll, TapState};
 use vmitap::tap::OnWrite;
 
 use super::paging_guest::Guest;
@@ -56,22 +56,8 @@ fn outcome(store: Store, vcpu: u16, tapped: u64, policy: OnWrite, answer: OnWrit
     let line = format!("at={at} size={size} rounds={} back={} by={vcpu}", rounds.unwrap_or(0), u8::from(back));
     let mut guest = Guest::boot("policy.S", 2, &line);
     let area = guest.va("area");
-    let mut tap = |offset, on_write| -> TapId {
-        let spec = TapSpec {
-            kind: TapKind::Breakpoint,
-            va: Va(area.0 + offset),
-            context: guest.here(),
-            global: true,
-            view: guest.session.tap_view(),
-            on_write: Some(on_write),
-            key: None,
-            wanted: false,
-            enabled: true,
-        };
-        guest.session.add(&spec).unwrap()
-    };
-    let tap_under = tap(tapped, policy);
-    let hiding = HIDING.map(|offset| tap(offset, OnWrite::Reapply));
+    let tap_under = guest.tap_under(Va(area.0 + tapped), policy);
+    let hiding = HIDING.map(|offset| guest.tap_under(Va(area.0 + offset), OnWrite::Reapply));
     let mut asked = 0;
     let end = Instant::now() + Duration::from_secs(60);
     loop {
