@@ -421,7 +421,7 @@ int xc_set_mem_access(void *x, uint32_t dom, int access, uint64_t g, uint32_t n)
     return 0;
 }
 int xc_get_mem_access(void *x, uint32_t dom, uint64_t g, int *out) { (void)x; (void)dom; ENTER(); if (no_listener()) return -1; if (g >= GFNS || d.host[g] < 0) return ERR(ESRCH); *out = d.host_access[g]; return 0; }
-static int altp2m_off(void) { if (!knob("altp2m")) return ERR(EOPNOTSUPP); if (!knob("altp2m_param")) return ERR(EINVAL); return 0; }
+static int altp2m_off(void) { if (knob("dying")) return ERR(EOPNOTSUPP); if (!knob("altp2m")) return ERR(EOPNOTSUPP); if (!knob("altp2m_param")) return ERR(EINVAL); return 0; }
 static int no_view(uint16_t k) { if (altp2m_off()) return -1; if (!d.altp2m_on) return ERR(EOPNOTSUPP); return k >= MAX_VIEWS || !d.view_used[k] ? ERR(EINVAL) : 0; }
 int xc_altp2m_get_domain_state(void *x, uint32_t dom, bool *on) { (void)x; (void)dom; ENTER(); if (altp2m_off()) return -1; *on = d.altp2m_on; return 0; }
 int xc_altp2m_set_domain_state(void *x, uint32_t dom, bool on) { (void)x; (void)dom; ENTER(); if (altp2m_off()) return -1; d.altp2m_on = on; return 0; }
@@ -515,7 +515,7 @@ void *xenforeignmemory_map(void *x, uint32_t dom, int prot, size_t n, const unsi
     uint8_t *at = mmap(0, n * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     int bad = 0;
     for (size_t i = 0; i < n; i++) {
-        err[i] = g[i] < GFNS && d.host[g[i]] >= 0 ? 0 : -EINVAL;
+        err[i] = g[i] < GFNS && d.host[g[i]] >= 0 && !knob("dying") ? 0 : -EINVAL;
         if (err[i]) bad++; else mmap(at + i * PAGE, PAGE, prot, MAP_SHARED | MAP_FIXED, d.memfd, d.host[g[i]] * PAGE);
     }
     if (bad == (int)n) { munmap(at, n * PAGE); errno = EINVAL; return 0; }

@@ -40,11 +40,11 @@ impl XenDriver {
     pub(super) fn end(&mut self) -> Vec<LeftBehind> {
         let mut left: Vec<LeftBehind> = Vec::new();
         self.has_ended = true;
-        if self.gone.is_none() && self.is_listening {
+        if self.gone.get().is_none() && self.is_listening {
             // A domain that has gone meanwhile needs nothing of this.
             let _ = self.look();
         }
-        let has_domain = self.gone.is_none();
+        let has_domain = self.gone.get().is_none();
         if has_domain {
             // Without a ring it is somebody else who listens, or nobody; or this is the second time.
             if self.ring.is_some() {
@@ -97,7 +97,7 @@ impl XenDriver {
             }
             let answered = self.drain() + usize::from(self.tell().is_err());
             quiet = if is_away || answered > 0 { 0 } else { quiet + 1 };
-            if quiet >= QUIET || self.gone.is_some() {
+            if quiet >= QUIET || self.gone.get().is_some() {
                 break;
             }
             let _ = self.sleep(Duration::from_millis(1));

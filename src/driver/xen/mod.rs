@@ -9,6 +9,7 @@ pub mod bell;
 mod codec;
 mod end;
 mod frames;
+mod gone;
 mod insn;
 mod monitors;
 mod pages;
@@ -18,7 +19,7 @@ mod run;
 mod step;
 mod views;
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -45,6 +46,7 @@ pub use attach::{DomainSummary, HostSummary, Obstacle, host, identity};
 use bell::Bell;
 use end::left_behind;
 use frames::Frames;
+use gone::failed;
 use monitors::monitored;
 use pages::Pages;
 use ring::Ring;
@@ -79,14 +81,6 @@ impl XenOptions {
             Stepping::parse(&name).ok_or_else(|| VmiError::InvalidArgument { what: STEPPING_VARIABLE, reason: reason() })?;
         Ok(Self { stepping, ..Self::default() })
     }
-}
-
-/// What a failed call of Xen's libraries is to the caller.
-fn failed(error: &xen_sys::Error) -> VmiError {
-    if error.errno == errno::ESRCH {
-        return VmiError::DomainGone { reason: format!("{error}") };
-    }
-    VmiError::Driver { op: error.op, errno: error.errno, detail: error.text() }
 }
 
 /// What a request of the ring asks for, if it is an event that is handed out. Its bytes may be anything.
@@ -140,7 +134,7 @@ pub struct XenDriver {
     /// How the domain has shut down, while it has.
     shutdown: Option<Shutdown>,
     /// Why the domain is gone, once it is.
-    gone: Option<String>,
+    gone: OnceCell<String>,
     /// Why the ring cannot be used any more, although the domain may be there.
     broken: Option<String>,
     /// It has let go of the domain, or tried to.
@@ -206,7 +200,7 @@ impl XenDriver {
             has_deposed: options.take_over,
             looked_at: Instant::now(),
             shutdown: None,
-            gone: None,
+            gone: OnceCell::new(),
             broken: None,
             has_ended: false,
         };
@@ -253,7 +247,7 @@ impl XenDriver {
     pub fn count_exits(&mut self, on: bool) -> Result<()> {
         self.xen.control().monitor_vmexit(self.domain, on, false).map_err(|error| match error.errno {
             errno::ENOSYS => VmiError::NotSupported { driver: "xen", capability: "counting VM exits" },
-            _ => failed(&error),
+            _ => self.failed(&error),
         })
     }
 
@@ -292,43 +286,18 @@ impl XenDriver {
 
     /// An error once the domain is gone, or the ring to it is, or the session has ended.
     fn check_alive(&self) -> Result<()> {
-        if self.has_ended && self.gone.is_none() {
+        if self.has_ended && self.gone.get().is_none() {
             return Err(VmiError::DomainGone { reason: "the session has ended".to_owned() });
         }
-        match self.gone.as_ref().or(self.broken.as_ref()) {
+        match self.gone.get().or(self.broken.as_ref()) {
             None => Ok(()),
             Some(reason) => Err(VmiError::DomainGone { reason: reason.clone() }),
         }
     }
 
-    /// Asks whether the domain is still there. True if it runs (or is paused), false if it has shut down.
-    fn look(&mut self) -> Result<bool> {
-        use xen_sys::types::dominf;
-        self.looked_at = Instant::now();
-        let info = self.xen.control().domain(self.domain).map_err(|error| failed(&error))?;
-        if let Some(info) = &info {
-            let has_shut_down = info.flags & dominf::SHUTDOWN != 0;
-            self.shutdown =
-                has_shut_down.then(|| Shutdown::from_code(info.flags >> dominf::SHUTDOWN_SHIFT & dominf::SHUTDOWN_MASK));
-        }
-        let mut reason = match info {
-            Some(info) if info.flags & dominf::DYING == 0 => return Ok(self.shutdown.is_none()),
-            Some(_) => format!("domain {} is being destroyed", self.domain),
-            None => format!("domain {} does not exist any more", self.domain),
-        };
-        if let Some(shutdown) = self.shutdown {
-            // Who manages it (xl) destroys it then, and may have made another in its place.
-            reason = format!("{reason}; it had shut down ({})", shutdown.name());
-        }
-        // A mapping keeps a domain that has ended from going away.
-        self.pages.clear();
-        self.gone = Some(reason.clone());
-        Err(VmiError::DomainGone { reason })
-    }
-
     /// The registers of a vCPU, all of them, from its context.
     fn context_registers(&self, vcpu: VcpuId) -> Result<Registers> {
-        let cpu = self.xen.control().hvm_cpu(self.domain, vcpu.0).map_err(|error| failed(&error))?;
+        let cpu = self.xen.control().hvm_cpu(self.domain, vcpu.0).map_err(|error| self.failed(&error))?;
         Ok(codec::registers_of(&cpu))
     }
 }
@@ -370,7 +339,7 @@ impl VmiRead for XenDriver {
         let (mut at, mut rest) = (pa, buf);
         while !rest.is_empty() {
             let (now, later) = rest.split_at_mut(rest.len().min(at.page_rest() as usize));
-            self.pages.read(at, now)?;
+            self.pages.read(at, now).map_err(|error| self.unless_gone(error))?;
             at = Pa(at.0.saturating_add(now.len() as u64));
             rest = later;
         }
@@ -386,11 +355,13 @@ impl VmiWrite for XenDriver {
             return Ok(());
         };
         // All pages are mapped before any is written.
-        (pa.gfn().0..=last.gfn().0).try_for_each(|frame| self.pages.touch(Gfn(frame)))?;
+        (pa.gfn().0..=last.gfn().0)
+            .try_for_each(|frame| self.pages.touch(Gfn(frame)))
+            .map_err(|error| self.unless_gone(error))?;
         let (mut at, mut rest) = (pa, bytes);
         while !rest.is_empty() {
             let (now, later) = rest.split_at(rest.len().min(at.page_rest() as usize));
-            self.pages.write(at, now)?;
+            self.pages.write(at, now).map_err(|error| self.unless_gone(error))?;
             at = Pa(at.0.saturating_add(now.len() as u64));
             rest = later;
         }
@@ -457,7 +428,7 @@ impl XenDriver {
                 .ok_or(xen_sys::Error { op: "xc_domain_hvm_getcontext", errno: errno::ENOENT })?;
             driver.xen.control().set_hvm_context(driver.domain, &mut new)
         });
-        loaded.map_err(|error| failed(&error))
+        loaded.map_err(|error| self.failed(&error))
     }
 
     /// Does something while no vCPU runs. If they cannot be let go on afterwards it is done all the same: the next wait tries again.
@@ -493,11 +464,12 @@ impl XenDriver {
 impl VmiFrames for XenDriver {
     fn allocate_frames(&mut self, count: usize) -> Result<Vec<Gfn>> {
         self.check_alive()?;
-        self.frames.allocate(self.xen.control(), &self.pages, count)
+        let allocated = self.frames.allocate(self.xen.control(), &self.pages, count);
+        allocated.map_err(|error| self.unless_gone(error))
     }
 
     fn free_frames(&mut self, frames: &[Gfn]) -> Result<()> {
-        if self.has_ended && self.gone.is_none() && self.frames.in_use() == 0 {
+        if self.has_ended && self.gone.get().is_none() && self.frames.in_use() == 0 {
             // Letting go has given all of them back.
             return Ok(());
         }
@@ -519,7 +491,7 @@ impl VmiFrames for XenDriver {
 
 impl VmiEvents for XenDriver {
     fn monitor(&mut self, monitor: Monitor, on: bool) -> Result<()> {
-        if self.has_ended && self.gone.is_none() && self.monitors.contains(&monitor) == on {
+        if self.has_ended && self.gone.get().is_none() && self.monitors.contains(&monitor) == on {
             // Letting go has switched it off.
             return Ok(());
         }
@@ -543,7 +515,7 @@ impl VmiEvents for XenDriver {
         use rustix::event::epoll;
         let os = |op, error: rustix::io::Errno| VmiError::Driver { op, errno: error.raw_os_error(), detail: error.to_string() };
         let both = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| os("epoll_create", error))?;
-        let channel = self.events.fd().map_err(|error| failed(&error))?;
+        let channel = self.events.fd().map_err(|error| self.failed(&error))?;
         for fd in [channel, self.bell.fd().as_fd()] {
             epoll::add(&both, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).map_err(|error| os("epoll_ctl", error))?;
         }
@@ -570,7 +542,7 @@ impl VmiInject for XenDriver {
 impl XenDriver {
     fn inject_event(&self, vcpu: VcpuId, vector: u8, kind: u8, error_code: u32, insn_len: u8, extra: u64) -> Result<()> {
         let injected = self.devices.inject(self.domain as u16, vcpu.0.into(), vector, kind, error_code, insn_len, extra);
-        injected.map_err(|error| failed(&error))
+        injected.map_err(|error| self.failed(&error))
     }
 }
 
@@ -580,7 +552,7 @@ impl VmiControl for XenDriver {
         if self.pauses == 0 {
             // What is paused does not come to an end, and somebody may want to change a page meanwhile.
             self.settle_emulations();
-            self.hold().map_err(|error| failed(&error))?;
+            self.hold().map_err(|error| self.failed(&error))?;
         }
         self.pauses += 1;
         Ok(())
@@ -608,7 +580,7 @@ impl VmiControl for XenDriver {
 
 impl Drop for XenDriver {
     fn drop(&mut self) {
-        if self.gone.is_some() && self.has_ended {
+        if self.gone.get().is_some() && self.has_ended {
             return;
         }
         let mut left = self.end();

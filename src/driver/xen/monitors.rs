@@ -3,7 +3,7 @@
 use xen_sys::errno;
 use xen_sys::types::{ctrlreg, monitor_event};
 
-use super::{XenDriver, failed};
+use super::XenDriver;
 use crate::arch::amd64::ControlRegister;
 use crate::driver::Monitor;
 use crate::error::{Result, VmiError};
@@ -34,7 +34,7 @@ impl XenDriver {
         let (control, domain) = (self.xen.control(), self.domain);
         if on && !self.decides_writes && matches!(monitor, Monitor::ControlRegister(_) | Monitor::Msr(_)) {
             // Else the register is written before the answer is there, and denying it comes too late.
-            control.monitor_control_registers(domain).map_err(|error| failed(&error))?;
+            control.monitor_control_registers(domain).map_err(|error| self.failed(&error))?;
             self.decides_writes = true;
         }
         let control = self.xen.control();
@@ -84,7 +84,7 @@ impl XenDriver {
                 control.monitor_guest_request(domain, on, true, false)
             }
         };
-        monitored(result).map_err(|error| failed(&error))?;
+        monitored(result).map_err(|error| self.failed(&error))?;
         if on {
             self.monitors.insert(monitor);
         } else {

@@ -86,7 +86,7 @@ impl VmiRepair for XenDriver {
     fn release_held(&mut self) -> Result<usize> {
         self.check_alive()?;
         self.settle_emulations();
-        self.to_default_view().map_err(|error| failed(&error))?;
+        self.to_default_view().map_err(|error| self.failed(&error))?;
         let released = self.drain();
         if !self.has_deposed {
             return Ok(released);
@@ -148,9 +148,9 @@ impl XenDriver {
         self.ring = None;
         self.untold = false;
         if let Some(port) = self.port.take() {
-            self.events.unbind(port).map_err(|error| failed(&error))?;
+            self.events.unbind(port).map_err(|error| self.failed(&error))?;
         }
-        self.xen.control().monitor_disable(self.domain).map_err(|error| failed(&error))?;
+        self.xen.control().monitor_disable(self.domain).map_err(|error| self.failed(&error))?;
         self.is_listening = false;
         let switched_on = self.switched_on;
         self.listen().map_err(|obstacle| obstacle.error(&self.info.name))?;

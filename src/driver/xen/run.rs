@@ -7,7 +7,7 @@ use xen_sys::types::flag;
 
 use super::codec::{Asked, Request, Response};
 use super::step::{Fast, Rounds};
-use super::{XenDriver, descriptors, failed};
+use super::{XenDriver, descriptors};
 use crate::addr::{Pa, Va, VcpuId, View};
 use crate::arch::amd64::GpRegisters;
 use crate::driver::Wait;
@@ -124,7 +124,7 @@ impl XenDriver {
     /// Tells Xen that there are answers, unless it knows.
     pub(super) fn tell(&mut self) -> Result<()> {
         if let Some(port) = self.port.filter(|_| self.untold) {
-            self.events.notify(port).map_err(|error| failed(&error))?;
+            self.events.notify(port).map_err(|error| self.failed(&error))?;
             self.untold = false;
         }
         Ok(())
@@ -188,7 +188,7 @@ impl XenDriver {
         let told = self.vcpu(vcpu)?.held.as_ref().and_then(|held| held.event.view);
         let now = match told.filter(|view| !self.has_view(*view)) {
             Some(_) => {
-                Some(View(self.xen.control().altp2m_vcpu_view(self.domain, vcpu.0.into()).map_err(|error| failed(&error))?))
+                Some(View(self.xen.control().altp2m_vcpu_view(self.domain, vcpu.0.into()).map_err(|error| self.failed(&error))?))
             }
             None => told,
         };
@@ -207,7 +207,7 @@ impl XenDriver {
         }
         let mut deadline = None;
         let mut has_slept = false;
-        let told = self.let_run().map_err(|error| failed(&error)).and_then(|()| self.tell());
+        let told = self.let_run().map_err(|error| self.failed(&error)).and_then(|()| self.tell());
         if told.is_err() {
             // Most likely the domain is gone.
             self.look()?;
@@ -256,7 +256,7 @@ impl XenDriver {
 
     /// Waits until Xen or the bell says something, or the time is over. Whether the bell did, or a signal came, which is to be looked at too.
     pub(super) fn sleep(&self, timeout: Duration) -> Result<bool> {
-        let mut fds = descriptors(&self.events, &self.bell).map_err(|error| failed(&error))?;
+        let mut fds = descriptors(&self.events, &self.bell).map_err(|error| self.failed(&error))?;
         let timeout =
             Timespec { tv_sec: timeout.as_secs().try_into().unwrap_or(i64::MAX), tv_nsec: timeout.subsec_nanos().into() };
         match poll(&mut fds, Some(&timeout)) {
@@ -275,8 +275,8 @@ impl XenDriver {
             return Err(VmiError::DomainGone { reason: "its event channel is closed".to_owned() });
         }
         if channel.revents().contains(PollFlags::IN) {
-            let port = self.events.pending().map_err(|error| failed(&error))?;
-            self.events.unmask(port).map_err(|error| failed(&error))?;
+            let port = self.events.pending().map_err(|error| self.failed(&error))?;
+            self.events.unmask(port).map_err(|error| self.failed(&error))?;
         }
         Ok(false)
     }
@@ -286,7 +286,7 @@ impl XenDriver {
     pub(super) fn settle(&mut self) {
         const ROUNDS: u32 = 100;
         self.settle_emulations();
-        if self.pauses > 0 || self.gone.is_some() {
+        if self.pauses > 0 || self.gone.get().is_some() {
             return;
         }
         for round in 0..ROUNDS {
@@ -321,7 +321,7 @@ impl XenDriver {
     pub(super) fn settle_emulations(&mut self) {
         const ROUNDS: u32 = 400;
         for round in 0..ROUNDS {
-            if self.pauses > 0 || self.gone.is_some() || self.vcpus.iter().all(|vcpu| vcpu.emulating.is_none()) {
+            if self.pauses > 0 || self.gone.get().is_some() || self.vcpus.iter().all(|vcpu| vcpu.emulating.is_none()) {
                 return;
             }
             loop {

@@ -261,7 +261,7 @@ impl XenDriver {
         let is_denied = answer.flags() & flag::DENY != 0;
         if in_fast_step && (is_denied || matches!(way, Way::Toggle(_) | Way::Emulate { .. })) {
             // Ends the fast step: another kind of step would be taken for its end.
-            self.xen.control().debug_control(domain, STEP_OFF, vcpu.0.into()).map_err(|error| super::failed(&error))?;
+            self.xen.control().debug_control(domain, STEP_OFF, vcpu.0.into()).map_err(|error| self.failed(&error))?;
         }
         let was_stepping = slot_stepping && !in_fast_step;
         let (mut stepping, mut fast, mut rounds) = (false, None, None);
@@ -435,7 +435,7 @@ impl XenDriver {
     fn tell_step(&mut self, vcpu: VcpuId, held: &Held, view: View, gp: Option<GpRegisters>) -> Result<()> {
         let gp = self.behind(vcpu, held, gp)?;
         if self.vcpu(vcpu)?.is_in_fast_step(held.event.view.unwrap_or_default()) {
-            self.xen.control().debug_control(self.domain, STEP_OFF, vcpu.0.into()).map_err(|error| super::failed(&error))?;
+            self.xen.control().debug_control(self.domain, STEP_OFF, vcpu.0.into()).map_err(|error| self.failed(&error))?;
             self.vcpu_mut(vcpu)?.fast = None;
         }
         let registers = Registers { gp, ..held.event.registers };

@@ -4,7 +4,7 @@ use rustc_hash::FxHashMap;
 use xen_sys::errno;
 use xen_sys::types::access;
 
-use super::{XenDriver, failed};
+use super::XenDriver;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, VcpuId, View};
 use crate::driver::{VmiProtection, VmiViews};
 use crate::error::{Result, VmiError};
@@ -104,7 +104,7 @@ impl XenDriver {
 
     /// Letting go of the domain has removed the view: what is still to be taken out of it is out.
     fn is_taken_back(&self, view: View) -> bool {
-        self.has_ended && self.gone.is_none() && !self.has_view(view)
+        self.has_ended && self.gone.get().is_none() && !self.has_view(view)
     }
 
     pub(super) fn check_view(&self, view: View) -> Result<()> {
@@ -134,11 +134,13 @@ impl XenDriver {
 
     /// A hole has no rights.
     fn no_rights(&self, gfn: Gfn, error: &xen_sys::Error) -> VmiError {
-        if error.errno == errno::ESRCH && self.xen.control().domain(self.domain).is_ok_and(|info| info.is_some()) {
+        if error.errno == errno::ESRCH
+            && self.xen.control().domain(self.domain).is_ok_and(|info| self.why_gone(info.as_ref()).is_none())
+        {
             let end = crate::addr::Pa(self.info.memory_size);
             return VmiError::OutOfRange { pa: gfn.pa(0), len: crate::addr::PAGE_SIZE, end };
         }
-        failed(error)
+        self.failed(error)
     }
 
     /// The rights of every page of a new view that is not to begin with all rights. Up to 4.18 Xen forgets a view's default for pages it meets
@@ -152,12 +154,12 @@ impl XenDriver {
                 Err(error) if error.errno == errno::ESRCH => {
                     for page in &chunk {
                         match self.set_in_view(view, std::slice::from_ref(page)) {
-                            Err(error) if error.errno != errno::ESRCH => return Err(failed(&error)),
+                            Err(error) if error.errno != errno::ESRCH => return Err(self.failed(&error)),
                             _ => {}
                         }
                     }
                 }
-                result => result.map_err(|error| failed(&error))?,
+                result => result.map_err(|error| self.failed(&error))?,
             }
             first += CHUNK;
         }
@@ -200,17 +202,14 @@ impl VmiViews for XenDriver {
                 errno: error.errno,
                 detail: format!("there is no room for another view beside {}", self.views.len()),
             },
-            _ => failed(&error),
+            _ => self.failed(&error),
         })?;
         let view = View(view);
         if access != MemoryAccess::RWX
             && let Err(error) = self.fill_view(view, access)
         {
-            if let Err(left) = control.altp2m_destroy_view(self.domain, view.0) {
-                let left_behind = format!("view {view} ({left})");
-                return Err(VmiError::UndoFailed { cause: Box::new(error), left_behind });
-            }
-            return Err(error);
+            let left = control.altp2m_destroy_view(self.domain, view.0).err().map(|left| format!("view {view} ({left})"));
+            return Err(error.and_left(left.as_slice()));
         }
         self.views.insert(view.0, ViewBook { rights: access, ..ViewBook::default() });
         if let Err(error) = self.frames.prepare(self.xen.control(), &self.pages, view.0) {
@@ -230,7 +229,7 @@ impl VmiViews for XenDriver {
         self.book(view)?;
         self.check_alive()?;
         self.settle();
-        self.xen.control().altp2m_destroy_view(self.domain, view.0).map_err(|error| failed(&error))?;
+        self.xen.control().altp2m_destroy_view(self.domain, view.0).map_err(|error| self.failed(&error))?;
         self.views.remove(&view.0);
         self.frames.forget_view(view.0);
         Ok(())
@@ -242,7 +241,7 @@ impl VmiViews for XenDriver {
         // A step that is under way would bring its vCPU back to where it came from.
         self.settle();
         let (domain, control) = (self.domain, self.xen.control());
-        control.altp2m_switch_to_view(domain, view.0).map_err(|error| failed(&error))?;
+        control.altp2m_switch_to_view(domain, view.0).map_err(|error| self.failed(&error))?;
         for vcpu in &mut self.vcpus {
             vcpu.moved(view);
         }
@@ -255,7 +254,7 @@ impl VmiViews for XenDriver {
         if let Some(view) = slot.held.as_ref().map(super::run::Held::view) {
             return Ok(view);
         }
-        let view = self.xen.control().altp2m_vcpu_view(self.domain, vcpu.0.into()).map_err(|error| failed(&error))?;
+        let view = self.xen.control().altp2m_vcpu_view(self.domain, vcpu.0.into()).map_err(|error| self.failed(&error))?;
         Ok(slot.home(View(view)))
     }
 
@@ -281,8 +280,9 @@ impl VmiViews for XenDriver {
                     // `change_gfn` gives the page the frame's rights in the view: they are right before the page is shown.
                     let views = &self.views;
                     let is_shown = |other: Gfn| views.values().any(|book| book.shows(other));
-                    self.frames.arm(control, view.0, frame, rights, is_shown)?;
-                    control.altp2m_change_gfn(domain, view.0, gfn.0, frame.0).map_err(|error| failed(&error))?;
+                    let armed = self.frames.arm(control, view.0, frame, rights, is_shown);
+                    armed.map_err(|error| self.unless_gone(error))?;
+                    control.altp2m_change_gfn(domain, view.0, gfn.0, frame.0).map_err(|error| self.failed(&error))?;
                 } else {
                     // A page of the guest's own may be in use with rights of its own; nobody runs in between.
                     self.paused(|driver| {
@@ -290,12 +290,12 @@ impl VmiViews for XenDriver {
                         control.altp2m_change_gfn(domain, view.0, gfn.0, frame.0)?;
                         control.altp2m_set_mem_access(domain, view.0, gfn.0, rights.into())
                     })
-                    .map_err(|error| failed(&error))?;
+                    .map_err(|error| self.failed(&error))?;
                 }
             }
             None if page.frame.is_none() => return Ok(()),
             None if page.rights == MemoryAccess::RWX => {
-                control.altp2m_change_gfn(domain, view.0, gfn.0, OWN).map_err(|error| failed(&error))?;
+                control.altp2m_change_gfn(domain, view.0, gfn.0, OWN).map_err(|error| self.failed(&error))?;
             }
             None => {
                 // The page's own comes back with all rights; nobody runs until it has its own again.
@@ -309,7 +309,7 @@ impl VmiViews for XenDriver {
                         }
                     })
                 })
-                .map_err(|error| failed(&error))?;
+                .map_err(|error| self.failed(&error))?;
             }
         }
         self.book_mut(view)?.set(gfn, Page { frame, ..page });
@@ -360,10 +360,7 @@ impl VmiProtection for XenDriver {
                     _ => None,
                 })
                 .collect();
-            if left.is_empty() {
-                return Err(cause);
-            }
-            return Err(VmiError::UndoFailed { cause: Box::new(cause), left_behind: left.join(", ") });
+            return Err(cause.and_left(&left));
         }
         let book = self.book_mut(view)?;
         for (gfn, rights) in pages {

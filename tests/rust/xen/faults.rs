@@ -382,7 +382,11 @@ fn with_a_domain_that_goes(kind: Kind, n: i64, way: Way) {
             // It is refused, and the next try would be.
             Err(VmiError::Attach { reason, hint, .. }) if *what == "attach" => assert!(!reason.is_empty() && !hint.is_empty()),
             // Also afterwards every call is told the same.
-            Err(VmiError::DomainGone { reason }) if way.is_the_end() && !detaches => assert!(!reason.is_empty()),
+            Err(VmiError::DomainGone { reason }) if way.is_the_end() && !detaches => {
+                assert!(!reason.is_empty());
+                // But for the ring's.
+                assert!(fake.state("maps", 0) <= 1, "{}: {what}", told("who was told keeps a mapping"));
+            }
             // Nothing can be kept whole without the domain, such as a view that could not be made.
             Err(_) if way.is_the_end() && gone.is_some() && !detaches => {}
             Err(error) => panic!("{}: {what}: {error:?}", told("another error")),
