@@ -40,12 +40,11 @@ def scratch(vm: vmitap.Vm) -> int:
 @pytest.fixture(scope="session")
 def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Builds a guest, once, of a source in tests/guests or at a path, and of C files there; returns what to attach to."""
-    folder = tmp_path_factory.mktemp("guests")
     program = Path(__file__).parents[1] / "guests" / "build.py"
 
     @functools.cache
     def build(source: str | Path, *more: str) -> str:
-        image = folder / f"{Path(source).stem}.elf"
+        image = tmp_path_factory.mktemp("guests") / f"{Path(source).stem}.elf"
         subprocess.run([sys.executable, str(program), str(source), str(image), *more], check=True, timeout=60)
         return f"emu:{image}"
 

@@ -77,6 +77,24 @@ impl Guest {
         self.session.add(&TapSpec { on_write: Some(on_write), ..self.spec(va) }).unwrap()
     }
 
+    /// Runs until nothing can run, with each question about `tap` answered so; nothing else is told. Who wrote, each time.
+    pub fn run_asking(&mut self, tap: TapId, answer: OnWrite) -> Vec<u16> {
+        let mut writers = Vec::new();
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            assert!(Instant::now() < end, "the guest hangs: {:x?}", self.session.registers(VcpuId(0)).unwrap().gp);
+            match self.session.poll(&Limits::default()).unwrap() {
+                Poll::Hit(hit) => {
+                    assert_eq!((hit.tap, hit.ask, hit.access), (tap, true, MemoryAccess::W));
+                    writers.push(hit.vcpu.0);
+                    self.session.answer_write(answer).unwrap();
+                }
+                Poll::Idle => return writers,
+                _ => {}
+            }
+        }
+    }
+
     /// Runs until nothing can run, with `handler` for each hit that is wanted.
     pub fn run(&mut self, mut handler: impl FnMut(&mut Self, &Hit)) {
         let end = Instant::now() + Duration::from_secs(60);

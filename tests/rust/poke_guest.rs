@@ -1,6 +1,5 @@
 //! Guests that patch their own code through another mapping, under a session: tests/guests/poke.S.
 
-use vmitap::MemoryAccess;
 use vmitap::session::{TapId, TapState};
 use vmitap::tap::OnWrite;
 
@@ -93,40 +92,10 @@ fn a_write_through_another_mapping_is_denied_where_a_breakpoint_is_under_it() {
 fn whoever_asks_is_asked_by_each_vcpu_that_writes() {
     let mut guest = Guest::boot("poke.S", 2, "n=6");
     let jit = tap(&mut guest, "jit", OnWrite::Ask);
-    let mut askers = [0; 2];
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    loop {
-        assert!(std::time::Instant::now() < end);
-        match guest.session.poll(&vmitap::session::Limits::default()).unwrap() {
-            vmitap::session::Poll::Hit(hit) => {
-                assert_eq!((hit.tap, hit.ask, hit.access), (jit, true, MemoryAccess::W));
-                askers[usize::from(hit.vcpu.0)] += 1;
-                guest.session.answer_write(OnWrite::Reapply).unwrap();
-            }
-            vmitap::session::Poll::Idle => break,
-            _ => {}
-        }
-    }
+    let writers = guest.run_asking(jit, OnWrite::Reapply);
+    let askers = [0, 1].map(|vcpu| writers.iter().filter(|writer| **writer == vcpu).count());
     assert_right(&guest);
     assert_eq!((guest.hits(jit), askers), (6, [3, 3]));
-}
-
-/// Runs the guest; how often `tap` was asked about, and was told of nothing else. Each question is answered with `answer`.
-fn run_asking(guest: &mut Guest, tap: TapId, answer: OnWrite) -> u32 {
-    let mut asked = 0;
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
-    loop {
-        assert!(std::time::Instant::now() < end);
-        match guest.session.poll(&vmitap::session::Limits::default()).unwrap() {
-            vmitap::session::Poll::Hit(hit) => {
-                assert_eq!((hit.tap, hit.ask, hit.access), (tap, true, MemoryAccess::W));
-                asked += 1;
-                guest.session.answer_write(answer).unwrap();
-            }
-            vmitap::session::Poll::Idle => return asked,
-            _ => {}
-        }
-    }
 }
 
 #[test]
@@ -146,7 +115,7 @@ fn a_store_across_a_border_follows_the_policy_of_a_byte_on_the_second_page() {
         assert_eq!((guest.session.state(after), guest.hits(after)), (TapState::Active, guest.word("site_calls")));
         for (answer, state) in [(OnWrite::Reapply, TapState::Active), (OnWrite::Remove, TapState::Removed)] {
             let (mut guest, after) = boot(OnWrite::Ask);
-            assert_eq!(run_asking(&mut guest, after, answer), 1, "{vcpus} vCPUs");
+            assert_eq!(guest.run_asking(after, answer).len(), 1, "{vcpus} vCPUs");
             assert_right(&guest);
             assert_eq!(guest.session.state(after), state);
         }
@@ -171,7 +140,7 @@ fn a_string_store_that_comes_to_a_breakpoint_follows_its_policy() {
         assert_eq!(["done", "wrong", "unlike"].map(|name| guest.word(name)), [1, 4, 0], "{vcpus} vCPUs: none of it was written");
         assert_eq!((guest.hits(end), guest.session.state(end)), (4, TapState::Active));
         let (mut guest, end) = boot(OnWrite::Ask);
-        assert_eq!(run_asking(&mut guest, end, OnWrite::Reapply), 4, "{vcpus} vCPUs");
+        assert_eq!(guest.run_asking(end, OnWrite::Reapply).len(), 4, "{vcpus} vCPUs");
         assert_right(&guest);
         assert_eq!((guest.hits(end), guest.session.state(end)), (4, TapState::Active));
         let (mut guest, end) = boot(OnWrite::Remove);

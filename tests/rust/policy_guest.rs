@@ -2,10 +2,9 @@
 //! another mapping.
 
 use std::ops::Range;
-use std::time::{Duration, Instant};
 
 use vmitap::Va;
-use vmitap::session::{Limits, Poll, TapState};
+use vmitap::session::TapState;
 use vmitap::tap::OnWrite;
 
 use super::paging_guest::Guest;
@@ -58,27 +57,21 @@ fn outcome(store: Store, vcpu: u16, tapped: u64, policy: OnWrite, answer: OnWrit
     let area = guest.va("area");
     let tap_under = guest.tap_under(Va(area.0 + tapped), policy);
     let hiding = HIDING.map(|offset| guest.tap_under(Va(area.0 + offset), OnWrite::Reapply));
-    let mut asked = 0;
-    let end = Instant::now() + Duration::from_secs(60);
-    loop {
-        assert!(Instant::now() < end, "the guest hangs: {store:?} {policy:?}");
-        match guest.session.poll(&Limits::default()).unwrap() {
-            Poll::Hit(hit) => {
-                assert_eq!((hit.tap, hit.ask, hit.vcpu.0), (tap_under, true, vcpu), "{store:?}");
-                asked += 1;
-                guest.session.answer_write(answer).unwrap();
-            }
-            Poll::Idle => break,
-            _ => {}
-        }
-    }
+    let writers = guest.run_asking(tap_under, answer);
+    assert!(writers.iter().all(|writer| *writer == vcpu), "{store:?}: {writers:?}");
     assert_eq!(["done", "called"].map(|name| guest.word(name)), [1, 1], "console: {}", guest.console());
     assert_eq!(hiding.map(|tap| guest.hits(tap)), [1, 1], "{store:?}: the others are as they were");
     let mut bytes = [0; 2 * PAGE as usize];
     guest.session.vmi().read(area, guest.here(), &mut bytes).unwrap();
     let stored = (0..2 * PAGE).filter(|at| bytes[*at as usize] == STORED).collect();
     let state = guest.session.state(tap_under);
-    Outcome { stored, state, hits: guest.hits(tap_under), asked, removed: guest.session.stats().removed_by_write }
+    Outcome {
+        stored,
+        state,
+        hits: guest.hits(tap_under),
+        asked: writers.len() as u32,
+        removed: guest.session.stats().removed_by_write,
+    }
 }
 
 /// Checks a store with each policy, from each vCPU. `covers`: the breakpoint is under it; `kept` is what is stored to all the same when

@@ -80,9 +80,13 @@ def session(turn: int, reached: Callable[[str], None]) -> Tries:
     for tap in taps:
         if isinstance(tap, vmitap.Breakpoint):
             do(tap.remove)
-    if not (do.errors or do.shutdowns):
-        # Whatever has happened is noticed by now.
+    # Long enough to notice what has happened; once more, if it happened meanwhile.
+    for _ in range(2):
+        if do.errors or do.shutdowns:
+            break
         do(lambda: vm.run(timeout=0.6))
+        if not state().done:
+            break
     reached("detach")
     do(vm.detach)
     return do
@@ -107,8 +111,13 @@ class Ends:
     def __init__(self, domid: int, way: int, stage: str, at: int) -> None:
         self.domid, self.way, self.stage, self.at = domid, way, stage, at
         self.is_done = False
+        # Nobody is left to be told: it ends while the session does.
+        self.is_late = stage == "detach"
 
     def __call__(self, stage: str) -> None:
+        if stage == "detach" and self.is_done and self.stage not in HANDLED and not state().done:
+            # A stage does not always have the same number of calls.
+            self.is_late = True
         if stage != self.stage or self.is_done:
             return
         self.is_done = True
@@ -172,7 +181,8 @@ def test_a_domain_that_shuts_down_or_is_renamed_during_a_session_is_told_of_and_
         for way, stage in ends:
             for at in points_of(calls, stage, points):
                 turn += 1
-                done = run_one(turn, Ends(guest.domid, WAYS[way], stage, at), caplog, capfd)
+                end = Ends(guest.domid, WAYS[way], stage, at)
+                done = run_one(turn, end, caplog, capfd)
                 if way == "rename":
                     refused = [error for error in done.errors if isinstance(error, vmitap.AttachError)]
                     assert done.errors == refused, stage
@@ -180,8 +190,7 @@ def test_a_domain_that_shuts_down_or_is_renamed_during_a_session_is_told_of_and_
                     xl("rename", "renamed", guest.name)
                 else:
                     assert done.errors == [], stage
-                    # Detaching has nothing to tell it with.
-                    assert set(done.shutdowns) == (set() if stage == "detach" else {way}), stage
+                    assert set(done.shutdowns) == (set() if end.is_late else {way}), stage
                     assert vmitap.repair("xen:demo") is None
                     resume_domain(guest.domid)
                 outside.begin(turn)
@@ -215,12 +224,13 @@ def test_a_domain_that_is_destroyed_during_a_session_is_one_kind_of_error_and_th
         calls = calls_of_stages()
         for stage in stages:
             for at in points_of(calls, stage, points):
-                done = run_one(2, Ends(guest.domid, DESTROYED, stage, at), caplog, capfd)
+                end = Ends(guest.domid, DESTROYED, stage, at)
+                done = run_one(2, end, caplog, capfd)
                 kinds = {type(error) for error in done.errors}
                 if stage == "attach":
                     (error,) = done.errors
                     assert isinstance(error, vmitap.AttachError | vmitap.DomainGoneError)
-                elif stage != "detach":
+                elif not end.is_late:
                     assert kinds == {vmitap.DomainGoneError}, done.errors
                     # Told again in the same words.
                     assert len(set(map(str, done.errors))) == 1, done.errors
@@ -247,9 +257,12 @@ def test_a_guest_that_its_toolstack_reboots_comes_back_as_another_which_the_sess
         end_domain(guest.domid, SHUTDOWNS["reboot"])
 
     def run_on(vm: vmitap.Vm) -> None:
-        # What comes first: that it has shut down, or that xl destroys it.
-        while True:
+        # What comes first: that it has shut down, or that xl destroys it, for which it needs the processor.
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             assert vm.run(timeout=20).shutdown == "reboot"
+            time.sleep(0.05)
+        pytest.fail("xl does not destroy a domain that has shut down to be started again")
 
     def other() -> int:
         return int(xl("domid", "demo", check=False) or guest.domid)
