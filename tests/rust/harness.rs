@@ -205,6 +205,15 @@ impl<D: VmiDriver> Faulty<D> {
         self.0.books.lock().left > 0
     }
 
+    /// Does something with its `n`-th call failing: what it said, and whether it was through without coming to that call.
+    pub fn failing<T>(&self, n: usize, operation: impl FnOnce() -> T) -> (T, bool) {
+        self.fail_nth(n);
+        let said = operation();
+        let is_through = self.is_armed();
+        self.fail_nth(0);
+        (said, is_through)
+    }
+
     /// The whole guest, without a call that counts.
     pub fn seen(&self) -> Seen {
         let (driver, books) = (self.0.driver.lock(), self.0.books.lock());

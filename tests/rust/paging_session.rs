@@ -612,10 +612,7 @@ fn the_root_that_makes_room_is_left_by_a_retry_where_that_failed() {
         assert_eq!(lab.access(oldest), MemoryAccess::RX);
         let driver = World::driver(&lab);
         // The first call is the wait.
-        driver.fail_nth(n + 1);
-        let result = load(&mut lab, first.root);
-        let is_through = driver.is_armed();
-        driver.fail_nth(0);
+        let (result, is_through) = driver.failing(n + 1, || load(&mut lab, first.root));
         if !is_through {
             assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
             load(&mut lab, first.root).unwrap();

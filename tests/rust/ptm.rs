@@ -449,10 +449,7 @@ fn clear_gives_back_what_it_can_says_what_is_left_and_a_retry_does_the_rest() {
         let mut lab = monitored();
         set_multi_access(&lab, false);
         let driver = World::driver(&lab);
-        driver.fail_nth(n);
-        let result = lab.monitor.clear(&mut lab.vmi, &mut lab.rights);
-        let is_through = driver.is_armed();
-        driver.fail_nth(0);
+        let (result, is_through) = driver.failing(n, || lab.monitor.clear(&mut lab.vmi, &mut lab.rights));
         if !is_through {
             assert!(matches!(result, Err(VmiError::UndoFailed { .. })), "call {n}: {result:?}");
             // What is left is monitored as it was.
@@ -484,11 +481,8 @@ fn a_change_that_could_not_be_followed_is_found_out_by_the_next_call() {
         lab.put(from, value);
         let driver = World::driver(&lab);
         let before = (driver.seen(), lab.books());
-        driver.fail_nth(n);
         let mut events = Vec::new();
-        let result = lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events);
-        let is_through = driver.is_armed();
-        driver.fail_nth(0);
+        let (result, is_through) = driver.failing(n, || lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events));
         if !is_through {
             assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
             assert_eq!(events, [], "call {n}");
@@ -521,11 +515,8 @@ fn of_two_changes_the_one_that_could_be_followed_is_told_and_the_other_by_the_ne
         lab.put(entries[0], 0);
         lab.put(entries[1], pte::PS | FLAGS);
         let driver = World::driver(&lab);
-        driver.fail_nth(n);
         let mut events = Vec::new();
-        let result = lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events);
-        let is_through = driver.is_armed();
-        driver.fail_nth(0);
+        let (result, is_through) = driver.failing(n, || lab.monitor.process(&mut lab.vmi, &mut lab.rights, FIRST, &mut events));
         if !is_through {
             assert!(matches!(result, Err(VmiError::Driver { .. })), "call {n}: {result:?}");
             partly += usize::from(!events.is_empty());

@@ -434,10 +434,7 @@ fn clear_removes_what_it_can_and_says_what_is_left() {
     for n in 1.. {
         let mut w = busy();
         let driver = super::harness::World::driver(&w);
-        driver.fail_nth(n);
-        let result = w.m.clear(&mut w.vmi, &mut w.c);
-        let is_through = driver.is_armed();
-        driver.fail_nth(0);
+        let (result, is_through) = driver.failing(n, || w.m.clear(&mut w.vmi, &mut w.c));
         if !is_through {
             let cause = match result {
                 Err(VmiError::UndoFailed { cause, .. }) => *cause,

@@ -161,7 +161,7 @@ pub fn vcpus(info: &DomainInfo) -> u16 {
     u16::try_from(info.max_vcpu_id.wrapping_add(1)).unwrap_or(0)
 }
 
-/// What can be seen of a domain without changing it: whether it can be tapped. Returns the capability bits.
+/// Whether a domain can be tapped, as far as can be told without changing it: the most that is written is a 0 over a 0. Returns the capability bits.
 pub fn check(control: &Control, info: &DomainInfo) -> Result<u32, Obstacle> {
     let id = u32::from(info.domain);
     if id == 0 {
