@@ -12,6 +12,7 @@ use crate::error::{Result, TranslationFault, VmiError};
 use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
+use super::covered::Covered;
 use super::monitor::can_be_denied;
 use super::pending::{Course, Pending, Vcpu, Walk};
 use super::tap::Tap;
@@ -53,11 +54,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if self.pending.as_ref().is_some_and(|pending| pending.is_out) {
             self.answer(Verdict::Continue)?;
         }
-        if self.pending.is_some() {
-            if let Some(hit) = self.next_hit() {
-                return Ok(Poll::Hit(hit));
-            }
-            self.finish()?;
+        if let Some(hit) = self.tell_or_end()? {
+            return Ok(Poll::Hit(hit));
         }
         self.catch_up(None)?;
         self.answer_raw()?;
@@ -97,10 +95,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     self.enforce_budgets()?;
                 }
                 Ok(true) => {
-                    if let Some(hit) = self.next_hit() {
+                    if let Some(hit) = self.tell_or_end()? {
                         return Ok(Poll::Hit(hit));
                     }
-                    self.finish()?;
                 }
                 Err(error) => {
                     let view = event.view.unwrap_or(self.tap_view);
@@ -464,29 +461,42 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if pending.told < pending.wanted.len() || matches!(pending.verdict, Some((_, Verdict::Pause))) {
             return Ok(());
         }
-        if pending.course == Course::Write && pending.asking.is_none() {
-            return self.ask_after_watches();
-        }
-        self.finish()
+        self.conclude()
     }
 
-    /// The watches of a write to a hidden page are told; now the policies are asked.
-    fn ask_after_watches(&mut self) -> Result<()> {
-        let Some(pending) = &self.pending else { return Ok(()) };
-        let (event, view) = (pending.event(), pending.view.unwrap_or(self.tap_view));
-        let (decision, asked) = self.decide_write(view, &self.covered(&event, view)?);
-        let Some(pending) = &mut self.pending else { return Ok(()) };
-        match decision {
-            WriteDecision::Ask => {
-                pending.asking = asked;
-                Ok(())
+    /// Tells the next one of the event in hand; `None`: nobody is left, and it is answered.
+    fn tell_or_end(&mut self) -> Result<Option<Arc<Hit>>> {
+        while self.pending.is_some() {
+            if let Some(hit) = self.next_hit() {
+                return Ok(Some(hit));
             }
-            WriteDecision::Deny => {
-                pending.course = Course::Deny;
-                self.finish()
-            }
-            WriteDecision::Allow => self.finish(),
+            self.conclude()?;
         }
+        Ok(None)
+    }
+
+    /// Everybody is told: ends the event, unless it is a write that watches were told of. Then the policies decide first, and somebody may be
+    /// still to be asked.
+    fn conclude(&mut self) -> Result<()> {
+        let Some(pending) = &self.pending else { return Ok(()) };
+        if pending.course != Course::Write || pending.asking.is_some() {
+            return self.finish();
+        }
+        let (event, view) = (pending.event(), pending.view.unwrap_or(self.tap_view));
+        let covered = self.covered(&event, view);
+        // It is decided on also where something fails: a policy is not passed by.
+        let (decision, asked) = self.decide_write(view, covered.as_ref().unwrap_or(&Covered::here(&event)));
+        let failed = covered.map(drop);
+        let Some(pending) = &mut self.pending else { return failed };
+        match (decision, asked) {
+            (WriteDecision::Ask, Some(tap)) => {
+                pending.asking = Some(tap);
+                return failed;
+            }
+            (WriteDecision::Deny, _) => pending.course = Course::Deny,
+            _ => {}
+        }
+        self.finish().and(failed)
     }
 
     /// Answers a hit with [`Hit::ask`]: what is done with the write.

@@ -54,5 +54,6 @@ mod session_atomic;
 mod tap;
 mod tap_manager;
 mod unanswered;
+mod watched_writes;
 #[cfg(feature = "xen")]
 mod xen;
