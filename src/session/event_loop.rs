@@ -103,6 +103,11 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     let view = event.view.unwrap_or(self.tap_view);
                     let denied = self.is_denied(event, view);
                     self.rescue(event, home, denied);
+                    // What was begun at this hit is no matter of the next one.
+                    self.sampler.in_hand = None;
+                    if let Err(also) = self.settle() {
+                        log::error!("rows of a hit whose handling failed: {also}");
+                    }
                     return Err(error);
                 }
             }
@@ -301,7 +306,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         owners.retain(|id| is_asked(id) || taps.get(*id).is_some_and(Tap::is_wanted));
-        self.sampler.in_hand = None;
         // Given back by `finish`.
         let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
         self.pend(event, home, course, met, wanted).questions = questions;
@@ -311,6 +315,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// An event for those that want it. It is kept where the one before was, unless somebody has kept that.
     fn pend(&mut self, event: &VmiEvent, home: View, course: Course, met: Met, wanted: Vec<TapId>) -> &mut Pending {
         let Met { va, pa, access, step } = met;
+        // How long somebody takes is counted by itself.
+        self.sampler.in_hand = None;
         let tap = wanted.first().copied().unwrap_or(TapId(u32::MAX));
         let of = |at| Hit {
             tap,

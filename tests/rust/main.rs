@@ -53,6 +53,7 @@ mod session;
 mod session_atomic;
 mod tap;
 mod tap_manager;
+mod times;
 mod unanswered;
 mod watched_writes;
 #[cfg(feature = "xen")]
