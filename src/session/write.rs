@@ -98,7 +98,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 removable.push(Removable { tap, pa, was: byte[0], is_covered: covered.contains(pa), va: covered.va(pa) });
             }
         }
-        Ok(Some(AfterWrite { string: covered.string, removable, ..after }))
+        // A page whose breakpoints let every store happen does not say that it is a string.
+        let string = covered.string.or_else(|| earlier.and_then(|earlier| earlier.string));
+        Ok(Some(AfterWrite { string, removable, ..after }))
     }
 
     /// Whether the store of the vCPU of a new event is done. It is not if the event is of another of its pages.
