@@ -163,6 +163,44 @@ fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
 }
 
 #[test]
+fn a_string_store_that_ends_before_a_breakpoint_leaves_it_also_if_more_pages_were_told() {
+    // rep stosb over two pages; an exception ends it after a few rounds.
+    const BORDER: u64 = 0xb000;
+    const HANDLER: u64 = CODE + 0x800;
+    for rounds in [4, 12] {
+        let fake = guest(Kind::ALL[1]);
+        fake.write(CODE, &[0xf3, 0xaa, 0x90]);
+        fake.write(HANDLER, &[0x90; 16]);
+        for (register, value) in [(Reg::Rdi, BORDER - 16), (Reg::Rcx, 32), (Reg::Rax, 0)] {
+            fake.set_reg(0, register, value);
+        }
+        let mut session = session(&fake, Stepping::Auto);
+        let view = session.tap_view();
+        let taps = [(BORDER - 8, OnWrite::Remove), (BORDER + 8, OnWrite::Reapply)]
+            .map(|(at, policy)| session.add(&TapSpec { va: Va(at), on_write: Some(policy), ..spec(view, false) }).unwrap());
+        let mut poll = || {
+            fake.run(0, 1);
+            let limits = Limits { deadline: Some(Instant::now()), ..Limits::default() };
+            assert!(!matches!(session.poll(&limits).unwrap(), Poll::Hit(_)));
+        };
+        for _ in 0..50 {
+            if fake.reg(0, Reg::Rdi) < BORDER - 16 + rounds {
+                poll();
+            }
+        }
+        assert_eq!(fake.reg(0, Reg::Rdi), BORDER - 16 + rounds);
+        fake.set_reg(0, Reg::Rip, HANDLER);
+        for _ in 0..4 {
+            poll();
+        }
+        // What it stored is what was there: only where it stored says what was overwritten.
+        let state = if rounds > 8 { TapState::Removed } else { TapState::Active };
+        assert_eq!(taps.map(|tap| session.state(tap)), [state, TapState::Active], "{rounds} rounds");
+        assert_eq!(session.stats().hidden_writes, 2);
+    }
+}
+
+#[test]
 fn a_string_store_is_decided_on_for_each_of_its_pages_before_it_begins() {
     // rep stosb: sixteen bytes on each of two pages.
     const BORDER: u64 = 0xb000;
