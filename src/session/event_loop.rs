@@ -163,6 +163,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
     fn take(&mut self, event: &VmiEvent, home: View) -> Result<bool> {
+        self.judged.clear();
+        self.is_judged = false;
         let index = usize::from(event.vcpu.0);
         let stores = |vcpu: &Vcpu| vcpu.after_write.is_some() || vcpu.unfinished.is_some();
         let has_stored = self.vcpus.get(index).is_some_and(stores);
@@ -185,7 +187,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let view = event.view.unwrap_or(self.tap_view);
         let rip = event.registers.rip();
         self.owners.clear();
-        self.judged.clear();
         match event.reason {
             EventReason::Breakpoint { gfn, insn_len } => {
                 let pa = gfn.pa(rip.0);
@@ -203,16 +204,15 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let is_hidden = self.controller.is_hidden(view, pa.gfn());
                 let is_table = self.tables.watches(view, pa.gfn());
                 let is_watched = self.find_watches(view, pa, access);
-                let mut course = Course::StepClean;
+                let (mut course, mut covered) = (Course::StepClean, Covered::default());
                 if access.contains(MemoryAccess::X) {
                     // Executed in the default view, the instruction would pass by the INT3 on it.
                     self.find_breakpoints(view, pa, va, event);
                 } else if access.contains(MemoryAccess::W) {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
-                    if is_hidden {
-                        self.judge_write(event, view)?;
-                    }
+                    covered = self.covered(event, view)?;
+                    self.judge_write(event, view, &covered);
                     // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
                     course = Course::Write;
                 } else if is_hidden {
@@ -221,10 +221,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 }
                 if self.owners.is_empty() && (!is_watched || is_hidden || is_table) && !access.contains(MemoryAccess::X) {
                     // Nobody asked for it: the price of hiding.
-                    return if course == Course::Write { self.sort_write(event, home) } else { Ok(Sorted::Answer(course)) };
+                    return if course == Course::Write {
+                        self.sort_write(event, home, &covered)
+                    } else {
+                        Ok(Sorted::Answer(course))
+                    };
                 }
                 match self.count(event, home, course, (va, pa), access) {
-                    Sorted::Answer(Course::Write) => self.sort_write(event, home),
+                    Sorted::Answer(Course::Write) => self.sort_write(event, home, &covered),
                     sorted => Ok(sorted),
                 }
             }
@@ -360,10 +364,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// A write to a hidden page that no watch is for.
-    fn sort_write(&mut self, event: &VmiEvent, home: View) -> Result<Sorted> {
+    fn sort_write(&mut self, event: &VmiEvent, home: View, covered: &Covered) -> Result<Sorted> {
         let EventReason::MemoryAccess { pa, va, access, .. } = event.reason else { return Ok(Sorted::Answer(Course::Retry)) };
         let view = event.view.unwrap_or(self.tap_view);
-        match self.decide_write(view, &self.covered(event, view)?) {
+        match self.decide_write(view, covered) {
             (WriteDecision::Ask, Some(tap)) => {
                 let met = Met { va: va.unwrap_or_default(), pa, access, step: 0 };
                 self.pend(event, home, Course::Write, met, Vec::new()).asking = Some(tap);
@@ -371,19 +375,25 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             }
             (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
             _ => {
-                self.prepare_write(event, None)?;
+                self.prepare_write(event, covered, None)?;
                 Ok(Sorted::Answer(Course::Write))
             }
         }
     }
 
-    fn prepare_write(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
+    fn prepare_write(&mut self, event: &VmiEvent, covered: &Covered, answer: Option<OnWrite>) -> Result<()> {
         self.tables.mark_store(&self.vmi, event);
-        let after = self.before_write(event, event.view.unwrap_or(self.tap_view), answer)?;
+        let after = self.before_write(event, event.view.unwrap_or(self.tap_view), covered, answer)?;
         if let Some(vcpu) = self.vcpus.get_mut(usize::from(event.vcpu.0)) {
             vcpu.after_write = after;
         }
         Ok(())
+    }
+
+    /// The same once somebody was told: handlers may have changed what is there.
+    fn prepare_told(&mut self, event: &VmiEvent, answer: Option<OnWrite>) -> Result<()> {
+        let covered = self.covered(event, event.view.unwrap_or(self.tap_view))?;
+        self.prepare_write(event, &covered, answer)
     }
 
     /// A single-step: of a walk, or the end of a store that was followed.
@@ -528,7 +538,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             pending.course = Course::Deny;
         } else {
             let (event, home) = (pending.event(), pending.home());
-            if let Err(error) = self.prepare_write(&event, Some(policy)) {
+            if let Err(error) = self.prepare_told(&event, Some(policy)) {
                 self.pending = None;
                 self.rescue(&event, home, false);
                 return Err(error);
@@ -582,7 +592,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let event = &*pending.hit;
         let index = usize::from(event.vcpu.0);
         if pending.course == Course::Write && self.vcpus.get(index).is_some_and(|vcpu| vcpu.after_write.is_none()) {
-            self.prepare_write(&pending.event(), None)?;
+            self.prepare_told(&pending.event(), None)?;
         }
         if pending.verdict.is_none() && !pending.touched {
             return self.go_on(event.vcpu, pending.home(), pending.course, None);

@@ -113,6 +113,8 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     usual: u32,
     /// What the policies that look at each write say of the one in hand.
     judged: Vec<(TapId, OnWrite)>,
+    /// They were asked.
+    is_judged: bool,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -210,6 +212,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             owners: Vec::new(),
             usual: 0,
             judged: Vec::new(),
+            is_judged: false,
             questions: Vec::new(),
             recording,
             row: Row::default(),

@@ -74,20 +74,32 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         (decide(under().map(|tap| self.policy(tap))), asked)
     }
 
-    /// Whether a write is to be denied, as far as that can be found out.
-    pub(super) fn is_denied(&self, event: &VmiEvent, view: View) -> bool {
+    /// Whether a write is to be denied, as far as that can be found out: also where it failed before the policies that look at each write were
+    /// asked.
+    pub(super) fn is_denied(&mut self, event: &VmiEvent, view: View) -> bool {
+        if !is_store(event) {
+            return false;
+        }
         let covered = self.covered(event, view).unwrap_or_else(|_| Covered::here(event));
-        is_store(event) && self.decide_write(view, &covered).0 == WriteDecision::Deny
+        if !self.is_judged {
+            self.judge_write(event, view, &covered);
+        }
+        self.decide_write(view, &covered).0 == WriteDecision::Deny
     }
 
     /// Remembers what is needed after the store. `answer` stands in for the policies of those that ask.
-    pub(super) fn before_write(&self, event: &VmiEvent, view: View, answer: Option<OnWrite>) -> Result<Option<AfterWrite>> {
+    pub(super) fn before_write(
+        &self,
+        event: &VmiEvent,
+        view: View,
+        covered: &Covered,
+        answer: Option<OnWrite>,
+    ) -> Result<Option<AfterWrite>> {
         let Some(after) = AfterWrite::of(event) else { return Ok(None) };
-        let covered = self.covered(event, view)?;
         // Of the pages that were told before.
         let earlier = self.vcpus.get(usize::from(event.vcpu.0)).and_then(|vcpu| vcpu.unfinished.as_ref());
         let mut removable = earlier.map_or_else(Vec::new, |earlier| earlier.removable.clone());
-        for (tap, pa) in self.taps_beside(view, &covered) {
+        for (tap, pa) in self.taps_beside(view, covered) {
             let mut policy = self.policy(tap);
             if policy == OnWrite::Ask {
                 policy = answer.unwrap_or_default();

@@ -9,6 +9,7 @@ use crate::error::{Result, VmiError};
 use crate::event::{EventReason, VmiEvent};
 use crate::tap::OnWrite;
 
+use super::covered::Covered;
 use super::{Session, TapId};
 
 /// A condition, and what is done with a write for which it holds, or for which it does not.
@@ -73,13 +74,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Puts what the policies of the breakpoints on the pages of a write say of it into `self.judged`, once for each write: what counts
     /// counts once.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub(super) fn judge_write(&mut self, event: &VmiEvent, view: View) -> Result<()> {
-        let EventReason::MemoryAccess { va, .. } = event.reason else { return Ok(()) };
-        let covered = self.covered(event, view)?;
-        let taps_beside = self.taps_beside(view, &covered);
+    pub(super) fn judge_write(&mut self, event: &VmiEvent, view: View, covered: &Covered) {
+        let EventReason::MemoryAccess { va, .. } = event.reason else { return };
+        let taps_beside = self.taps_beside(view, covered);
+        self.is_judged = true;
         let Self { vmi, taps, judged, began, .. } = self;
         let clock = || began.elapsed().as_nanos() as u64;
         let scene = Scene {
@@ -96,6 +94,5 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 judged.push((id, said));
             }
         }
-        Ok(())
     }
 }

@@ -1,12 +1,15 @@
 //! Writes that watches are told of and policies decide on, on the mock driver: neither keeps the other from its own.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use vmitap::arch::amd64::AddressContext;
+use vmitap::capture::{Abi, Node, Program, Test};
 use vmitap::driver::mock::{CallKind, MockDriver};
-use vmitap::event::{EventAction, VmiEventResponse};
-use vmitap::session::{Limits, Poll, Session, TapId, TapKind, TapSpec, Verdict};
+use vmitap::event::{EventAction, VmiEvent, VmiEventResponse};
+use vmitap::session::{Limits, Poll, Session, TapId, TapKind, TapSpec, Verdict, WriteRule};
 use vmitap::tap::OnWrite;
-use vmitap::{MemoryAccess, Va, View, VmiError};
+use vmitap::{MemoryAccess, Pa, Va, View, VmiError};
 
 use super::session::{CODE, CODE_PA, access, session, spec};
 
@@ -81,4 +84,54 @@ fn a_write_is_decided_on_also_if_what_it_covers_cannot_be_found_out_and_that_is_
         assert!(matches!(failed, Err(VmiError::Driver { op: "read", .. })), "{policy:?}: {failed:?}");
         check_decided(&mut session, policy, under, &format!("{policy:?}"));
     }
+}
+
+/// A condition: the first argument is this.
+fn argument_is(value: u64) -> Arc<Program> {
+    let nodes = [Node::Argument(0), Node::Const { value, signed: false }, Node::Compare(Test::Eq)];
+    Arc::new(Program::compile(&nodes, Abi::SystemV).unwrap())
+}
+
+fn store(session: &Session<MockDriver>, context: AddressContext, rdi: u64) -> VmiEvent {
+    let mut store = access(session.tap_view(), context, CODE_PA, CODE, MemoryAccess::W, 8);
+    store.registers.gp.rdi = rdi;
+    store
+}
+
+#[test]
+fn a_write_whose_handling_fails_is_judged_by_itself_and_not_as_the_one_before() {
+    // The first write is let through by a rule, or by none; the second one is to be denied.
+    for (then, otherwise) in [(OnWrite::Reapply, OnWrite::Deny), (OnWrite::Deny, OnWrite::Reapply)] {
+        let (mut session, context) = session(1);
+        let tap = TapSpec { on_write: Some(otherwise), wanted: false, ..spec(&session, context, Va(CODE.0 + 3)) };
+        let tap = session.add(&tap).unwrap();
+        session.set_write_rules(tap, &[WriteRule { when: argument_is(1), holds: true, then }]).unwrap();
+        let order = if then == OnWrite::Reapply { [1, 2] } else { [2, 1] };
+        for rdi in order {
+            let store = store(&session, context, rdi);
+            session.vmi_mut().driver_mut().push_event(store);
+        }
+        // The shadow after the first one, before the second is looked at.
+        session.vmi_mut().driver_mut().fail_nth_of(CallKind::Write, 1);
+        let failed = poll(&mut session);
+        assert!(matches!(failed, Err(VmiError::Driver { op: "write", .. })), "{failed:?}");
+        let wanted = [EventAction::SingleStep { view: View::DEFAULT }, EventAction::Deny];
+        assert_eq!(actions(&session), wanted, "{then:?}, or else {otherwise:?}");
+    }
+}
+
+#[test]
+fn a_rule_on_a_page_that_a_watched_store_crosses_into_is_asked() {
+    let (mut session, context) = session(1);
+    let kind = TapKind::Watch { len: 16, access: MemoryAccess::W };
+    let watch = TapSpec { kind, wanted: false, ..spec(&session, context, CODE) };
+    session.add(&watch).unwrap();
+    let behind = TapSpec { on_write: Some(OnWrite::Reapply), wanted: false, ..spec(&session, context, Va(CODE.0 + 0x1000)) };
+    let behind = session.add(&behind).unwrap();
+    session.set_write_rules(behind, &[WriteRule { when: argument_is(7), holds: true, then: OnWrite::Deny }]).unwrap();
+    let mut store = access(session.tap_view(), context, Pa(CODE_PA.0 + 0xffc), Va(CODE.0 + 0xffc), MemoryAccess::W, 8);
+    store.registers.gp.rdi = 7;
+    session.vmi_mut().driver_mut().push_event(store);
+    assert!(matches!(poll(&mut session).unwrap(), Poll::Idle));
+    assert_eq!(actions(&session), [EventAction::Deny]);
 }
