@@ -505,7 +505,9 @@ class Vm:
         """Reports accesses to a range of virtual addresses; without a handler it is also a decorator that sets one.
 
         The pages' access rights are reduced in the tap view; no byte changes. The handler runs before the access takes
-        effect. Accesses to the rest of those pages are answered in Rust. An access counts by the first of its bytes.
+        effect. Accesses to the rest of those pages are answered in Rust. An access counts by the first of its bytes, and where it
+        crosses into another page also by the first of those there. Xen does not say how long a read is: of one that crosses only the
+        first page counts that a tap is on.
 
         Args:
             address: first byte of the range; a symbol or a virtual address.

@@ -20,8 +20,8 @@ const MAX_ROUND: u64 = 8;
 
 /// The bytes of a store on one page, the last one included.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Part {
-    first: Pa,
+pub(super) struct Part {
+    pub first: Pa,
     last: Pa,
     /// Where the first one is, for whoever stores.
     va: Option<Va>,
@@ -86,13 +86,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub(super) fn covered(&self, event: &VmiEvent, view: View) -> Result<Covered> {
         let mut covered = Covered::here(event);
         let EventReason::MemoryAccess { pa, va: Some(va), .. } = event.reason else { return Ok(covered) };
-        let beyond = len_of(event).saturating_sub(pa.page_rest());
-        if beyond > 0
-            && let Some(next) = va.page().checked_add(PAGE_SIZE)
-        {
-            let [_, other] = &mut covered.parts;
-            *other = self.part(next, beyond, event)?;
-        }
+        let [_, other] = &mut covered.parts;
+        *other = self.beyond(event, len_of(event))?;
         // Told of where the page begins, it may have begun on the page before.
         let may_be_behind = va.page_offset() == 0 && va.0.wrapping_sub(event.registers.gp.rdi) < MAX_ROUND;
         if !may_be_behind && !self.is_decided_on(view, &covered) {
@@ -115,6 +110,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             *other = self.part(Va(first), len, event)?;
         }
         Ok(covered)
+    }
+
+    /// Of an access of so many bytes those on the page behind the one that it was told of.
+    pub(super) fn beyond(&self, event: &VmiEvent, len: u64) -> Result<Option<Part>> {
+        let EventReason::MemoryAccess { pa, va: Some(va), .. } = event.reason else { return Ok(None) };
+        let beyond = len.saturating_sub(pa.page_rest());
+        let next = va.page().checked_add(PAGE_SIZE).filter(|_| beyond > 0);
+        next.map_or(Ok(None), |next| self.part(next, beyond, event))
     }
 
     fn part(&self, va: Va, len: u64, event: &VmiEvent) -> Result<Option<Part>> {

@@ -203,7 +203,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let va = va.unwrap_or_default();
                 let is_hidden = self.controller.is_hidden(view, pa.gfn());
                 let is_table = self.tables.watches(view, pa.gfn());
-                let is_watched = self.find_watches(view, pa, access);
+                let is_watched = self.find_watches(event, view)?;
                 let (mut course, mut covered) = (Course::StepClean, Covered::default());
                 if access.contains(MemoryAccess::X) {
                     // Executed in the default view, the instruction would pass by the INT3 on it.

@@ -1,9 +1,10 @@
 //! Watches: ranges of bytes whose accesses are reported, by taking access rights away from their pages in a view.
 
-use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Pa, Va, View};
+use crate::addr::{Gfn, MemoryAccess, PAGE_SIZE, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::driver::VmiDriver;
 use crate::error::Result;
+use crate::event::{EventReason, VmiEvent};
 
 use super::{Session, TapId, TapSpec};
 
@@ -68,12 +69,27 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         Ok(())
     }
 
-    /// Puts the watches that an access is for into `self.owners`; whether its page is watched at all.
-    pub(super) fn find_watches(&mut self, view: View, pa: Pa, access: MemoryAccess) -> bool {
-        let Some(pages) = self.watches.get(&(view, pa.gfn())) else { return false };
-        let offset = (pa.0 & (PAGE_SIZE - 1)) as u16;
-        let wanted = |page: &&WatchPage| page.access.intersects(access) && (page.first..=page.last).contains(&offset);
-        self.owners.extend(pages.iter().filter(wanted).map(|page| page.tap));
-        true
+    /// Puts the watches that an access is for into `self.owners`, each once; whether a page of it is watched at all. An access counts by its
+    /// first byte on each of its pages: whoever watches the second one is not to miss what is told as of the first.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(super) fn find_watches(&mut self, event: &VmiEvent, view: View) -> Result<bool> {
+        let EventReason::MemoryAccess { pa, access, len, .. } = event.reason else { return Ok(false) };
+        // As an instruction it is told of on each page by itself.
+        let is_data = !access.contains(MemoryAccess::X) && !self.watches.is_empty();
+        let beyond = if is_data { self.beyond(event, len.into())? } else { None };
+        let mut is_watched = false;
+        for pa in [Some(pa), beyond.map(|part| part.first)].into_iter().flatten() {
+            let Some(pages) = self.watches.get(&(view, pa.gfn())) else { continue };
+            is_watched = true;
+            let offset = (pa.0 & (PAGE_SIZE - 1)) as u16;
+            for page in pages.iter().filter(|page| page.access.intersects(access) && (page.first..=page.last).contains(&offset)) {
+                if !self.owners.contains(&page.tap) {
+                    self.owners.push(page.tap);
+                }
+            }
+        }
+        Ok(is_watched)
     }
 }

@@ -95,6 +95,10 @@ impl Guest {
         }
     }
 
+    pub fn watch(&mut self, va: Va, len: u64, access: MemoryAccess) -> TapId {
+        self.session.add(&TapSpec { kind: TapKind::Watch { len, access }, ..self.spec(va) }).unwrap()
+    }
+
     /// Runs until nothing can run, with `handler` for each hit that is wanted.
     pub fn run(&mut self, mut handler: impl FnMut(&mut Self, &Hit)) {
         let end = Instant::now() + Duration::from_secs(60);

@@ -3,9 +3,9 @@
 
 use std::ops::Range;
 
-use vmitap::Va;
 use vmitap::session::TapState;
 use vmitap::tap::OnWrite;
+use vmitap::{MemoryAccess, Va};
 
 use super::paging_guest::Guest;
 
@@ -186,4 +186,23 @@ fn the_round_of_a_string_instruction_that_lies_on_two_pages_follows_both() {
     let down = Store { back: true, ..string(PAGE + 0x15, 8, 8) };
     check(down, PAGE - 2, true, PAGE + 5..PAGE + 0x1d);
     check(down, PAGE - 0x10, true, PAGE + 5..PAGE + 0x1d);
+}
+
+#[test]
+fn a_store_that_crosses_into_a_watched_page_is_one_of_its_watch_whatever_else_is_there() {
+    for (at, size, watched, len) in
+        [(PAGE - 4, 8, PAGE, 8), (PAGE - 3, 16, PAGE, 1), (PAGE - 4, 8, PAGE - 8, 16), (PAGE - 1, 2, PAGE, 8)]
+    {
+        // With nothing on the first page the store is told as of the second.
+        for is_hidden in [false, true] {
+            let mut guest = Guest::boot("policy.S", 2, &format!("at={at} size={size} rounds=0 back=0 by=0"));
+            let area = guest.va("area");
+            let beside = is_hidden.then(|| guest.tap_under(Va(area.0 + HIDING[0]), OnWrite::Reapply));
+            let watch = guest.watch(Va(area.0 + watched), len, MemoryAccess::W);
+            guest.run(|_, hit| panic!("{hit:?}"));
+            assert_eq!(["done", "called"].map(|name| guest.word(name)), [1, 1], "console: {}", guest.console());
+            assert_eq!(guest.hits(watch), 1, "{size} bytes at {at:#x}, {len} watched at {watched:#x}, {is_hidden}");
+            assert_eq!(beside.map(|tap| guest.hits(tap)), is_hidden.then_some(1));
+        }
+    }
 }

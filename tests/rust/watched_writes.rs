@@ -135,3 +135,36 @@ fn a_rule_on_a_page_that_a_watched_store_crosses_into_is_asked() {
     assert!(matches!(poll(&mut session).unwrap(), Poll::Idle));
     assert_eq!(actions(&session), [EventAction::Deny]);
 }
+
+#[test]
+fn an_access_that_crosses_into_a_watched_page_is_one_of_its_watch() {
+    // The watch begins where the second page does, or before; the access is told as one of the first page.
+    for (access_kind, at, len, wanted) in [
+        (MemoryAccess::W, 0x1000, 8, 1),
+        (MemoryAccess::R, 0x1000, 8, 1),
+        (MemoryAccess::W, 0xff8, 16, 1),
+        (MemoryAccess::R, 0xff8, 16, 1),
+        // By the first byte of each page, as always.
+        (MemoryAccess::W, 0x1001, 8, 0),
+        (MemoryAccess::W, 0xffd, 3, 0),
+    ] {
+        let (mut session, context) = session(1);
+        session.add(&TapSpec { wanted: false, ..spec(&session, context, CODE) }).unwrap();
+        let kind = TapKind::Watch { len, access: access_kind };
+        let watch = session.add(&TapSpec { kind, wanted: false, ..spec(&session, context, Va(CODE.0 + at)) }).unwrap();
+        let view = session.tap_view();
+        let event = access(view, context, Pa(CODE_PA.0 + 0xffc), Va(CODE.0 + 0xffc), access_kind, 8);
+        session.vmi_mut().driver_mut().push_event(event);
+        // It ends before the border.
+        session.vmi_mut().driver_mut().push_event(access(
+            view,
+            context,
+            Pa(CODE_PA.0 + 0xff0),
+            Va(CODE.0 + 0xff0),
+            access_kind,
+            8,
+        ));
+        assert!(matches!(poll(&mut session).unwrap(), Poll::Idle));
+        assert_eq!(session.tap_stats(watch).hits, wanted, "{access_kind:?} {len} bytes at {at:#x}");
+    }
+}

@@ -8,7 +8,7 @@ use vmitap::driver::Wait;
 use vmitap::driver::xen::{Stepping, XenDriver, XenOptions};
 use vmitap::session::{Limits, Poll, Session, TapKind, TapSpec, TapState, Verdict};
 use vmitap::tap::OnWrite;
-use vmitap::{Pa, Va, VmiError};
+use vmitap::{MemoryAccess, Pa, Va, VmiError};
 use xen_sys::fake::{Fake, Kind, Reg};
 
 use super::{CODE, guest, is_untouched, options};
@@ -157,6 +157,37 @@ fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
                 assert_eq!(bytes, if is_denied { [0, 0] } else { [0x11, 0x88] }, "{case}");
                 drop(session);
                 is_untouched(&fake);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_store_across_a_border_is_one_of_a_watch_behind_it_whatever_else_is_there() {
+    // push rbp: three bytes on one page, five on the next.
+    const BORDER: u64 = 0xb000;
+    for (far_first, stepping) in [(0, Stepping::Auto), (1, Stepping::Auto), (0, Stepping::Toggle), (1, Stepping::Toggle)] {
+        for (is_tapped, is_hidden) in [(false, false), (false, true), (true, false), (true, true)] {
+            for (at, len) in [(BORDER, 8), (BORDER - 8, 16)] {
+                let fake = guest(Kind::ALL[1]);
+                fake.set("far_page_first", far_first);
+                fake.write(CODE, &[0x55, 0x90, 0x90]);
+                fake.set_reg(0, Reg::Rsp, BORDER + 5);
+                fake.set_reg(0, Reg::Rbp, 0x8877_6655_4433_2211);
+                let mut session = session(&fake, stepping);
+                let view = session.tap_view();
+                if is_tapped {
+                    session.add(&spec(view, false)).unwrap();
+                }
+                if is_hidden {
+                    session.add(&TapSpec { va: Va(BORDER - 0x100), ..spec(view, false) }).unwrap();
+                }
+                let kind = TapKind::Watch { len, access: MemoryAccess::W };
+                let watch = session.add(&TapSpec { kind, va: Va(at), ..spec(view, false) }).unwrap();
+                assert_eq!(run_asking(&fake, &mut session, CODE + 1, OnWrite::Reapply), 0);
+                let case = format!("far first: {far_first}, {stepping:?}, {is_tapped}, {is_hidden}, {len} bytes at {at:#x}");
+                assert_eq!(session.tap_stats(watch).hits, 1, "{case}");
+                assert_eq!([BORDER - 3, BORDER + 4].map(|at| fake.byte(0, at as i64)), [0x11, 0x88], "{case}");
             }
         }
     }
