@@ -1,17 +1,19 @@
 //! What one instruction does, as far as it decides how the driver has it executed.
 
+use std::ops::Range;
+
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register, RflagsBits};
 
-use crate::arch::amd64::{Registers, rflags};
+use crate::arch::amd64::{Registers, StringStore, rflags};
 
 /// The longest instruction (Intel SDM vol. 2, 2.3.11).
 pub const MAX_LEN: usize = 15;
 /// CR4.CET: CALL and RET use a shadow stack, which Xen's emulator does not know.
 const CR4_CET: u64 = 1 << 23;
-/// Bytes one element of a string instruction moves at most.
+/// Stores of one instruction that are looked at.
 const NO_STORES: usize = 4;
-/// Bytes that a store has at least, where its instruction does not say how many.
-const UNKNOWN: u64 = 8;
+/// Bytes that a store has at most, where its instruction does not say how many: XSAVE's area.
+const MAX_STORE: u64 = 4096;
 
 /// A store: the first address and how many bytes.
 pub type Store = (u64, u64);
@@ -29,12 +31,15 @@ pub struct Insn {
     pub stores: [Store; NO_STORES],
     /// Of a repeated instruction: the store of the round to come.
     pub round: Store,
+    /// How far its stores reach is not known: no further than that.
+    pub is_vague: bool,
 }
 
 impl Insn {
-    /// The store that is carried out or thrown away as one: the whole of `store`, but of a repeated instruction only the round to come.
-    pub const fn at_once(&self, store: Store) -> Store {
-        if self.repeats { self.round } else { store }
+    /// The store that is carried out or thrown away as one: the whole of `store`, but of a repeated instruction only the round to come; `None`: how
+    /// far it reaches is not known.
+    pub fn at_once(&self, store: Store) -> Option<Store> {
+        (!self.is_vague).then_some(if self.repeats { self.round } else { store })
     }
 }
 
@@ -125,7 +130,11 @@ pub fn look(bytes: &[u8], registers: &Registers) -> Option<Insn> {
     }
     let mnemonic = insn.mnemonic();
     let is_string = insn.is_string_instruction();
-    let repeats = is_string && (insn.has_rep_prefix() || insn.has_repne_prefix()) && gp.rcx > 1;
+    let is_narrow = (0..insn.op_count())
+        .any(|operand| matches!(insn.op_kind(operand), OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI));
+    let rounds = if is_narrow { gp.rcx & 0xffff_ffff } else { gp.rcx };
+    let has_rounds = is_string && (insn.has_rep_prefix() || insn.has_repne_prefix());
+    let repeats = has_rounds && rounds > 1;
     let has_system_operand = (0..insn.op_count()).any(|operand| {
         insn.op_kind(operand) == OpKind::Register && {
             let register = insn.op_register(operand);
@@ -145,29 +154,34 @@ pub fn look(bytes: &[u8], registers: &Registers) -> Option<Insn> {
         && gp.rflags & rflags::TF == 0
         && insn.rflags_modified() & (RflagsBits::IF | RflagsBits::AC) == 0
         && !overlaps(&insn, registers);
-    let (mut stores, mut next) = ([(0, 0); NO_STORES], (0, 0));
+    let mut looked_at =
+        Insn { len: insn.len() as u8, emulates, repeats, stores: [(0, 0); NO_STORES], round: (0, 0), is_vague: false };
+    if has_rounds {
+        // Of these the decoder does not say how much a round moves. Without a round to go nothing is stored.
+        if let Some(string) = StringStore::decode(bytes, true).filter(|_| rounds > 0) {
+            let [store, ..] = &mut looked_at.stores;
+            (*store, looked_at.round) = (of(&string.rest(gp)), of(&string.next(gp)));
+        }
+        return Some(looked_at);
+    }
     let mut factory = InstructionInfoFactory::new();
     let info = factory.info(&insn);
     let writes = info.used_memory().iter().filter(|memory| {
         matches!(memory.access(), OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
     });
-    for (place, memory) in stores.iter_mut().zip(writes) {
+    for (place, memory) in looked_at.stores.iter_mut().zip(writes) {
         let Some(first) = memory.virtual_address(0, |register, _, _| value(register, registers)) else { continue };
-        // Of a repeated instruction the decoder does not say how much a round moves.
-        let size = round(mnemonic).filter(|_| is_string).unwrap_or(memory.memory_size().size() as u64);
-        *place = if repeats {
-            let more = size.saturating_mul(gp.rcx - 1);
-            next = (first, size);
-            if gp.rflags & DIRECTION != 0 { (first.wrapping_sub(more), more + size) } else { (first, more + size) }
-        } else {
-            // XSAVE and the like do not say how much.
-            (first, if size == 0 { UNKNOWN } else { size })
-        };
+        // XSAVE and the like do not say how much.
+        let size = memory.memory_size().size() as u64;
+        looked_at.is_vague |= size == 0;
+        *place = (first, if size == 0 { MAX_STORE } else { size });
     }
-    Some(Insn { len: insn.len() as u8, emulates, repeats, stores, round: next })
+    Some(looked_at)
 }
 
-const DIRECTION: u64 = 1 << 10;
+const fn of(range: &Range<u64>) -> Store {
+    (range.start, range.end - range.start)
+}
 
 const fn is_conditional(mnemonic: Mnemonic) -> bool {
     use Mnemonic as M;
@@ -200,22 +214,11 @@ const fn is_conditional(mnemonic: Mnemonic) -> bool {
     )
 }
 
-/// Bytes that one round of a string instruction stores.
-const fn round(mnemonic: Mnemonic) -> Option<u64> {
-    match mnemonic {
-        Mnemonic::Movsb | Mnemonic::Stosb | Mnemonic::Insb => Some(1),
-        Mnemonic::Movsw | Mnemonic::Stosw | Mnemonic::Insw => Some(2),
-        Mnemonic::Movsd | Mnemonic::Stosd | Mnemonic::Insd => Some(4),
-        Mnemonic::Movsq | Mnemonic::Stosq => Some(8),
-        _ => None,
-    }
-}
-
 /// A string copy onto itself: what the emulator reads in one piece the processor reads in rounds.
 fn overlaps(insn: &iced_x86::Instruction, registers: &Registers) -> bool {
     let size = match insn.mnemonic() {
-        mnemonic @ (Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq) if insn.is_string_instruction() => {
-            round(mnemonic).unwrap_or(0)
+        Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd | Mnemonic::Movsq if insn.is_string_instruction() => {
+            insn.memory_size().size() as u64
         }
         _ => return false,
     };
@@ -325,12 +328,48 @@ mod tests {
         assert!(movs.repeats && movs.emulates);
         assert_eq!(stores(&movs), [(0x9000, 128)]);
         let mut backwards = registers();
-        backwards.gp.rflags = DIRECTION;
+        backwards.gp.rflags = rflags::DF;
         assert_eq!(stores(&look(&[0xf3, 0xaa], &backwards).unwrap()), [(0x9000 - 15, 16)]);
         let mut close = registers();
         close.gp.rdi = close.gp.rsi + 8;
         assert!(!look(&[0xf3, 0x48, 0xa5], &close).unwrap().emulates);
         assert!(!look(&[0xa4], &registers()).unwrap().repeats);
+    }
+
+    #[test]
+    fn a_string_instruction_with_short_addresses_counts_and_stores_with_half_of_its_registers() {
+        let mut high = registers();
+        high.gp = GpRegisters { rdi: 0xff_0000_9000, rcx: 0xff_0000_0010, ..high.gp };
+        // rep stosd
+        let stos = look(&[0x67, 0xf3, 0xab], &high).unwrap();
+        assert!(stos.repeats);
+        assert_eq!((stores(&stos), stos.round), (vec![(0x9000, 64)], (0x9000, 4)));
+        high.gp.rcx = 0xff_0000_0001;
+        let last = look(&[0x67, 0xf3, 0xab], &high).unwrap();
+        assert!(!last.repeats);
+        assert_eq!((stores(&last), last.at_once((0x9000, 4))), (vec![(0x9000, 4)], Some((0x9000, 4))));
+    }
+
+    #[test]
+    fn the_last_round_of_a_string_instruction_is_a_store_of_its_size() {
+        let mut last = registers();
+        last.gp.rcx = 1;
+        for (bytes, size) in [(&[0xf3, 0xaa][..], 1), (&[0xf3, 0x66, 0xa5], 2), (&[0xf3, 0x6d], 4), (&[0xf3, 0x48, 0xab], 8)] {
+            assert_eq!(stores(&look(bytes, &last).unwrap()), [(0x9000, size)], "{bytes:02x?}");
+        }
+        for (bytes, size) in [(&[0xa4][..], 1), (&[0x66, 0xab], 2), (&[0x6d], 4), (&[0x48, 0xa5], 8)] {
+            assert_eq!(stores(&look(bytes, &last).unwrap()), [(0x9000, size)], "{bytes:02x?}, not repeated");
+        }
+        last.gp.rcx = 0;
+        assert_eq!(stores(&look(&[0xf3, 0xaa], &last).unwrap()), []);
+    }
+
+    #[test]
+    fn how_far_xsave_reaches_is_not_known_and_fxsave_says_it() {
+        let xsave = look(&[0x0f, 0xae, 0x27], &registers()).unwrap();
+        assert_eq!((stores(&xsave), xsave.is_vague, xsave.at_once((0x9000, 4096))), (vec![(0x9000, 4096)], true, None));
+        let fxsave = look(&[0x0f, 0xae, 0x07], &registers()).unwrap();
+        assert_eq!((stores(&fxsave), fxsave.at_once((0x9000, 512))), (vec![(0x9000, 512)], Some((0x9000, 512))));
     }
 
     #[test]

@@ -366,8 +366,9 @@ impl XenDriver {
             // What is carried out at once is told at once.
             let once = insn.at_once((first, len));
             let is_answered = |gfn: Gfn, page: Va| {
-                let is_this =
-                    |(pa, va): (Pa, Option<Va>)| pa.gfn() == gfn || va.is_some_and(|va| reaches(once, va) && reaches(once, page));
+                let is_this = |(pa, va): (Pa, Option<Va>)| {
+                    pa.gfn() == gfn || va.zip(once).is_some_and(|(va, once)| reaches(once, va) && reaches(once, page))
+                };
                 answered.iter().flatten().copied().any(is_this)
             };
             let pages = (last >> 12).wrapping_sub(first >> 12).saturating_add(1).min(MAX_PAGES);
@@ -390,7 +391,7 @@ impl XenDriver {
                     pa,
                     va: Some(Va(va)),
                     access: MemoryAccess::W,
-                    len: u16::try_from(rest).unwrap_or(0),
+                    len: if insn.is_vague { 0 } else { u16::try_from(rest).unwrap_or(0) },
                 };
                 let event = VmiEvent { vcpu: held.event.vcpu, view: Some(back), registers: *registers, reason };
                 return Some((event, (number, index)));
@@ -407,7 +408,7 @@ impl XenDriver {
         }
         let Some((insn, _)) = self.code_at(event, &event.registers) else { return *event };
         let holds = |(first, len): &Store| va.0.wrapping_sub(*first) < *len;
-        let Some((first, len)) = insn.stores.iter().map(|store| insn.at_once(*store)).find(holds) else { return *event };
+        let Some((first, len)) = insn.stores.iter().filter_map(|store| insn.at_once(*store)).find(holds) else { return *event };
         let begin = self.translate(first, &event.registers).filter(|begin| {
             let own = event.view.and_then(|view| self.views.get(&view.0));
             !insn.repeats && begin.gfn() != pa.gfn() && own.is_some_and(|book| book.denies_write(begin.gfn()))

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmitap::arch::amd64::{ControlRegister, GpRegisters};
 use vmitap::driver::xen::Stepping;
-use vmitap::driver::{Monitor, VmiEvents, VmiInject, VmiRegisters, VmiViews, VmiWrite, Wait};
+use vmitap::driver::{Monitor, VmiEvents, VmiInject, VmiProtection, VmiRegisters, VmiViews, VmiWrite, Wait};
 use vmitap::event::{EventAction, EventReason, VmiEventResponse};
 use vmitap::{Gfn, MemoryAccess, Pa, Va, VcpuId, View, VmiError};
 use xen_sys::fake::{Fake, Kind, Reg};
@@ -296,6 +296,25 @@ fn a_store_elsewhere_is_not_told() {
     lab.step();
     assert!(lab.has_no_event());
     assert_eq!(lab.fake.answers().len(), 1);
+}
+
+#[test]
+fn what_xsave_may_reach_is_told_of_each_page_without_a_length() {
+    // xsave [rdi], far before the end of its page
+    let mut lab = tapped_with(XEN, &[0x0f, 0xae, 0x27, 0x90], Stepping::Auto, |fake| fake.set_reg(0, Reg::Rdi, 0xb800));
+    for page in [0xb, 0xc] {
+        lab.vmi.driver_mut().set_memory_access(lab.view, Gfn(page), MemoryAccess::R | MemoryAccess::X).unwrap();
+    }
+    lab.fake.run(0, 1);
+    lab.event();
+    for at in [0xb800, 0xc000] {
+        lab.step();
+        let event = lab.event();
+        let reason = EventReason::MemoryAccess { pa: Pa(at), va: Some(Va(at)), access: MemoryAccess::W, len: 0 };
+        assert_eq!(event.reason, reason);
+    }
+    lab.step();
+    assert!(lab.has_no_event());
 }
 
 #[test]
