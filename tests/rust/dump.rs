@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 use vmitap::arch::amd64::{AddressContext, DescriptorTable, GpRegisters, Registers, Segment};
 use vmitap::core::VmiCore;
-use vmitap::driver::dump::DumpDriver;
+use vmitap::driver::dump::{DumpDriver, Source};
 use vmitap::driver::{VmiControl, VmiDriver, VmiInfo, VmiRead, VmiRegisters};
 use vmitap::session::{EventSet, Limits, Session, TapKind, TapSpec};
 use vmitap::tap::OnWrite;
@@ -368,6 +368,62 @@ fn absurd_numbers_are_refused_by_name_and_at_once() {
         assert!(reason.contains(part), "{part:?} is not in {reason:?}");
     }
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
+}
+
+/// A file with a hole: what is behind its first bytes is zeros, and costs nothing on disk.
+struct Sparse {
+    head: Vec<u8>,
+    size: u64,
+}
+
+impl Source for Sparse {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), VmiError> {
+        buf.fill(0);
+        let there = self.head.get(offset as usize..).unwrap_or_default();
+        let len = there.len().min(buf.len());
+        buf[..len].copy_from_slice(&there[..len]);
+        Ok(())
+    }
+}
+
+#[test]
+fn counts_that_only_a_hole_of_the_file_bears_out_are_refused_before_memory_is_taken_for_them() {
+    const TIB: u64 = 1 << 40;
+    let xen = |vcpus, pages| {
+        let names = [".xen_prstatus", ".xen_pages", ".xen_pfn"].map(|name| (name, Vec::new()));
+        let notes = (".note.Xen", xen_notes(HVM, vcpus, pages, 1));
+        let mut file = xen_sections(&[&[notes][..], &names].concat());
+        // All three begin behind what is written, and share the hole.
+        for section in 2..5 {
+            let at = 64 + 64 * section;
+            file[at + 24..][..8].copy_from_slice(&0x1000_u64.to_le_bytes());
+            file[at + 32..][..8].copy_from_slice(&TIB.to_le_bytes());
+        }
+        file
+    };
+    let mut elf = elf_core(&[(0, 4096, &[0; PAGE])], &[]);
+    elf[56..58].copy_from_slice(&0xffff_u16.to_le_bytes());
+    let at = elf.len() as u64;
+    elf[40..48].copy_from_slice(&at.to_le_bytes());
+    let mut section = [0; 64];
+    section[44..48].copy_from_slice(&(1_u32 << 30).to_le_bytes());
+    elf.extend(section);
+    let mut packed = kdump(1, &[(0, Packing::None, &[0; PAGE])], &[]);
+    packed[436..440].copy_from_slice(&(1_u32 << 25).to_le_bytes());
+    packed[4096 + 96..][..8].copy_from_slice(&(1_u64 << 38).to_le_bytes());
+    for (head, part) in [
+        (xen(0, 1 << 28), "more than 1048576 runs of memory"),
+        (xen(1 << 20, 1), "more than 8192 vCPUs"),
+        (elf, "1073741824 of them are more than 1048576"),
+        (packed, "the bitmap of pages: 0x800000000 bytes are more than"),
+    ] {
+        let refused = DumpDriver::new("guest.dump", Box::new(Sparse { head, size: TIB + 0x1000 })).map(|_| ());
+        assert!(matches!(&refused, Err(VmiError::Image { reason, .. }) if reason.contains(part)), "{part}: {refused:?}");
+    }
 }
 
 #[test]

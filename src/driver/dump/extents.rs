@@ -32,6 +32,11 @@ impl Extent {
         Ok(Self { pa, len, offset })
     }
 
+    /// An error if there is no room for one more: a table that a hole of the file makes long costs nothing on disk.
+    pub fn check_room(file: &File<'_>, all: &[Self]) -> Result<()> {
+        file.check((all.len() as u64) < MAX_RUNS, || format!("it has more than {MAX_RUNS} runs of memory"))
+    }
+
     const fn end(&self) -> u64 {
         self.pa + self.len
     }

@@ -3,7 +3,7 @@
 //! A header has the magic (4 bytes), the version (4), the first and the last physical address of its run (8 each), and 8 bytes that
 //! mean nothing.
 
-use super::extents::{Extent, Extents, MAX_RUNS, Overlap};
+use super::extents::{Extent, Extents, Overlap};
 use super::source::File;
 use super::{Contents, Pages};
 use crate::error::Result;
@@ -18,7 +18,7 @@ pub fn read(file: &File<'_>) -> Result<Contents> {
     let mut all = Vec::new();
     let mut at = 0;
     while at < file.source.size() {
-        file.check((all.len() as u64) < MAX_RUNS, || format!("it has more than {MAX_RUNS} runs of memory"))?;
+        Extent::check_room(file, &all)?;
         let header = file.part(at, HEADER, HEADER, "a LiME header")?;
         file.check(header.bytes.starts_with(MAGIC), || {
             format!("offset {at:#x}: a LiME header is expected, and does not begin there")

@@ -93,7 +93,10 @@ fn memory(file: &File<'_>, sections: &[Section], count: u64) -> Result<Extents> 
             let next = Extent::new(file, (pa, PAGE_SIZE, offset), "a page")?;
             match all.last_mut() {
                 Some(last) if last.pa + last.len == next.pa && last.offset + last.len == next.offset => last.len += next.len,
-                _ => all.push(next),
+                _ => {
+                    Extent::check_room(file, &all)?;
+                    all.push(next);
+                }
             }
         }
         at += STEP;
