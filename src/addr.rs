@@ -6,6 +6,8 @@ use std::fmt;
 pub const PAGE_SIZE: u64 = 4096;
 /// Bits of an address that select the byte inside a page.
 pub const PAGE_SHIFT: u32 = 12;
+/// Bits of a physical address (Intel SDM vol. 3, 5.1.4).
+pub(crate) const PHYSICAL_BITS: u32 = 52;
 
 macro_rules! address {
     ($(#[$doc:meta])* $name:ident) => {

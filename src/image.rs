@@ -4,7 +4,7 @@ use object::LittleEndian;
 use object::elf::{self, FileHeader64, ProgramHeader64, Sym64};
 use object::read::elf::{FileHeader, ProgramHeader, Sym};
 
-use crate::addr::{MemoryAccess, Pa, Va};
+use crate::addr::{MemoryAccess, PHYSICAL_BITS, Pa, Va};
 use crate::error::{Result, VmiError};
 use crate::symbols::{Symbol, SymbolKind, SymbolTable};
 
@@ -12,8 +12,6 @@ use crate::symbols::{Symbol, SymbolKind, SymbolTable};
 const MAX_NAME: usize = 4096;
 /// Most bytes all names may have together: names can share their bytes in the file, so a small file can hold a lot of them.
 const MAX_NAMES: usize = 64 << 20;
-/// Bits of a physical address (Intel SDM vol. 3, 5.1.4).
-const PHYSICAL_BITS: u32 = 52;
 
 /// One part of an image that is to be in memory before the guest starts.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -64,6 +62,20 @@ impl Complaint<'_> {
     }
 }
 
+/// Whether an ELF file is a 64-bit little-endian one, or what it is instead.
+pub(crate) fn check_ident(bytes: &[u8]) -> Result<(), String> {
+    let class = bytes.get(4).copied().unwrap_or(0);
+    if class != elf::ELFCLASS64.0 {
+        return Err(format!("offset 4: ELF class {class}, where 2 (64-bit) is needed"));
+    }
+    let order = bytes.get(5).copied().unwrap_or(0);
+    if order == elf::ELFDATA2LSB.0 {
+        Ok(())
+    } else {
+        Err(format!("offset 5: byte order {order}, where 1 (little-endian) is needed"))
+    }
+}
+
 impl<'data> Image<'data> {
     /// Reads an image from the bytes of a file. `what` names the file in errors.
     ///
@@ -75,10 +87,7 @@ impl<'data> Image<'data> {
     pub fn parse(what: &str, bytes: &'data [u8]) -> Result<Self> {
         let file = Complaint(what);
         file.check(bytes.starts_with(&elf::ELFMAG), || "it does not begin with the ELF magic".to_owned())?;
-        let class = bytes.get(4).copied().unwrap_or(0);
-        file.check(class == elf::ELFCLASS64.0, || format!("offset 4: ELF class {class}, where 2 (64-bit) is needed"))?;
-        let order = bytes.get(5).copied().unwrap_or(0);
-        file.check(order == elf::ELFDATA2LSB.0, || format!("offset 5: byte order {order}, where 1 (little-endian) is needed"))?;
+        check_ident(bytes).map_err(|reason| file.error(reason))?;
 
         let header = FileHeader64::<LittleEndian>::parse(bytes).map_err(|error| file.error(format!("ELF header: {error}")))?;
         let machine = header.e_machine(LittleEndian);

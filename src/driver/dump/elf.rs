@@ -10,6 +10,7 @@ use super::source::{File, Part};
 use super::vcpus::{Vcpus, from_qemu};
 use super::{Contents, Pages, xen_core};
 use crate::error::Result;
+use crate::image::check_ident;
 
 /// Most bytes of notes: a note a vCPU is less than a KiB.
 pub const MAX_NOTES: u64 = 64 << 20;
@@ -56,10 +57,7 @@ struct Header {
 
 fn header(file: &File<'_>) -> Result<Header> {
     let part = file.part(0, size_of::<FileHeader64<LittleEndian>>() as u64, MAX_NOTES, "the ELF header")?;
-    let class = part.bytes.get(4).copied().unwrap_or(0);
-    file.check(class == elf::ELFCLASS64.0, || format!("offset 4: ELF class {class}, where 2 (64-bit) is needed"))?;
-    let order = part.bytes.get(5).copied().unwrap_or(0);
-    file.check(order == elf::ELFDATA2LSB.0, || format!("offset 5: byte order {order}, where 1 (little-endian) is needed"))?;
+    check_ident(&part.bytes).map_err(|reason| file.error(reason))?;
     let header: &FileHeader64<LittleEndian> = structure(file, &part)?;
     let machine = header.e_machine(LittleEndian);
     file.check(machine == elf::EM_X86_64, || format!("machine {}, where 62 (x86-64) is needed", machine.0))?;

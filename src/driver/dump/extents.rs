@@ -3,11 +3,9 @@
 use std::cmp::Reverse;
 
 use super::source::File;
-use crate::addr::Pa;
+use crate::addr::{PHYSICAL_BITS, Pa};
 use crate::error::{Result, VmiError};
 
-/// Bits of a physical address (Intel SDM vol. 3, 5.1.4).
-const PHYSICAL_BITS: u32 = 52;
 /// Most runs a table of a dump may have. Firmware tells an operating system of a few dozen.
 pub const MAX_RUNS: u64 = 1 << 20;
 
