@@ -53,6 +53,13 @@ pub struct Caps {
     pub multi_access: bool,
 }
 
+impl Caps {
+    /// An error if the guest can be looked at only. `capability` is what was wanted of `driver`.
+    pub(crate) const fn check_events(&self, driver: &'static str, capability: &'static str) -> Result<()> {
+        if self.events { Ok(()) } else { Err(VmiError::NotSupported { driver, capability }) }
+    }
+}
+
 /// Facts about the guest that do not change while it lives.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VmInfo {

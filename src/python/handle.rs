@@ -9,7 +9,7 @@ use super::errors::stale;
 use super::shared::Shared;
 use crate::addr::{Pa, VcpuId};
 use crate::arch::amd64::AddressContext;
-use crate::error::{Result, VmiError};
+use crate::error::Result;
 use crate::session::Session;
 
 /// The hit a `hit.vm` belongs to.
@@ -46,8 +46,8 @@ impl Handle {
     /// The same, if the guest can do more than be looked at too: asked for before anything else is.
     pub fn open_for(&self, capability: &'static str) -> PyResult<&Arc<Shared>> {
         let shared = self.open()?;
-        let driver = shared.info.driver;
-        if shared.caps.events { Ok(shared) } else { Err(VmiError::NotSupported { driver, capability }.into()) }
+        shared.caps.check_events(shared.info.driver, capability)?;
+        Ok(shared)
     }
 
     /// The page tables meant by `root`.

@@ -7,8 +7,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::convert::{buffer, length, number, optional};
+use super::handle::Handle;
 use super::shared::Shared;
-use super::vm::Handle;
 use crate::addr::{Pa, Va};
 use crate::bytes::GuestBytes;
 use crate::core::Address;

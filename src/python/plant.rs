@@ -8,7 +8,7 @@ use super::breakpoint::{Breakpoint, Common, Given};
 use super::convert::{optional, small};
 use super::errors::invalid;
 use super::expression::{Captured, condition};
-use super::vm::Handle;
+use super::handle::Handle;
 use crate::addr::{MemoryAccess, Va, View};
 use crate::capture::Abi;
 use crate::session::{EventSet, MAX_MSRS, TapKind, TapSpec, WriteRule};

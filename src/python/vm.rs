@@ -18,7 +18,7 @@ use super::events::{Events, Moments, RunResult, Stats};
 use super::expression;
 use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
-pub use super::handle::{Handle, Scope};
+use super::handle::{Handle, Scope};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
 use super::pause::Pause;

@@ -501,12 +501,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         result
     }
 
-    /// An error if the guest can be looked at only. `capability` is what was wanted.
-    fn check_events(&self, capability: &'static str) -> Result<()> {
-        let driver = self.vmi.driver();
-        if driver.caps().events { Ok(()) } else { Err(VmiError::NotSupported { driver: driver.info().driver, capability }) }
-    }
-
     fn check_open(&self) -> Result<()> {
         if self.detached { Err(VmiError::DomainGone { reason: "the session has ended".to_owned() }) } else { Ok(()) }
     }

@@ -131,7 +131,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// As [`Session::add`], for the first tap that cannot be put in.
     pub fn add_many(&mut self, specs: &[TapSpec]) -> Result<Vec<TapId>> {
         self.check_open()?;
-        self.check_events("events, which taps need")?;
+        let driver = self.vmi.driver();
+        driver.caps().check_events(driver.info().driver, "events")?;
         let first = self.taps.len();
         if u32::try_from(first + specs.len()).is_err() {
             return Err(VmiError::InvalidArgument { what: "targets", reason: "a session has room for 2^32 taps".to_owned() });
