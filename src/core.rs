@@ -339,6 +339,10 @@ impl<D: VmiDriver + ?Sized> VmiCore<D> {
                     let at = Pa(pa.0.saturating_add(from as u64));
                     self.driver.read(at, bytes.get_mut(from..).unwrap_or_default()).map_err(|error| match error {
                         VmiError::OutOfRange { end, .. } => VmiError::OutOfRange { pa, len: len as u64, end },
+                        VmiError::NotInDump { pa: missing, .. } => {
+                            let len = pa.0.saturating_add(len as u64).saturating_sub(missing.0);
+                            VmiError::NotInDump { pa: missing, len }
+                        }
                         other => other,
                     })?;
                     if bytes.len() == len {

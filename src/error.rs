@@ -69,12 +69,12 @@ pub enum VmiError {
         /// First address past guest memory.
         end: Pa,
     },
-    /// A dump does not hold these addresses: they were left out of it, or there was no memory.
-    #[error("the dump does not hold the {len} bytes at physical address {pa}")]
+    /// A dump does not hold an address: it was left out, or there was no memory.
+    #[error("the dump does not hold physical address {pa}, from where {len} bytes are wanted")]
     NotInDump {
         /// The first address that is not there.
         pa: Pa,
-        /// Bytes wanted from there on.
+        /// Bytes wanted from there on, to the end of the read or, for a virtual address, of the page. What follows may be there.
         len: u64,
     },
     /// The view does not exist.

@@ -178,7 +178,10 @@ class OutOfRangeError(VmitapError):
 
 
 class NotInDumpError(VmitapError):
-    """A dump does not hold these physical addresses: they were left out of it, or the guest had no memory there."""
+    """A dump does not hold the physical address `pa`: it was left out, or the guest had no memory there.
+
+    `length` is how many bytes were wanted from there on, to the end of the read or, for a virtual address, of the page; some may be there.
+    """
 
     def __init__(self, pa: int, length: int) -> None:
         super().__init__(pa, length)
@@ -186,7 +189,7 @@ class NotInDumpError(VmitapError):
         self.length = length
 
     def __str__(self) -> str:
-        return f"the dump does not hold the {self.length} bytes at physical address {self.pa:#x}"
+        return f"the dump does not hold physical address {self.pa:#x}, from where {self.length} bytes are wanted"
 
 
 class StringTooLongError(VmitapError):

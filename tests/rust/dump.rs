@@ -492,7 +492,22 @@ proptest! {
 fn a_long_read_takes_no_memory_for_what_is_not_there() {
     let vmi = VmiCore::new(Box::new(opened(&lime(&[(0, &[1; PAGE]), (1 << 50, &[2; PAGE])])).unwrap()));
     let missing = vmi.read_bytes(Pa(0), 1 << 50).map(|_| ());
-    assert!(matches!(missing, Err(VmiError::NotInDump { pa: Pa(0x1000), .. })), "{missing:?}");
+    assert_eq!(missing, Err(VmiError::NotInDump { pa: Pa(0x1000), len: (1 << 50) - 0x1000 }));
+}
+
+#[test]
+fn what_a_dump_does_not_hold_of_a_read_is_told_to_the_end_of_what_was_asked_for() {
+    const MIB: usize = 1 << 20;
+    // A hole of a page, far behind where a long read begins, and memory behind it.
+    let (low, high) = (vec![1; 2 * MIB + PAGE], vec![2; 2 * MIB]);
+    let hole = low.len() as u64;
+    let vmi = VmiCore::new(Box::new(opened(&lime(&[(0, &low), (hole + PAGE as u64, &high)])).unwrap()));
+    for (from, len) in [(0, 4 * MIB), (MIB as u64 - 8, 3 * MIB), (hole - 4, 8), (hole, 1), (hole, 2 * MIB)] {
+        let missing = vmi.read_bytes(Pa(from), len).map(|_| ());
+        assert_eq!(missing, Err(VmiError::NotInDump { pa: Pa(hole), len: from + len as u64 - hole }), "{len} at {from:#x}");
+    }
+    let text = VmiError::NotInDump { pa: Pa(0xa0000), len: 16 }.to_string();
+    assert_eq!(text, "the dump does not hold physical address 0xa0000, from where 16 bytes are wanted");
 }
 
 // --- files ---
