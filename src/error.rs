@@ -122,11 +122,11 @@ pub enum VmiError {
         va: Va,
     },
     /// The driver cannot do this here.
-    #[error("the {driver} driver does not offer {capability}")]
+    #[error("the {driver} driver does not offer {capability}{}", what_follows(capability))]
     NotSupported {
         /// The driver's name.
         driver: &'static str,
-        /// The capability, in the field's words.
+        /// The capability's name, in the field's words.
         capability: &'static str,
     },
     /// A driver call failed.
@@ -253,6 +253,11 @@ impl VmiError {
         }
         Self::UndoFailed { cause: Box::new(self), left_behind: what.join(", ") }
     }
+}
+
+/// What somebody who asked for something else is to know: page tables are found through registers.
+fn what_follows(capability: &str) -> &'static str {
+    if capability == "registers" { ", so virtual addresses need a root" } else { "" }
 }
 
 fn nearest_names(nearest: &[String]) -> String {

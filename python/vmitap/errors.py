@@ -133,9 +133,13 @@ class NotSupportedError(VmitapError):
         super().__init__(driver, capability)
         self.driver = driver
         self.capability = capability
+        if capability == "registers":
+            self.hint = "give root= (--root), the physical address of the page tables; physical addresses need none"
 
     def __str__(self) -> str:
-        return f"the {self.driver} driver does not offer {self.capability}"
+        # Who reads virtual memory without a root asked for no registers.
+        follows = ", so virtual addresses need a root" if self.capability == "registers" else ""
+        return f"the {self.driver} driver does not offer {self.capability}{follows}"
 
 
 class TranslationError(VmitapError):

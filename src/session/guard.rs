@@ -55,11 +55,8 @@ pub fn open_guarded(target: &Target, options: &OpenOptions, watchdog: Option<Vec
 /// be attached to; as [`repair`]. The journal stays then, and calling again tries the rest.
 pub fn repair_guest(target: &Target, options: &OpenOptions) -> Result<Option<Repaired>> {
     let guest = guest_id(target)?;
-    let (driver, capability) = match target {
-        Target::Dump(_) => ("dump", "repairing: nothing is ever left in a dump"),
-        _ => ("emu", "repairing: its guests end with their tool"),
-    };
-    let guest = guest.ok_or(VmiError::NotSupported { driver, capability })?;
+    let driver = if matches!(target, Target::Dump(_)) { "dump" } else { "emu" };
+    let guest = guest.ok_or(VmiError::NotSupported { driver, capability: "repairing" })?;
     let folder = journal::folder();
     let Some(left) = Journal::left(&folder, &guest).map_err(|error| refuse(target, error))? else { return Ok(None) };
     let mut driver = open(target, &OpenOptions { take_over: true, ..options.clone() })?.driver;

@@ -85,7 +85,7 @@ impl VmiEvents for DumpDriver {
     }
 
     fn wait(&mut self, _: Duration) -> Result<Wait> {
-        refuse("running: it can be looked at only")
+        refuse("running")
     }
 
     fn respond(&mut self, vcpu: VcpuId, _: &VmiEventResponse) -> Result<()> {
@@ -105,11 +105,11 @@ impl VmiInject for DumpDriver {
 
 impl VmiControl for DumpDriver {
     fn pause(&mut self) -> Result<()> {
-        refuse("pausing: a dump stands still anyway")
+        refuse("pausing")
     }
 
     fn resume(&mut self) -> Result<()> {
-        refuse("pausing: a dump stands still anyway")
+        refuse("pausing")
     }
 }
 
@@ -119,7 +119,7 @@ impl VmiRepair for DumpDriver {
     }
 
     fn adopt(&mut self, _: &Additions, _: u32) -> Result<()> {
-        refuse("repairing: nothing is ever left in a dump")
+        refuse("repairing")
     }
 
     fn release_held(&mut self) -> Result<usize> {

@@ -3,6 +3,7 @@
 //! What the file does not have is 0: EFER, STAR, LSTAR and SFMASK always. Where it has no CR3, nothing is given at all: addresses
 //! would be looked up under a root that is none.
 
+use super::refuse::refuse;
 use super::source::{File, Part};
 use crate::addr::VcpuId;
 use crate::arch::amd64::{DescriptorTable, GpRegisters, Registers, Segment};
@@ -46,15 +47,8 @@ impl Vcpus {
     }
 
     pub fn registers(&self, vcpu: VcpuId) -> Result<Registers> {
-        let why = match self {
-            Self::Unknown => "registers: the file has none, so virtual addresses need a root",
-            Self::Counted(_) => "registers: the file has no control registers, so virtual addresses need a root",
-            Self::Known(all) => {
-                let missing = VmiError::VcpuNotFound { vcpu, count: self.count() };
-                return all.get(usize::from(vcpu.0)).copied().ok_or(missing);
-            }
-        };
-        Err(VmiError::NotSupported { driver: super::NAME, capability: why })
+        let Self::Known(all) = self else { return refuse("registers") };
+        all.get(usize::from(vcpu.0)).copied().ok_or(VmiError::VcpuNotFound { vcpu, count: self.count() })
     }
 }
 
