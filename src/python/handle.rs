@@ -12,6 +12,10 @@ use crate::arch::amd64::AddressContext;
 use crate::error::Result;
 use crate::session::Session;
 
+/// What [`Handle::open_for`] is asked for in more than one place.
+pub const RUNNING: &str = "running";
+pub const WRITING: &str = "writing guest memory";
+
 /// The hit a `hit.vm` belongs to.
 #[derive(Clone, Copy)]
 pub struct Scope {

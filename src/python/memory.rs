@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::convert::{buffer, length, number, optional};
-use super::handle::Handle;
+use super::handle::{Handle, WRITING};
 use super::shared::Shared;
 use crate::addr::{Pa, Va};
 use crate::bytes::GuestBytes;
@@ -95,6 +95,6 @@ impl Memory {
 
     /// As `Vm.write_pa`.
     fn write(&self, py: Python<'_>, pa: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        write_pa(py, self.0.open()?, pa, data)
+        write_pa(py, self.0.open_for(WRITING)?, pa, data)
     }
 }

@@ -18,7 +18,7 @@ use super::events::{Events, Moments, RunResult, Stats};
 use super::expression;
 use super::flight::EventJournal;
 use super::floor::{VmiEvent, VmiEventResponse, raw};
-use super::handle::{Handle, Scope};
+use super::handle::{Handle, RUNNING, Scope, WRITING};
 use super::hook::{Course, Reason, drive};
 use super::memory::{self, Memory};
 use super::pause::Pause;
@@ -33,9 +33,6 @@ use crate::arch::amd64::{Injection, InjectionKind};
 use crate::capture::Abi;
 use crate::error::VmiError;
 use crate::session::EventSet;
-
-/// What a dump does not do.
-const RUNNING: &str = "running: it can be looked at only";
 
 /// A session with one guest: memory, registers, breakpoints and the event loop.
 ///
@@ -98,6 +95,7 @@ impl Vm {
         root: Option<&Bound<'_, PyAny>>,
         bytes: impl FnOnce(T) -> [u8; N],
     ) -> PyResult<()> {
+        self.open_for(WRITING)?;
         let bytes = bytes(convert::small("value", value, max)?);
         self.write_bytes(value.py(), address, &bytes, root)
     }
@@ -403,7 +401,7 @@ impl Vm {
 
     /// Holds every vCPU inside a `with` block. Counted: blocks can be nested, the outermost lets the guest go on.
     fn pause(slf: Py<Self>) -> PyResult<Pause> {
-        slf.get().open()?;
+        slf.get().open_for("pausing")?;
         Ok(Pause(slf))
     }
 
@@ -438,7 +436,7 @@ impl Vm {
         vcpu: Option<&Bound<'_, PyAny>>,
         registers: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<()> {
-        let (shared, vcpu) = (self.open()?, self.vcpu(vcpu)?);
+        let (shared, vcpu) = (self.open_for("writing registers")?, self.vcpu(vcpu)?);
         let changes = convert::changes(registers)?;
         shared.open(py, |session| session.set_registers(vcpu, &changes))
     }
@@ -531,12 +529,13 @@ impl Vm {
         data: &Bound<'_, PyAny>,
         root: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
+        self.open_for(WRITING)?;
         self.write_bytes(py, address, &convert::buffer(data)?, root)
     }
 
     /// Writes physical memory: all of it, or on an error nothing. See `write`.
     fn write_pa(&self, py: Python<'_>, pa: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
-        memory::write_pa(py, self.open()?, pa, data)
+        memory::write_pa(py, self.open_for(WRITING)?, pa, data)
     }
 
     /// Writes one byte of virtual memory; see `write`.
@@ -594,7 +593,7 @@ impl Vm {
         cr2: Option<&Bound<'_, PyAny>>,
         insn_len: u8,
     ) -> PyResult<()> {
-        let (shared, vcpu) = (self.open()?, self.vcpu(vcpu)?);
+        let (shared, vcpu) = (self.open_for("injection")?, self.vcpu(vcpu)?);
         let kind = match kind {
             "external" => InjectionKind::External,
             "exception" => InjectionKind::Exception,

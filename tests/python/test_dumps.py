@@ -219,7 +219,9 @@ def test_without_registers_the_error_says_that_a_root_is_needed(guest: Guest, tm
             for use in uses:
                 with pytest.raises(vmitap.NotSupportedError, match="virtual addresses need a root") as caught:
                     use(vm)
-                assert caught.value.driver == "dump"
+                assert (caught.value.driver, caught.value.capability) == ("dump", "registers")
+                assert "root=" in caught.value.hint
+                assert pickle.loads(pickle.dumps(caught.value)).hint == caught.value.hint
             assert (vm.translate(va, guest.vcpus[0].root), vm.read_pa(pa, 64)) == (pa, data)
     assert vmitap.attach(target).vcpus == 2, "the kernel's notes count the vCPUs"
 
@@ -249,6 +251,7 @@ def test_a_hole_is_an_error_with_its_address_and_never_zeros(files: dict[str, Pa
         assert beyond.value.end == len(guest.memory)
 
 
+BEYOND = 1 << 40
 REFUSED: dict[str, tuple[Callable[[Vm], object], str]] = {
     "a breakpoint at a symbol": (lambda vm: vm.breakpoint("open_file"), "breakpoints"),
     "a breakpoint at no address": (lambda vm: vm.breakpoint(1 << 63), "breakpoints"),
@@ -258,14 +261,27 @@ REFUSED: dict[str, tuple[Callable[[Vm], object], str]] = {
     "running": (lambda vm: vm.run(timeout=1), "running"),
     "iterating": (lambda vm: next(iter(vm.events(timeout=1))), "running"),
     "waiting": (lambda vm: vm.wait_event(0.1), "running"),
-    "pausing": (lambda vm: vm.pause().__enter__(), "pausing"),
+    "pausing": (lambda vm: vm.pause(), "pausing"),
     "a view": (lambda vm: vm.views.create(), "views"),
-    "writing": (lambda vm: vm.write_pa(0, b"x"), "writing"),
-    "writing a virtual address": (lambda vm: vm.write(vm.registers(0).rip, b"x"), "writing"),
+    "writing": (lambda vm: vm.write_pa(0, b"x"), "writing guest memory"),
+    "writing nothing": (lambda vm: vm.write_pa(0, b""), "writing guest memory"),
+    "writing beyond memory": (lambda vm: vm.write_pa(BEYOND, b"x"), "writing guest memory"),
+    "writing beyond memory as a whole": (lambda vm: vm.memory.write(BEYOND, b"x"), "writing guest memory"),
+    "writing a virtual address": (lambda vm: vm.write(vm.registers(0).rip, b"x"), "writing guest memory"),
+    "writing at a symbol": (lambda vm: vm.write("open_file", b"x"), "writing guest memory"),
+    "writing a byte": (lambda vm: vm.write_u8("open_file", 1 << 8), "writing guest memory"),
+    "writing two bytes": (lambda vm: vm.write_u16("open_file", 1 << 16), "writing guest memory"),
+    "writing four bytes": (lambda vm: vm.write_u32("open_file", 1 << 32), "writing guest memory"),
+    "writing eight bytes": (lambda vm: vm.write_u64("open_file", 1 << 64), "writing guest memory"),
     "writing registers": (lambda vm: vm.set_registers(0, rax=1), "writing registers"),
+    "writing registers of no vCPU": (lambda vm: vm.set_registers(9, rax=1), "writing registers"),
     "injecting": (lambda vm: vm.inject(3), "injection"),
+    "injecting into no vCPU": (lambda vm: vm.inject(1 << 8, vcpu=9), "injection"),
+    "watching page tables": (vmitap.PageTableMonitor, "watching page tables"),
+    "watching them in a view": (lambda vm: vmitap.PageTableMonitor(vm, views=[vm.views.default]), "watching page tables"),
     "the lower floor": (lambda vm: vmitap.VmiCore(vm).allocate_frame(), "frames"),
-    "a console": (lambda vm: vm.console, "console"),
+    "the lower floor's writing": (lambda vm: vmitap.VmiCore(vm).write(BEYOND, b"x"), "writing guest memory"),
+    "a console": (lambda vm: vm.console, "a console"),
 }
 
 
@@ -277,8 +293,8 @@ def test_what_a_dump_cannot_do_is_refused_by_name_and_the_dump_stays_usable(
     with vmitap.attach(f"dump:{files['ELF core']}") as vm:
         with pytest.raises(vmitap.NotSupportedError) as caught:
             use(vm)
-        assert caught.value.driver == "dump"
-        assert capability in caught.value.capability
+        assert (caught.value.driver, caught.value.capability) == ("dump", capability)
+        assert str(caught.value) == f"the dump driver does not offer {capability}"
         assert len(vm.breakpoints) == 0
         assert vm.read_pa(0, 16) == guest.memory[:16]
     assert vm.closed
@@ -315,7 +331,7 @@ def test_options_that_make_a_guest_are_refused(files: dict[str, Path], option: s
 def test_repairing_has_nothing_to_do_with_a_dump(files: dict[str, Path]) -> None:
     with pytest.raises(vmitap.NotSupportedError) as caught:
         vmitap.repair(f"dump:{files['raw']}")
-    assert caught.value.driver == "dump"
+    assert (caught.value.driver, caught.value.capability) == ("dump", "repairing")
     with vmitap.attach(f"dump:{files['raw']}", repair=True) as vm:
         assert vm.driver == "dump"
 
@@ -399,6 +415,7 @@ def test_the_command_line_says_what_a_dump_cannot_do(files: dict[str, Path], tmp
         (("info", target, "--run", "1"), 6, "running"),
         (("read", "0x1000", "8", target), 6, "need a root"),
         (("translate", "0x1000", target), 6, "need a root"),
+        (("translate", "0x1000", target), 6, "hint: give root= (--root)"),
         (("read", "0x1000", "8", target, "--physical", "--root", "0"), 2, "exclude"),
         (("read", hex(HOLE[0]), "8", f"dump:{files['LiME']}", "--physical"), 5, "does not hold"),
         (("info", target, "--vcpus", "2"), 2, "dump"),

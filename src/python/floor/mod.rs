@@ -18,6 +18,7 @@ pub use manager::{BreakpointManager, ManagedBreakpoint};
 pub use tables::{PageTableEvent, PageTableMonitor};
 
 use super::convert::{AccessArg, access_to_python, buffer, length, number};
+use super::handle::WRITING;
 use super::memory;
 use super::views::View;
 use super::vm::Vm;
@@ -47,8 +48,9 @@ impl VmiCore {
 
     /// As `Vm.write_pa`, but breakpoints on those bytes are not planted again; also writes allocated frames.
     fn write(&self, py: Python<'_>, pa: &Bound<'_, PyAny>, data: &Bound<'_, PyAny>) -> PyResult<()> {
+        let shared = self.0.get().open_for(WRITING)?;
         let (pa, bytes) = (Pa(number("pa", pa)?), buffer(data)?);
-        self.0.get().open()?.open(py, |session| session.vmi_mut().write_pa(pa, &bytes))
+        shared.open(py, |session| session.vmi_mut().write_pa(pa, &bytes))
     }
 
     /// As `Vm.translate`.

@@ -104,7 +104,7 @@ impl PageTableMonitor {
         controller: Option<&Bound<'_, BreakpointController>>,
         views: Option<Vec<Bound<'_, View>>>,
     ) -> PyResult<Self> {
-        let shared = vm.get().open()?;
+        let shared = vm.get().open_for("watching page tables")?;
         let controller = match controller.map(Bound::get) {
             Some(controller) if !Arc::ptr_eq(controller.vm.get().open()?, shared) => {
                 return Err(invalid("controller", "it is of another session"));
