@@ -408,6 +408,20 @@ def test_the_command_line_looks_at_a_dump(files: dict[str, Path], guest: Guest, 
     assert shown("translate", hex(va), raw_target, "--root", str(root))["pa"] == pa
 
 
+def test_the_commands_of_the_documentation_work_on_the_dump_that_its_example_makes(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "dumps.md").read_text()
+    example, commands = (page.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "sh"))
+    subprocess.run([sys.executable, "-c", example], check=True, capture_output=True, cwd=tmp_path, timeout=60)
+    words = [line.split() for line in commands.splitlines()]
+    assert all(line[0] == "vmitap" for line in words)
+    done = [subprocess.run([sys.executable, "-m", *line], capture_output=True, text=True, cwd=tmp_path, timeout=60) for line in words]
+    assert [(each.returncode, each.stderr) for each in done] == [(0, "")] * 4
+    info, physical, virtual, translated = (each.stdout for each in done)
+    assert "dump (raw)" in info
+    assert "0x100000" in translated
+    assert physical.split()[1:] == virtual.split()[1:], "the same bytes, at either address"
+
+
 def test_the_command_line_says_what_a_dump_cannot_do(files: dict[str, Path], tmp_path: Path) -> None:
     target = f"dump:{files['raw']}"
     for words, code, part in [

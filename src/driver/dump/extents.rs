@@ -50,8 +50,8 @@ impl Extent {
 pub enum Overlap {
     /// It is an error: which of them is right?
     Refused,
-    /// Runs that share the bytes in the file too are one, and of one inside another nothing is lost: ELF cores have both, for the same
-    /// memory at several virtual addresses.
+    /// Runs that share the bytes in the file too are one, and of one inside another the larger counts: ELF cores have both, for the same
+    /// memory at several virtual addresses. Whether the bytes of the two agree is not looked at.
     Inside,
 }
 
