@@ -454,6 +454,7 @@ class Vm:
             BreakpointConflictError: that key is taken at that address.
             DefaultViewError, ViewNotFoundError: nothing can be hidden in `view`.
             InvalidArgumentError: a column of `capture` that is there already with another type.
+            NotSupportedError: it is a dump.
 
         >>> @vm.breakpoint("open_file")
         ... def opened(hit):
@@ -517,7 +518,7 @@ class Vm:
 
         Raises:
             InvalidArgumentError: `length` or `access` is empty.
-            TranslationError, SymbolNotFoundError, BreakpointConflictError: as for `breakpoint`.
+            TranslationError, SymbolNotFoundError, BreakpointConflictError, NotSupportedError: as for `breakpoint`.
 
         >>> vm.watch("open_file", 4, vmitap.Access.R).access
         <Access.R: 1>
@@ -565,7 +566,7 @@ class Vm:
 
         Raises:
             InvalidArgumentError: nothing is to be reported, no such register, or too many MSRs.
-            NotSupportedError: the driver does not announce that.
+            NotSupportedError: the driver does not announce that, or it is a dump.
 
         >>> roots = set()
         >>> @vm.monitor_events(cr="cr3")
@@ -592,6 +593,7 @@ class Vm:
             DeadlineExceededError: a handler took longer than its deadline.
             DomainGoneError: the guest ended in a fault it could not handle.
             SessionBusyError: called inside a handler, or while another thread is in it.
+            NotSupportedError: it is a dump.
 
         >>> _ = vm.breakpoint("open_file")
         >>> vm.run(timeout=5, max_hits=3).hits
@@ -619,7 +621,7 @@ class Vm:
             queue: how many hits can wait.
 
         Raises:
-            As `run`, out of `next()`.
+            As `run`, out of `next()`; of a dump at once.
 
         >>> bp = vm.breakpoint("open_file")
         >>> for hit in vm.events(bp, timeout=5):
@@ -629,6 +631,9 @@ class Vm:
         """
     def pause(self) -> AbstractContextManager[None]:
         """Holds every vCPU inside a `with` block. Counted: blocks can be nested, the outermost lets the guest go on.
+
+        Raises:
+            NotSupportedError: it is a dump, which stands still anyway.
 
         >>> with vm.pause():
         ...     vm.run(timeout=1).reason
@@ -656,10 +661,10 @@ class Vm:
     def registers(self, vcpu: int | None = None) -> Registers:
         """A snapshot of a vCPU's registers.
 
+        Of a dump it is what the file has; what the format does not keep is 0 (docs/dumps.md).
+
         Args:
             vcpu: its number; None: the hit's through `hit.vm`, else 0.
-
-        Of a dump it is what the file has; what the format does not keep is 0 (docs/dumps.md).
 
         Raises:
             VcpuNotFoundError: there is no such vCPU.
@@ -676,6 +681,7 @@ class Vm:
         Raises:
             InvalidArgumentError: no such register, or a value that does not fit into 64 bits; nothing is written.
             VcpuNotFoundError: there is no such vCPU.
+            NotSupportedError: it is a dump.
 
         >>> vm.set_registers(0, rbx=7)
         >>> vm.registers(0).rbx
@@ -738,6 +744,7 @@ class Vm:
         Raises:
             StringTooLongError: no zero byte within `limit`.
             TranslationError: a page of the string is not mapped.
+            OutOfRangeError, NotInDumpError, NotSupportedError: as for `read`.
 
         >>> vm.write(scratch, b"/etc/motd\0")
         >>> vm.read_cstr(scratch)
@@ -759,6 +766,7 @@ class Vm:
 
         Raises:
             TranslationError, OutOfRangeError: as for `read`.
+            NotSupportedError: it is a dump.
 
         >>> vm.write(scratch, b"hello")
         >>> vm.read(scratch, 5)
@@ -769,6 +777,7 @@ class Vm:
 
         Raises:
             OutOfRangeError: the range reaches beyond guest memory.
+            NotSupportedError: it is a dump.
 
         >>> pa = vm.translate(scratch)
         >>> vm.write_pa(pa, b"hello")
@@ -800,6 +809,8 @@ class Vm:
 
         Raises:
             TranslationError: it has none; the error says at which level the walk ended.
+            NotInDumpError: the dump does not hold a page table on the way.
+            NotSupportedError: it is a dump without the registers of its vCPUs, and no `root` is given.
 
         >>> vm.translate("open_file") & 0xFFF == vm.symbol("open_file") & 0xFFF
         True
@@ -843,6 +854,7 @@ class Vm:
         Raises:
             InvalidArgumentError: a vector out of range, or an error code where none belongs.
             VcpuNotFoundError: there is no such vCPU.
+            NotSupportedError: it is a dump.
 
         >>> vm.inject(300)
         Traceback (most recent call last):
@@ -863,6 +875,7 @@ class Vm:
 
         Raises:
             SessionBusyError: `run` is under way.
+            NotSupportedError: it is a dump.
 
         >>> controller = vmitap.BreakpointController(vm)
         >>> pa, view = vm.translate("open_file"), vm.views.tap
@@ -2026,7 +2039,7 @@ class Memory:
         """Reads many ranges of virtual memory, each an address and a length, in one call: all of them or nothing.
 
         Raises:
-            TranslationError, OutOfRangeError: as `Vm.read`, for the first range that cannot be read.
+            TranslationError, OutOfRangeError, NotInDumpError, NotSupportedError: as `Vm.read`, for the first range that cannot be read.
 
         >>> va = vm.symbol("open_file")
         >>> [len(part) for part in vm.memory.read_many([(va, 4), (va + 8, 2)])]
@@ -2612,6 +2625,7 @@ class PageTableMonitor:
 
         Raises:
             DefaultViewError: the default view is among `views`, where stores are carried out.
+            NotSupportedError: it is a dump.
         """
     def __len__(self) -> int: ...
     @property
