@@ -48,8 +48,11 @@ format: $(VENV)/.dev ## write the formatting that lint asks for
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# One after the other, also with -j: each would slow the other down. ARGS are the table's.
 # PEERS=python with what is compared: python -m venv peers && peers/bin/pip install frida qiling python-ptrace
-bench: bench-table bench-parts ## one table: a hit here, in plain unicorn scripts, in gdb, and in peers (PEERS=peers/bin/python); then the parts
+bench: ## one table: a hit here, in plain unicorn scripts, in gdb, and in peers (PEERS=peers/bin/python); then the parts
+	@$(MAKE) bench-table
+	@$(MAKE) bench-parts ARGS=
 
 bench-table: $(VENV)/.built
 	@$(BIN)/python benches/python/bench_table.py $(if $(PEERS),--peers $(PEERS)) $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -105,3 +106,26 @@ def test_make_runs_every_benchmark_of_the_parts() -> None:
     assert not re.search(r"--bench (?!'\*')", told[1])
     scripts = {path.name for path in BENCHES.glob("bench_*.py")} - {"bench_table.py"}
     assert scripts == set(re.findall(r"benches/python/(\S+)", commands))
+
+
+def test_make_bench_measures_one_after_the_other_and_its_words_are_for_the_table(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    tools = tmp_path / "venv" / "bin"
+    tools.mkdir(parents=True)
+    for tool in (tools / "python", tools / "cargo"):
+        tool.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit\necho "begins ${{0##*/}} $*" >> "{log}"\nsleep 0.1\necho ends >> "{log}"\n')
+        tool.chmod(0o755)
+    # Made in this order, so that nothing is left to set up.
+    for stamp in (".build", ".dev", ".built"):
+        (tmp_path / "venv" / stamp).touch()
+    words = ["make", "-j2", "bench", "ARGS=--markdown", f"VENV={tmp_path / 'venv'}"]
+    subprocess.run(
+        words, env={**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}, check=True, capture_output=True, timeout=60, cwd=ROOT
+    )
+    lines = log.read_text().splitlines()
+    begun = lines[::2]
+    assert lines[1::2] == ["ends"] * len(begun), "none begins before the one before it has ended"
+    assert begun[0] == "begins python benches/python/bench_table.py --markdown"
+    assert begun[1].startswith("begins cargo bench")
+    assert [line for line in begun[1:] if "--markdown" in line] == []
+    assert len(begun) == 6
