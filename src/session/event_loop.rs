@@ -164,7 +164,6 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Looks at a new event and answers it, unless somebody wants it: whether somebody does.
     fn take(&mut self, event: &VmiEvent, home: View) -> Result<bool> {
         self.judged.clear();
-        self.is_judged = false;
         let index = usize::from(event.vcpu.0);
         let stores = |vcpu: &Vcpu| vcpu.after_write.is_some() || vcpu.unfinished.is_some();
         let has_stored = self.vcpus.get(index).is_some_and(stores);

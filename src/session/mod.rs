@@ -69,6 +69,7 @@ pub use watchdog::Watchdog;
 #[cfg(feature = "xen")]
 pub use watchdog::drop_privileges;
 use write::AfterWrite;
+use write_policy::Judgement;
 pub use write_policy::WriteRule;
 
 /// A driver of any kind, with reads, writes and translation.
@@ -111,10 +112,7 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     owners: Vec<TapId>,
     /// So many events are not tried to be counted without being raised.
     usual: u32,
-    /// What the policies that look at each write say of the one in hand.
-    judged: Vec<(TapId, OnWrite)>,
-    /// They were asked.
-    is_judged: bool,
+    judged: Judgement,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and how long its vCPU had stood still.
@@ -211,8 +209,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             spare: None,
             owners: Vec::new(),
             usual: 0,
-            judged: Vec::new(),
-            is_judged: false,
+            judged: Judgement::default(),
             questions: Vec::new(),
             recording,
             row: Row::default(),

@@ -17,8 +17,7 @@ pub type Key = (View, Va, Option<Pa>, u64);
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// What the write in hand does over the byte of that tap.
     pub(super) fn policy(&self, id: TapId) -> OnWrite {
-        let judged = self.judged.iter().find(|(tap, _)| *tap == id).map(|(_, policy)| *policy);
-        judged.or_else(|| self.taps.rare(id)?.on_write).unwrap_or(self.on_write)
+        self.judged.of(id).or_else(|| self.taps.rare(id)?.on_write).unwrap_or(self.on_write)
     }
 
     /// The description of a tap; `None` if there never was one of that number.

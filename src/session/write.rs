@@ -81,7 +81,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return false;
         }
         let covered = self.covered(event, view).unwrap_or_else(|_| Covered::here(event));
-        if !self.is_judged {
+        if !self.judged.is_made() {
             self.judge_write(event, view, &covered);
         }
         self.decide_write(view, &covered).0 == WriteDecision::Deny

@@ -53,6 +53,31 @@ impl WritePolicy {
     }
 }
 
+/// What the policies that look at each write say of the one in hand.
+#[derive(Default)]
+pub(super) struct Judgement {
+    said: Vec<(TapId, OnWrite)>,
+    is_made: bool,
+}
+
+impl Judgement {
+    /// Nothing is said yet, of the next write.
+    pub fn clear(&mut self) {
+        self.said.clear();
+        self.is_made = false;
+    }
+
+    /// Whether they were asked.
+    pub const fn is_made(&self) -> bool {
+        self.is_made
+    }
+
+    /// What is done over the byte of that tap; `None`: nothing was said.
+    pub fn of(&self, id: TapId) -> Option<OnWrite> {
+        self.said.iter().find(|(tap, _)| *tap == id).map(|(_, policy)| *policy)
+    }
+}
+
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// From now on the first of these rules that applies says what a write to the tap's byte does. Without rules, and where none does, its
     /// [`super::TapSpec::on_write`] does.
@@ -77,7 +102,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub(super) fn judge_write(&mut self, event: &VmiEvent, view: View, covered: &Covered) {
         let EventReason::MemoryAccess { va, .. } = event.reason else { return };
         let taps_beside = self.taps_beside(view, covered);
-        self.is_judged = true;
+        self.judged.is_made = true;
         let Self { vmi, taps, judged, began, .. } = self;
         let clock = || began.elapsed().as_nanos() as u64;
         let scene = Scene {
@@ -91,7 +116,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             let Some(policy) = taps.rare_mut(id).and_then(|rare| rare.write_policy.as_mut()) else { continue };
             // A string instruction may go on to a byte that this write does not cover.
             if let Some(said) = policy.judge(&scene, covered.contains(pa)) {
-                judged.push((id, said));
+                judged.said.push((id, said));
             }
         }
     }
