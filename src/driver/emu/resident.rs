@@ -39,8 +39,7 @@ impl Machine {
     /// The vCPU with all of its state, to be changed in any way: the main engine's copy counts no more.
     pub fn vcpu_mut(&mut self, index: usize) -> Result<&mut Vcpu> {
         self.unload(index);
-        let count = self.vcpus.len() as u16;
-        self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
+        self.apart_mut(index)
     }
 
     /// The vCPU, of whose state the general-purpose registers, RIP and RFLAGS may be changed, and what is no processor state.
@@ -48,8 +47,7 @@ impl Machine {
         if let Some(resident) = self.resident.as_mut().filter(|resident| resident.index == index) {
             resident.core_is_old = true;
         }
-        let count = self.vcpus.len() as u16;
-        self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
+        self.apart_mut(index)
     }
 
     /// The vCPU, whose integer state may be changed and what is no processor state.
@@ -57,8 +55,7 @@ impl Machine {
         if let Some(resident) = self.resident.as_mut().filter(|resident| resident.index == index) {
             resident.integer_is_old = true;
         }
-        let count = self.vcpus.len() as u16;
-        self.vcpus.get_mut(index).ok_or_else(|| no_vcpu(index, count))
+        self.apart_mut(index)
     }
 
     /// The vCPU, of which only what is no processor state may be changed.
