@@ -440,7 +440,7 @@ impl Recording {
         ];
         arrays.extend(self.columns.iter_mut().map(Data::finish));
         let batch = RecordBatch::try_new(self.schema(), arrays).map_err(|error| broken(&error))?;
-        self.closed_bytes += self.open_bytes;
+        self.closed_bytes += batch.get_array_memory_size();
         self.open_bytes = 0;
         self.closed.push(batch);
         Ok(())

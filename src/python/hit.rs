@@ -21,7 +21,6 @@ use crate::addr::{MemoryAccess, Va};
 use crate::arch::amd64::AddressContext;
 use crate::capture::MAX_ARGUMENT;
 use crate::error::Result;
-use crate::event;
 use crate::session;
 
 /// What is plain data in a hit that was pickled.
@@ -235,10 +234,8 @@ impl Hit {
     #[getter]
     fn event(&self) -> PyResult<VmiEvent> {
         let Live { hit, breakpoint, .. } = self.live()?;
-        let session::Hit { vcpu, view, registers, reason, .. } = **hit;
-        let event = event::VmiEvent { vcpu, view: Some(view), registers, reason };
         // The session answers it: it is none of those that are to be answered by their number.
-        Ok(VmiEvent::of(&event, u64::MAX, breakpoint.get().shared()))
+        Ok(VmiEvent::of(&hit.event(), u64::MAX, breakpoint.get().shared()))
     }
 
     /// The view the vCPU was in.
