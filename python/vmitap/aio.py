@@ -10,28 +10,30 @@
 'open_file'
 
 A guest that has a file descriptor (`Vm.fileno`: a Xen domain) needs no thread: the loop waits for the descriptor, and handlers are called
-in the loop. One without runs in a thread of its own, and so does one with a handler that is a coroutine: its vCPU stands still while the
-loop goes on.
+in the loop. One without runs in a thread of its own. A handler may be a coroutine, which the loop runs: its vCPU stands still meanwhile,
+and other events of the guest wait.
 
 Several sessions can be used in one loop. `guest.vm` is the session itself: its reads, writes and lists are quick and may be called in the
-loop. Cancelling a task that waits here stops the guest at its next event; every event is answered before.
+loop. Cancelling a task that waits here stops the guest at its next event, and cancels the handler that is awaited; every event is answered
+before.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import functools
 import inspect
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import vmitap
 from vmitap.errors import InvalidArgumentError, SessionBusyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Hashable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
     from os import PathLike
     from types import TracebackType
     from typing import Literal
@@ -94,8 +96,9 @@ class AsyncVm:
         self._vm: Vm | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._running: asyncio.Future[object] | None = None
+        self._handling: asyncio.Task[object] | None = None
+        self._is_stopped = False
         self._is_entered = False
-        self._has_coroutines = False
 
     @property
     def vm(self) -> Vm:
@@ -117,7 +120,7 @@ class AsyncVm:
         except BaseException:
             self._leave_thread()
             raise
-        if self._descriptor() is not None:
+        if self._vm.fileno() is not None:
             self._leave_thread()
         return self
 
@@ -128,10 +131,13 @@ class AsyncVm:
         """Stops the guest, restores it and ends the session. Twice is fine. A task that is cancelled here waits for it all the same.
 
         Raises:
+            SessionBusyError: in a handler, which returns `Verdict.detach` instead.
             UndoFailedError, RecordingError: as `Vm.detach`.
         """
         if self._vm is None or self._vm.closed:
             return
+        if self._handling is not None and asyncio.current_task() is self._handling:
+            raise SessionBusyError("detach")
         await self._stop()
         await _through(self._in_thread(self._vm.detach))
         self._leave_thread()
@@ -142,18 +148,9 @@ class AsyncVm:
         Raises:
             As `Vm.run`; SessionBusyError too if the guest runs already.
         """
-        if self._descriptor() is None:
+        if self.vm.fileno() is None:
             return await self._exclusively(functools.partial(self.vm.run, timeout, max_hits), "run")
-        moments = self.vm._moments(timeout, max_hits)
-        result: list[RunResult] = []
-
-        def go() -> bool:
-            ended, more = moments.go()
-            result.extend([ended] if ended else [])
-            return more
-
-        await self._turn(go, lambda: bool(result), timeout, "run")
-        return result[0]
+        return await self._turn(_Run(self.vm, timeout, max_hits), timeout, "run")
 
     def events(self, *breakpoints: Breakpoint, timeout: float | None = None, queue: int = 10_000) -> AsyncEvents:
         """Hits as they come, for `async for`. The guest goes on while your code works on one.
@@ -192,8 +189,8 @@ class AsyncVm:
     ) -> Breakpoint:
         """As `Vm.breakpoint`; the handler may be a coroutine function, and so may `ask`.
 
-        A coroutine runs in the loop while the vCPU stands still, and `hit.vm` is valid in it. An ordinary function is called in the
-        session's thread, or in the loop if there is no thread.
+        A coroutine runs in the loop, as a task of its own, while the vCPU stands still, and `hit.vm` is valid in it. An ordinary function
+        is called in the session's thread, or in the loop if there is no thread.
 
         >>> async def main():
         ...     seen = []
@@ -208,10 +205,9 @@ class AsyncVm:
         >>> asyncio.run(main())
         ['/opt/app/app.conf']
         """
-        self._has_coroutines |= inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(ask)
         return self.vm.breakpoint(
             target,
-            None if handler is None else _in_loop(handler),
+            None if handler is None else self._in_loop(handler),
             root=root,
             view=view,
             where=where,
@@ -219,7 +215,7 @@ class AsyncVm:
             on_return=on_return,
             abi=abi,
             on_write=on_write,
-            ask=None if ask is None else _in_loop(ask),
+            ask=None if ask is None else self._in_loop(ask),
             key=key,
             tag=tag,
             deadline=deadline,
@@ -228,12 +224,35 @@ class AsyncVm:
             once=once,
         )
 
-    def _descriptor(self) -> int | None:
-        """What the loop waits for instead of a thread; None: there has to be one."""
-        return None if self._has_coroutines else self.vm.fileno()
+    def _in_loop(self, handler: Callable[[Hit], Awaitable[_T]] | Callable[[Hit], _T]) -> Callable[[Hit], _T]:
+        """The function that the session calls."""
+        if not inspect.iscoroutinefunction(handler):
+            return handler  # type: ignore[return-value]
+        loop = asyncio.get_running_loop()
 
-    async def _turn(self, go: Callable[[], bool], has_ended: Callable[[], bool], timeout: float | None, name: str) -> None:
-        """Has `go` called when the guest's descriptor is readable, until it has ended. Between two calls no event waits for an answer."""
+        async def handle(hit: Hit) -> _T | None:
+            self._handling = asyncio.current_task()
+            try:
+                return await handler(hit)  # type: ignore[no-any-return]
+            except asyncio.CancelledError:
+                # Its guest is stopped: it says nothing.
+                if self._is_stopped:
+                    return None
+                raise
+            finally:
+                self._handling = None
+
+        def call(hit: Hit) -> _T:
+            with suppress(RuntimeError):
+                if asyncio.get_running_loop() is loop:
+                    # `_turn` is given it.
+                    return handle(hit)  # type: ignore[return-value]
+            return asyncio.run_coroutine_threadsafe(handle(hit), loop).result()  # type: ignore[return-value]
+
+        return call
+
+    async def _turn(self, turns: _Turns, timeout: float | None, name: str) -> RunResult:
+        """Goes on when the guest's descriptor is readable, until the end. While nobody awaits a handler, no event waits for an answer."""
         descriptor = self.vm.fileno()
         if descriptor is None or (self._running is not None and not self._running.done()):
             raise SessionBusyError(name)
@@ -241,13 +260,22 @@ class AsyncVm:
         deadline = None if timeout is None else loop.time() + timeout
         # Who ends the session waits for it.
         self._running = turning = loop.create_future()
+        self._is_stopped = False
         loop.add_reader(descriptor, ready.set)
         try:
             while True:
                 ready.clear()
-                more = go()
-                if has_ended():
-                    return
+                more, cancelled = turns._go(), None
+                while (handler := turns._awaits()) is not None:
+                    handling = loop.create_task(handler)
+                    if self._is_stopped:
+                        handling.cancel()
+                    cancelled = await self._handled(handling) or cancelled
+                    more = turns._go(functools.partial(self._said, handling))
+                if cancelled is not None:
+                    raise cancelled
+                if turns.result is not None:
+                    return turns.result
                 if more:
                     # Others get their turn.
                     await asyncio.sleep(0)
@@ -258,6 +286,27 @@ class AsyncVm:
         finally:
             loop.remove_reader(descriptor)
             turning.set_result(None)
+
+    async def _handled(self, handling: asyncio.Task[object]) -> asyncio.CancelledError | None:
+        """Waits for the end of a handler, which is cancelled with the one who waits: what that one was cancelled with."""
+        cancelled: asyncio.CancelledError | None = None
+        while not handling.done():
+            try:
+                await asyncio.wait([handling])
+            except asyncio.CancelledError as error:
+                cancelled, self._is_stopped = error, True
+                handling.cancel()
+        return cancelled
+
+    def _said(self, handling: asyncio.Task[object]) -> object:
+        """What a handler returned or raised."""
+        try:
+            return handling.result()
+        except asyncio.CancelledError:
+            if self._is_stopped:
+                return None
+            # Not the one who waits was cancelled.
+            raise concurrent.futures.CancelledError from None
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
         """Runs it in the session's thread, which is there only as long as something needs it."""
@@ -275,6 +324,7 @@ class AsyncVm:
         """Runs the guest in the thread. If the waiting task is cancelled, the guest is stopped first."""
         if self._running is not None and not self._running.done():
             raise SessionBusyError(name)
+        self._is_stopped = False
         running = asyncio.ensure_future(self._in_thread(function))
         self._running = running  # type: ignore[assignment]
         try:
@@ -288,7 +338,10 @@ class AsyncVm:
         running = self._running
         if running is None or running.done():
             return
+        self._is_stopped = True
         self.vm.stop()
+        if self._handling is not None:
+            self._handling.cancel()
         with suppress(Exception):
             await _through(running)
         # If it had ended by itself, the next run would end at once.
@@ -306,7 +359,7 @@ class AsyncEvents:
         self._waiting: deque[Hit] = deque()
         self._arrived = asyncio.Event()
         self._told = False
-        self._pump: asyncio.Task[None] | None = None
+        self._pump: asyncio.Task[RunResult | None] | None = None
 
     @property
     def lost(self) -> int:
@@ -323,11 +376,11 @@ class AsyncEvents:
 
     async def __anext__(self) -> Hit:
         if self._pump is None:
-            if self._guest._descriptor() is None:
+            if self._guest.vm.fileno() is None:
                 pull = functools.partial(self._pull, asyncio.get_running_loop())
                 self._pump = asyncio.create_task(self._guest._exclusively(pull, "events"))
             else:
-                self._pump = asyncio.create_task(self._guest._turn(self._go, self._has_ended, self._timeout, "events"))
+                self._pump = asyncio.create_task(self._guest._turn(self, self._timeout, "events"))
             self._pump.add_done_callback(lambda _: self._arrived.set())
         while not self._waiting:
             if self._pump.done():
@@ -351,17 +404,18 @@ class AsyncEvents:
         self._events.close()
         self._waiting.clear()
 
-    def _go(self) -> bool:
+    def _go(self, said: Callable[[], object] | None = None) -> bool:
         """In the loop: takes the hits that there are at once."""
-        more = self._events._moment()
+        more = self._events._moment(said)
         while (hit := self._events._take()) is not None:
             self._events._keep()
             self._waiting.append(hit)
             self._arrived.set()
         return more
 
-    def _has_ended(self) -> bool:
-        return self._events.result is not None
+    def _awaits(self) -> Coroutine[object, object, object] | None:
+        """In the loop: the handler that is to be awaited."""
+        return self._events._awaits()
 
     def _pull(self, loop: asyncio.AbstractEventLoop) -> None:
         """In the thread: takes hits as long as there are any."""
@@ -371,6 +425,30 @@ class AsyncEvents:
             if not self._told:
                 self._told = True
                 loop.call_soon_threadsafe(self._arrived.set)
+
+
+class _Turns(Protocol):
+    """What goes on in moments."""
+
+    @property
+    def result(self) -> RunResult | None: ...
+    def _go(self, said: Callable[[], object] | None = None) -> bool: ...
+    def _awaits(self) -> Coroutine[object, object, object] | None: ...
+
+
+class _Run:
+    """A run in moments."""
+
+    def __init__(self, vm: Vm, timeout: float | None, max_hits: int | None) -> None:
+        self._moments = vm._moments(timeout, max_hits)
+        self.result: RunResult | None = None
+
+    def _go(self, said: Callable[[], object] | None = None) -> bool:
+        self.result, more = self._moments.go(said)
+        return more
+
+    def _awaits(self) -> Coroutine[object, object, object] | None:
+        return self._moments.awaits()
 
 
 async def _through(future: Awaitable[_T]) -> _T:
@@ -385,16 +463,3 @@ async def _through(future: Awaitable[_T]) -> _T:
     if cancelled is not None and not inner.cancelled() and inner.exception() is None:
         raise cancelled
     return inner.result()
-
-
-def _in_loop(handler: Callable[[Hit], Awaitable[_T]] | Callable[[Hit], _T]) -> Callable[[Hit], _T]:
-    """The function that the session's thread calls."""
-    if not inspect.iscoroutinefunction(handler):
-        return handler  # type: ignore[return-value]
-    loop = asyncio.get_running_loop()
-
-    def call(hit: Hit) -> _T:
-        said: _T = asyncio.run_coroutine_threadsafe(handler(hit), loop).result()
-        return said
-
-    return call

@@ -248,7 +248,7 @@ impl Events {
         // Another thread in here has it.
         let taken = self.course.lock().take();
         let Some(mut course) = taken else { return Err(busy("next()")) };
-        let outcome = drive(py, &self.shared, &mut course, Some(&self.listener));
+        let outcome = drive(py, &self.shared, &mut course, Some(&self.listener), None);
         let ended = match outcome {
             Ok(Some(reason)) => Some(reason),
             Ok(None) => None,
@@ -266,7 +266,9 @@ impl Events {
     }
 
     /// For `vmitap.aio`: goes on without waiting; whether there may be more at once. Hits wait then, and the result is there at the end.
-    fn _moment(&self, py: Python<'_>) -> PyResult<bool> {
+    /// `said`: as for `_Moments.go`.
+    #[pyo3(signature = (said=None))]
+    fn _moment(&self, py: Python<'_>, said: Option<&Bound<'_, PyAny>>) -> PyResult<bool> {
         if self.result.lock().is_some() {
             return Ok(false);
         }
@@ -276,7 +278,7 @@ impl Events {
         }
         let taken = self.course.lock().take();
         let Some(mut course) = taken else { return Err(busy("next()")) };
-        let outcome = drive(py, &self.shared, &mut course, Some(&self.listener));
+        let outcome = drive(py, &self.shared, &mut course, Some(&self.listener), said.map(Bound::call0));
         let more = course.has_more();
         if let Ok(Some(reason)) = outcome {
             self.end(py, &course, reason);
@@ -284,6 +286,11 @@ impl Events {
         }
         *self.course.lock() = Some(course);
         outcome.map(|_| more)
+    }
+
+    /// For `vmitap.aio`: as `_Moments.awaits`.
+    fn _awaits(&self) -> Option<Py<PyAny>> {
+        self.course.lock().as_mut()?.awaits()
     }
 
     /// For `vmitap.aio`: a hit that waits, if there is one.
@@ -351,15 +358,22 @@ impl Moments {
 
 #[pymethods]
 impl Moments {
-    /// Goes on without waiting: the result at the end, or whether there may be more at once.
-    fn go(&self, py: Python<'_>) -> PyResult<(Option<RunResult>, bool)> {
+    /// Goes on without waiting: the result at the end, or whether there may be more at once. `said` is called for what the handler that
+    /// was awaited returned or raised; then no more is done than to answer its event.
+    #[pyo3(signature = (said=None))]
+    fn go(&self, py: Python<'_>, said: Option<&Bound<'_, PyAny>>) -> PyResult<(Option<RunResult>, bool)> {
         let taken = self.course.lock().take();
         let Some(mut course) = taken else { return Err(busy("run")) };
-        if let Some(reason) = drive(py, &self.shared, &mut course, None)? {
+        if let Some(reason) = drive(py, &self.shared, &mut course, None, said.map(Bound::call0))? {
             return Ok((Some(RunResult::new(py, &self.shared, &course, reason)), false));
         }
         let more = course.has_more();
         *self.course.lock() = Some(course);
         Ok((None, more))
+    }
+
+    /// The coroutine of the handler that is to be awaited, before `go` is called again; once.
+    fn awaits(&self) -> Option<Py<PyAny>> {
+        self.course.lock().as_mut()?.awaits()
     }
 }

@@ -9,9 +9,9 @@ use pyo3::prelude::*;
 
 use super::breakpoint::Breakpoint;
 use super::convert::OnWriteArg;
-use super::errors::{DeadlineExceededError, HandlerError};
+use super::errors::{DeadlineExceededError, HandlerError, busy};
 use super::hit::{Hit, stack_arguments};
-use super::shared::{Inner, Listener, Shared, count};
+use super::shared::{Inner, Listener, Running, Shared, count};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
@@ -62,6 +62,8 @@ pub struct Course {
     pub hold_max: Duration,
     /// It is made in moments: [`drive`] comes back when there is nothing more for now, with this false, or after [`KEEP`], with this true.
     moments: Option<bool>,
+    /// Somebody else awaits a handler; then [`drive`] is to be told what it said.
+    held: Option<Held>,
 }
 
 impl Course {
@@ -78,6 +80,7 @@ impl Course {
             lost_before: shared.lost.load(Ordering::Relaxed),
             hold_max: Duration::ZERO,
             moments: None,
+            held: None,
         }
     }
 
@@ -90,6 +93,27 @@ impl Course {
     #[must_use]
     pub fn in_moments(self) -> Self {
         Self { moments: Some(true), ..self }
+    }
+
+    /// What the handler of the hit in hand returned, to be awaited; once.
+    pub fn awaits(&mut self) -> Option<Py<PyAny>> {
+        self.held.as_mut()?.state.awaited.as_mut()?.coroutine.take()
+    }
+}
+
+/// A loop in the middle of an event, whose handler is awaited elsewhere. It is nobody else's to run meanwhile.
+struct Held {
+    state: Loop,
+    running: Running,
+    handled: Handled,
+}
+
+/// A handler is running, until this is dropped.
+struct Handled(Arc<Shared>);
+
+impl Drop for Handled {
+    fn drop(&mut self) {
+        self.0.next_generation();
     }
 }
 
@@ -153,8 +177,37 @@ struct Loop {
     decider: Option<Py<Hit>>,
     /// The event of the hit that was met last.
     event: Option<(Instant, VcpuId)>,
+    /// A handler may return something to be awaited, and this one did.
+    can_await: bool,
+    awaited: Option<Awaited>,
     paused: bool,
     detach: bool,
+}
+
+/// A call of a handler.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    breakpoint: &'a Py<Breakpoint>,
+    hit: &'a Py<Hit>,
+    asked: Asked,
+    /// When it began, if that is to be known.
+    began: Option<Instant>,
+}
+
+/// One that has not said yet what it wants.
+struct Awaited {
+    coroutine: Option<Py<PyAny>>,
+    breakpoint: Py<Breakpoint>,
+    hit: Py<Hit>,
+    asked: Asked,
+    began: Option<Instant>,
+}
+
+impl Awaited {
+    const fn call(&self) -> Call<'_> {
+        let Self { breakpoint, hit, asked, began, .. } = self;
+        Call { breakpoint, hit, asked: *asked, began: *began }
+    }
 }
 
 /// A tap that is hit, and whom its hits are told: looked up once for hits that follow each other.
@@ -179,12 +232,39 @@ impl Told {
     }
 }
 
-/// Lets the guest run and calls handlers until something ends it, or until `enough` once no event is in hand: then `None`.
+/// Lets the guest run and calls handlers until something ends it, or until a listener has enough or a moment is over, once no event is in
+/// hand: then `None`.
 ///
-/// Whatever is raised, every event has been answered before.
-pub fn drive(py: Python<'_>, shared: &Arc<Shared>, course: &mut Course, listener: Option<&Listener>) -> PyResult<Option<Reason>> {
-    let running = shared.start_run(if listener.is_some() { "next()" } else { "run" })?;
-    let result = turn_until(py, shared, course, listener);
+/// A handler's coroutine is handed out, in moments, with its event in hand: see [`Course::awaits`]. Then `said` is what it returned or
+/// raised, and nothing is done but the event answered; without that, whatever is raised, every event has been answered before.
+pub fn drive(
+    py: Python<'_>,
+    shared: &Arc<Shared>,
+    course: &mut Course,
+    listener: Option<&Listener>,
+    said: Option<PyResult<Bound<'_, PyAny>>>,
+) -> PyResult<Option<Reason>> {
+    let op = if listener.is_some() { "next()" } else { "run" };
+    let (running, mut state) = match (course.held.take(), said) {
+        (None, None) => (shared.start_run(op)?, Loop { can_await: course.moments.is_some(), ..Loop::default() }),
+        (Some(Held { mut state, running, handled }), Some(said)) => {
+            state.met_at = None;
+            if let Some(awaited) = state.awaited.take() {
+                state.answer = Some(hear(py, &mut state, awaited.call(), said));
+            }
+            drop(handled);
+            (running, state)
+        }
+        (held, _) => {
+            course.held = held;
+            return Err(busy(op));
+        }
+    };
+    let result = turn_until(py, shared, course, listener, &mut state);
+    if state.awaited.is_some() {
+        course.held = Some(Held { state, running, handled: Handled(shared.clone()) });
+        return result;
+    }
     let detached = if shared.is_detach_wanted() { shared.close(py) } else { Ok(()) };
     drop(running);
     let reason = result?;
@@ -197,11 +277,11 @@ fn turn_until(
     shared: &Arc<Shared>,
     course: &mut Course,
     listener: Option<&Listener>,
+    state: &mut Loop,
 ) -> PyResult<Option<Reason>> {
-    let mut state = Loop::default();
     let mut signals_at = Instant::now();
     let mut yields_at = signals_at + KEEP;
-    let moment_ends = course.moments.map(|_| yields_at);
+    let moment_ends = course.moments.map(|_| if state.answer.is_some() { signals_at } else { yields_at });
     loop {
         shared.refresh_wanted(py);
         // A hit was met a moment ago, and the clock read.
@@ -264,7 +344,10 @@ fn turn_until(
                 // A moment ago, if the interpreter was not waited for and nobody else was told of the event before.
                 let is_news = state.event != Some((hit.at, hit.vcpu));
                 let met = if kept && is_news { hit.at } else { Instant::now() };
-                meet(py, shared, &mut state, hit, met);
+                meet(py, shared, state, hit, met);
+                if state.awaited.is_some() {
+                    return Ok(None);
+                }
             }
             Turn::Polled(Poll::Timeout) if course.moments.is_some() && !ends => {
                 course.moments = Some(false);
@@ -294,7 +377,7 @@ fn turn_until(
                 }
                 return Ok(Some(Reason::Timeout));
             }
-            Turn::Failed(error) => return Err(failed(py, &mut state, error)),
+            Turn::Failed(error) => return Err(failed(py, state, error)),
         }
     }
 }
@@ -364,10 +447,10 @@ fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit
     }
     let Some(handler) = handler else { return };
     let said = call(py, shared, state, breakpoint, handler, &object, asked);
-    if generation != 0 {
+    if let Some(said) = said {
         shared.next_generation();
+        state.answer = Some(said);
     }
-    state.answer = Some(said);
 }
 
 fn listeners_of(shared: &Shared, tap: session::TapId) -> Vec<Arc<Listener>> {
@@ -392,7 +475,7 @@ fn enqueue(py: Python<'_>, shared: &Shared, listener: &Listener, hit: &Py<Hit>) 
     shared.lost.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Calls a handler, and notes in `state` what it raised, and what it wants beyond this vCPU.
+/// Calls a handler: what it wants. `None`: that is still to be awaited.
 fn call(
     py: Python<'_>,
     shared: &Shared,
@@ -401,12 +484,26 @@ fn call(
     handler: &Py<PyAny>,
     hit: &Py<Hit>,
     asked: Asked,
-) -> Answer {
+) -> Option<Answer> {
     let tap = breakpoint.get();
     count(&shared.calls);
     tap.count_call();
     let began = tap.deadline().map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));
+    if state.can_await
+        && let Ok(returned) = &returned
+        && returned.hasattr("__await__").unwrap_or_default()
+    {
+        let (breakpoint, hit) = (breakpoint.clone_ref(py), hit.clone_ref(py));
+        state.awaited = Some(Awaited { coroutine: Some(returned.clone().unbind()), breakpoint, hit, asked, began });
+        return None;
+    }
+    Some(hear(py, state, Call { breakpoint, hit, asked, began }, returned))
+}
+
+/// What a handler that has come to its end wants. Notes in `state` what it raised, and what it wants beyond this vCPU.
+fn hear(py: Python<'_>, state: &mut Loop, call: Call<'_>, returned: PyResult<Bound<'_, PyAny>>) -> Answer {
+    let Call { breakpoint, hit, asked, began } = call;
     let took = began.map(|began| began.elapsed().as_secs_f64());
     let read = |returned: Bound<'_, PyAny>| match asked {
         Asked::Condition => read_condition(&returned),
@@ -420,7 +517,7 @@ fn call(
             return asked.unanswered();
         }
     };
-    if let (Some(deadline), Some(took)) = (tap.deadline(), took)
+    if let (Some(deadline), Some(took)) = (breakpoint.get().deadline(), took)
         && took > deadline
     {
         state.raised.get_or_insert_with(|| DeadlineExceededError::new_err((hit.clone_ref(py), deadline, took)));

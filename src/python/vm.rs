@@ -369,7 +369,7 @@ impl Vm {
         let shared = self.open_for(RUNNING)?;
         let (timeout, hits) = (convert::seconds("timeout", timeout)?, convert::optional("max_hits", max_hits)?);
         let mut course = Course::begin(py, shared, timeout, hits);
-        let reason = drive(py, shared, &mut course, None)?.unwrap_or(Reason::Timeout);
+        let reason = drive(py, shared, &mut course, None, None)?.unwrap_or(Reason::Timeout);
         Ok(RunResult::new(py, shared, &course, reason))
     }
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import stand_in
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -49,3 +51,9 @@ def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
         return f"emu:{image}"
 
     return build
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for Xen's libraries."""
+    return stand_in.build(tmp_path_factory.mktemp("xen"))

@@ -1,0 +1,419 @@
+"""Xen domains in an asyncio loop, on the stand-in for Xen's libraries (stand_in.py)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stand_in import UNTOUCHED, run
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_an_asyncio_loop_waits_for_the_event_channel_and_needs_no_thread(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, threading, vmitap.aio
+from vmitap import SessionBusyError
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60
+    async with vmitap.aio.attach("xen:guest") as guest:
+        vm = guest.vm
+        assert vm.fileno() >= 0 and vm.fileno() == vm.fileno()
+        threads = set()
+        bp = guest.breakpoint(0x8000, lambda hit: threads.add(threading.current_thread().name))
+        ticks = 0
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+        ticking = asyncio.create_task(tick())
+        fake.fake_automatic(50)
+        result = await guest.run(timeout=60, max_hits=50)
+        assert (result.reason, result.hits, result.py_calls) == ("max_hits", 50, 50), result
+        assert threads == {"MainThread"}, threads
+        # Nothing to be done: it waits, others go on, and it ends in time.
+        fake.fake_automatic(0)
+        before = ticks
+        result = await guest.run(timeout=0.3)
+        assert result.reason == "timeout" and 0.25 < result.elapsed < 2, result
+        assert ticks > before + 20, (before, ticks)
+        # Hits one by one; the first iteration ends early.
+        fake.fake_automatic(50)
+        hits = []
+        events = guest.events(bp, timeout=60)
+        async for hit in events:
+            hits.append((hit.vcpu, hit.regs.rip))
+            if len(hits) == 20:
+                break
+        with_busy = asyncio.create_task(guest.run(timeout=60))
+        try:
+            await with_busy
+        except SessionBusyError:
+            print("busy")
+        await events.aclose()
+        assert {rip for _, rip in hits} == {0x8000}
+        # Cancelled while it waits: no event is left unanswered.
+        waiting = asyncio.create_task(guest.run())
+        await asyncio.sleep(0.05)
+        waiting.cancel()
+        try:
+            await waiting
+        except asyncio.CancelledError:
+            print("cancelled", state("held"))
+        # stop() from anywhere wakes it, through the descriptor.
+        fake.fake_automatic(0)
+        looks, vmitap.aio._LOOK = vmitap.aio._LOOK, 60
+        waiting = asyncio.create_task(guest.run())
+        await asyncio.sleep(0.05)
+        vm.stop()
+        print((await asyncio.wait_for(waiting, 20)).reason)
+        vmitap.aio._LOOK = looks
+        # What a handler raises comes out, with the event answered.
+        def fails(hit):
+            raise ValueError("no")
+        guest.breakpoint(0x8000, fails, key="fails")
+        fake.fake_automatic(50)
+        try:
+            await guest.run(timeout=60)
+        except vmitap.HandlerError as error:
+            print(error.error, state("held"))
+        ticking.cancel()
+        assert threading.active_count() == 1, threading.enumerate()
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["busy", "cancelled 0", "stopped", "no 0", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_leaving_a_loops_session_ends_what_still_runs_in_it(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, vmitap.aio
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60
+    for use in (lambda guest: guest.run(), lambda guest: anext(guest.events())):
+        async with vmitap.aio.attach("xen:guest") as guest:
+            guest.breakpoint(0x8000)
+            running = asyncio.ensure_future(use(guest))
+            await asyncio.sleep(0.1)
+        try:
+            print((await asyncio.wait_for(running, 20)).reason)
+        except StopAsyncIteration:
+            print("no more")
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["stopped", "no more", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("way", ["gone", "dying"])
+@pytest.mark.parametrize("use", ["guest.run()", "anext(guest.events())"])
+def test_a_domain_that_goes_away_is_noticed_by_a_loop_that_waits_for_it(library: Path, way: str, use: str) -> None:
+    done = run(
+        library,
+        f"""
+import asyncio, time, vmitap.aio
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60
+    async with vmitap.aio.attach("xen:guest") as guest:
+        guest.breakpoint(0x8000)
+        waiting = asyncio.ensure_future({use})
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        fake.fake_knob({way!r}.encode())[0] = 1
+        before = time.monotonic()
+        try:
+            await asyncio.wait_for(waiting, 20)
+        except vmitap.DomainGoneError:
+            print("gone", time.monotonic() - before)
+asyncio.run(main())
+""",
+        options=("-X", "dev"),
+    )
+    word, seconds = done.stdout.split()
+    assert (word, float(seconds) < 1) == ("gone", True), (done.stdout, done.stderr)
+    assert all(line.startswith("the guest is gone: ") for line in done.stderr.splitlines()), done.stderr
+
+
+def test_what_an_asyncio_loop_has_no_room_for_is_counted_everywhere_and_said_once(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, logging, vmitap.aio
+logging.basicConfig(format="%(message)s")
+async def main():
+    async with vmitap.aio.attach("xen:guest") as guest:
+        bp = guest.breakpoint(0x8000)
+        fake.fake_automatic(50)
+        events = guest.events(bp, timeout=2, queue=10)
+        first = await anext(events)
+        while events.result is None:
+            await asyncio.sleep(0.01)
+        rest = [hit async for hit in events]
+        assert len(rest) == 10, len(rest)
+        assert 11 + events.lost == bp.stats.hits > 20, (events.lost, bp.stats.hits)
+        print(events.result.lost == events.lost == guest.vm.stats.lost)
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["True", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr.count("10 hits wait in a queue") == 1, done.stderr
+
+
+# A loop of its own around a guest that never ends by itself.
+IN_LOOP = """
+import asyncio, threading, vmitap.aio
+from vmitap import DeadlineExceededError, HandlerError, OnWrite, SessionBusyError, StaleContextError, Verdict
+def in_loop(main):
+    async def around():
+        asyncio.get_running_loop().slow_callback_duration = 60
+        fake.fake_automatic(50)
+        async with vmitap.aio.attach("xen:guest") as guest:
+            await main(guest)
+    asyncio.run(around())
+"""
+
+
+def test_a_coroutine_as_a_handler_of_a_domain_needs_no_thread_and_others_go_on_meanwhile(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    seen, kept = [], []
+    ticks = 0
+    async def tick():
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0)
+    async def look(hit):
+        before, events = ticks, guest.vm.stats.events
+        await asyncio.sleep(0.01)
+        # The event is not answered, and nothing else of the guest is looked at meanwhile.
+        assert state("held", hit.vcpu) > 0 and guest.vm.stats.events == events
+        seen.append((hit.vm.read_u8(hit.address), ticks > before + 3))
+        kept.append(hit.vm)
+        try:
+            guest.vm.run(timeout=0)
+        except SessionBusyError:
+            return
+        raise AssertionError
+    guest.breakpoint(0x8000, look)
+    ticking = asyncio.create_task(tick())
+    result = await guest.run(timeout=60, max_hits=10)
+    ticking.cancel()
+    print(result.reason, result.hits, result.py_calls, set(seen), threading.active_count())
+    assert 0.009 < result.hold_p50 < 1, result.hold_p50
+    try:
+        kept[-1].read_u8(0x8000)
+    except StaleContextError:
+        print("stale")
+    # Between two hits: an iteration, and an end in time.
+    async for hit in guest.events(timeout=60):
+        seen.append(hit)
+        break
+    print(len(seen))
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["max_hits 10 10 {(85, True)} 1", "stale", "11", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_every_coroutine_of_one_event_is_awaited_and_the_first_verdict_counts(library: Path) -> None:
+    program = """
+async def main(guest):
+    told = []
+    def teller(name, verdict=None):
+        async def tell(hit):
+            await asyncio.sleep(0)
+            told.append((name, hit.vcpu))
+            return verdict
+        return tell
+    guest.breakpoint(0x8000, teller("first"), key=1)
+    guest.breakpoint(0x8000, lambda hit: told.append(("function", hit.vcpu)), key=2)
+    guest.breakpoint(0x8000, teller("pauses", Verdict.pause()), key=3)
+    guest.breakpoint(0x8000, teller("last", Verdict.detach()), key=4)
+    for _ in range(2):
+        print((await guest.run(timeout=60)).reason, told)
+in_loop(main)
+"""
+    awaited = run(library, IN_LOOP + program + UNTOUCHED, options=("-X", "dev"))
+    called = run(library, IN_LOOP + program.replace("async def tell", "def tell").replace("await asyncio.sleep(0)", "") + UNTOUCHED)
+    assert awaited.stderr == ""
+    assert awaited.stdout == called.stdout
+    first, second, _ = awaited.stdout.splitlines()
+    assert first == f"paused {[(name, 0) for name in ('first', 'function', 'pauses')]}"
+    assert second.startswith(f"detached {first[7:-1]}, ('last', 0)"), second
+
+
+@pytest.mark.parametrize("use", ["await guest.run(timeout=60)", "async for _ in guest.events(timeout=60): pass"])
+def test_what_a_coroutine_raises_comes_out_and_its_event_is_answered(library: Path, use: str) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + f"""
+def failer(error):
+    async def fail(hit):
+        await asyncio.sleep(0)
+        raise error
+    return fail
+async def late(hit):
+    await asyncio.sleep(0.05)
+async def says_nonsense(hit):
+    return 5
+HANDLERS = [(failer(ValueError("no")), None), (failer(asyncio.CancelledError()), None), (late, 0.01), (says_nonsense, None)]
+async def main(guest):
+    for handler, deadline in HANDLERS:
+        bp = guest.breakpoint(0x8000, handler, deadline=deadline)
+        try:
+            {use}
+        except HandlerError as error:
+            print(type(error.error).__name__, state("held"))
+        except DeadlineExceededError as error:
+            print(type(error).__name__, error.elapsed >= 0.05, state("held"))
+        bp.remove()
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    expected = ["ValueError 0", "CancelledError 0", "DeadlineExceededError True 0", "TypeError 0", "untouched"]
+    assert done.stdout.splitlines() == expected, (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_a_write_is_asked_about_by_a_coroutine(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    # MOV [RBX], AL is 88 03: the byte at 0x8000 is written with what is in AL.
+    write(0x8000, bytes.fromhex("555d8803ebfa"))
+    asked = []
+    async def ask(hit):
+        await asyncio.sleep(0)
+        asked.append((hit.vm.read_u8(hit.address), str(hit.access)))
+        if len(asked) == 5:
+            guest.vm.stop()
+        return OnWrite.REAPPLY
+    for vcpu in range(2):
+        fake.fake_regs(vcpu)[RAX] = 0x55
+    bp = guest.breakpoint(0x8000, on_write=OnWrite.ASK, ask=ask)
+    print((await guest.run(timeout=60)).reason, set(asked), bp.state)
+in_loop(main)
+write(0x8000, CODE)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    first, last = done.stdout.splitlines()
+    assert (first[:14], first[-7:]) == ("stopped {(85, ", " active"), (done.stdout, done.stderr)
+    assert last == "untouched"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "use", ["await guest.run()", "async with aclosing(guest.events()) as events:\n            async for _ in events: pass"]
+)
+@pytest.mark.parametrize("end", ["cancelled", "detached", "left"])
+def test_a_coroutine_that_is_awaited_is_cancelled_with_its_run(library: Path, use: str, end: str) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + f"""
+from contextlib import aclosing
+async def main(guest):
+    begun, ended = asyncio.Event(), []
+    async def endless(hit):
+        begun.set()
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ended.append(state("held", hit.vcpu))
+    # The second is called at the same event.
+    guest.breakpoint(0x8000, endless, key=1)
+    guest.breakpoint(0x8000, endless, key=2)
+    async def waits():
+        {use}
+    waiting = asyncio.create_task(waits())
+    await asyncio.wait_for(begun.wait(), 60)
+    if {end!r} == "left":
+        return print("left")
+    if {end!r} == "cancelled":
+        waiting.cancel()
+    else:
+        await asyncio.wait_for(guest.detach(), 60)
+    done, _ = await asyncio.wait([waiting], timeout=60)
+    print(len(done), waiting.cancelled(), ended[0] > 0, state("held"))
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    expected = "left" if end == "left" else f"1 {end == 'cancelled'} True 0"
+    assert done.stdout.splitlines() == [expected, "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_a_coroutine_that_ends_its_own_session_says_so_with_a_verdict(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    async def detaches(hit):
+        try:
+            await guest.detach()
+        except SessionBusyError as error:
+            print(error)
+        return Verdict.detach()
+    guest.breakpoint(0x8000, detaches)
+    print((await guest.run(timeout=60)).reason, guest.vm.closed)
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    expected = ["detach cannot be used while the session is running", "detached True", "untouched"]
+    assert done.stdout.splitlines() == expected, (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_a_domain_and_a_guest_with_a_thread_share_a_loop(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    async with vmitap.aio.attach("demo") as demo:
+        seen = []
+        async def look(hit):
+            await asyncio.sleep(0)
+            seen.append(hit.vm.read_u8(hit.address))
+        guest.breakpoint(0x8000, look)
+        demo.breakpoint("open_file", look)
+        results = await asyncio.gather(guest.run(timeout=60, max_hits=10), demo.run(timeout=60, max_hits=10))
+        print([result.hits for result in results], len(seen), 0x55 in seen)
+in_loop(main)
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["[10, 10] 20 True", "untouched"], (done.stdout, done.stderr)
