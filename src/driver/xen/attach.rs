@@ -273,13 +273,10 @@ pub fn switch_views_on(control: &Control, id: u32) -> Result<bool, Obstacle> {
     Ok(!was_on)
 }
 
-/// Rights of pages can be asked for only while somebody listens (common/mem_access.c, from 4.14 to 4.22): whether somebody does.
-fn listened_to(control: &Control, id: u32) -> Option<Obstacle> {
-    match control.mem_access(id, 0) {
-        Ok(_) => Some(busy(id)),
-        Err(error) if error.errno == errno::ESRCH => Some(busy(id)),
-        Err(_) => None,
-    }
+/// Whether somebody listens: rights of pages can be asked for only then (common/mem_access.c, from 4.14 to 4.22).
+pub fn is_listened_to(control: &Control, id: u32) -> bool {
+    // That one has none is an answer too.
+    control.mem_access(id, 0).map_or_else(|error| error.errno == errno::ESRCH, |_| true)
 }
 
 fn busy(id: u32) -> Obstacle {
@@ -330,7 +327,10 @@ pub fn host(library: Option<&Path>) -> Result<HostSummary> {
         is_hvm: info.flags & dominf::HVM_GUEST != 0,
         vcpus: vcpus(&info),
         memory_size: info.tot_pages.saturating_mul(crate::addr::PAGE_SIZE),
-        obstacle: check(control, &info).err().or_else(|| listened_to(control, info.domain.into())),
+        obstacle: check(control, &info).err().or_else(|| {
+            let id = info.domain.into();
+            is_listened_to(control, id).then(|| busy(id))
+        }),
     });
     Ok(HostSummary {
         version: version(&abi),

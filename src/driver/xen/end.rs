@@ -5,10 +5,10 @@ use std::time::Duration;
 use xen_sys::errno;
 use xen_sys::types::{event_type, flag};
 
-use super::XenDriver;
 use super::monitors::monitored;
 use super::run::Taken;
 use super::step::STEP_OFF;
+use super::{XenDriver, attach};
 use crate::addr::{VcpuId, View};
 use crate::arch::amd64::vector;
 use crate::error::{Result, VmiError};
@@ -39,7 +39,12 @@ impl XenDriver {
     /// behind is returned, and tried again the next time.
     pub(super) fn end(&mut self) -> Vec<LeftBehind> {
         let mut left: Vec<LeftBehind> = Vec::new();
-        self.has_ended = true;
+        let is_again = std::mem::replace(&mut self.has_ended, true);
+        // Another session may be in the domain by now, and nothing tells its monitors and steps from ours.
+        if !self.is_in_it || (is_again && self.is_anothers()) {
+            self.is_in_it = false;
+            return left;
+        }
         if self.gone.get().is_none() && self.is_listening {
             // A domain that has gone meanwhile needs nothing of this.
             let _ = self.look();
@@ -71,7 +76,13 @@ impl XenDriver {
         if !left.is_empty() && matches!(self.look(), Err(VmiError::DomainGone { .. })) {
             left.clear();
         }
+        self.is_in_it = !left.is_empty();
         left
+    }
+
+    /// Whether another session listens, which has taken over whatever we had left behind.
+    fn is_anothers(&self) -> bool {
+        !self.is_listening && self.gone.get().is_none() && attach::is_listened_to(self.xen.control(), self.domain)
     }
 
     /// Answers everything and moves every vCPU to the default view, until nothing comes any more. Ends with the domain paused.

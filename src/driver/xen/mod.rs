@@ -104,6 +104,8 @@ pub struct XenDriver {
     /// Bits of what can be monitored.
     bits: u32,
     ring: Option<Ring>,
+    /// Something of ours is in the domain, or may be.
+    is_in_it: bool,
     /// Xen has a ring of ours.
     is_listening: bool,
     /// Our port of the event channel.
@@ -182,6 +184,7 @@ impl XenDriver {
             abi,
             bits,
             ring: None,
+            is_in_it: false,
             is_listening: false,
             port: None,
             untold: false,
@@ -219,7 +222,7 @@ impl XenDriver {
             .monitor_enable(self.domain, self.pages.foreign())
             .map_err(|error| attach::cannot_listen(&error, self.domain))?;
         self.ring = Some(Ring::new(page, self.abi.layout));
-        self.is_listening = true;
+        (self.is_in_it, self.is_listening) = (true, true);
         self.port = Some(self.events.bind_interdomain(self.domain, port).map_err(explain)?);
         self.switched_on = attach::switch_views_on(control, self.domain)?;
         // Up to 4.18 a fast step never ends without this monitor.
@@ -580,9 +583,6 @@ impl VmiControl for XenDriver {
 
 impl Drop for XenDriver {
     fn drop(&mut self) {
-        if self.gone.get().is_some() && self.has_ended {
-            return;
-        }
         let mut left = self.end();
         if !left.is_empty() {
             left = self.end();

@@ -3,12 +3,15 @@
 use std::time::Duration;
 
 use vmitap::VmiError;
-use vmitap::driver::xen::Stepping;
-use vmitap::driver::{Monitor, Shutdown, VmiEvents, VmiInfo, VmiViews, Wait};
-use vmitap::{MemoryAccess, View};
-use xen_sys::fake::{Kind, Reg};
+use vmitap::core::VmiCore;
+use vmitap::driver::xen::{Stepping, XenDriver, XenOptions};
+use vmitap::driver::{Monitor, Shutdown, VmiControl, VmiEvents, VmiInfo, VmiViews, Wait};
+use vmitap::event::{EventAction, VmiEventResponse};
+use vmitap::tap::{BreakpointController, TapController};
+use vmitap::{MemoryAccess, Pa, View};
+use xen_sys::fake::{Fake, Kind, Reg};
 
-use super::{CODE, attach, guest, is_untouched, tapped_with};
+use super::{CODE, attach, guest, is_untouched, options, tapped_with};
 
 /// Calls that change nothing in the domain.
 const LOOKS: &[&str] = &[
@@ -65,6 +68,90 @@ fn a_domain_is_let_go_in_the_documented_order() {
         let closed = said.iter().position(|name| name.ends_with("_close")).unwrap();
         assert_eq!(said[..closed], expected, "{kind:?}");
         is_untouched(&fake);
+    }
+}
+
+/// Calls with which a driver changes what another one has in the domain, or what it does there.
+fn changes(fake: &Fake, from: i64) -> Vec<String> {
+    let names = (from + 1..=fake.total()).map(|nth| fake.name(nth));
+    let mine = |name: &String| name.ends_with("_close") || name.ends_with("_unmap") || name.ends_with("_open");
+    names.filter(|name| !mine(name) && !LOOKS.contains(&name.as_str())).collect()
+}
+
+/// A vCPU is in a step of this session.
+fn stepping(mut driver: XenDriver, fake: &Fake) -> VmiCore<XenDriver> {
+    fake.write(CODE, &[0x90; 16]);
+    let view = driver.create_view(MemoryAccess::RWX).unwrap();
+    driver.monitor(Monitor::Breakpoint, true).unwrap();
+    driver.switch_to_view(view).unwrap();
+    let mut vmi = VmiCore::new(Box::new(driver));
+    BreakpointController::new().insert_breakpoint(&mut vmi, Pa(CODE), view).unwrap();
+    fake.run(0, 1);
+    let Wait::Event(event) = vmi.driver_mut().wait(Duration::ZERO).unwrap() else { panic!("no hit") };
+    let response = VmiEventResponse::action(EventAction::SingleStep { view: View::DEFAULT }).in_view(view);
+    vmi.driver_mut().respond(event.vcpu, &response).unwrap();
+    is_still_stepping(fake);
+    vmi
+}
+
+fn is_still_stepping(fake: &Fake) {
+    assert_eq!(fake.state("single_step", 0), 1);
+    assert_eq!(fake.state("listening", 0), 1);
+}
+
+#[test]
+fn a_session_that_has_ended_leaves_the_next_one_alone_whenever_it_is_dropped() {
+    for kind in Kind::ALL {
+        let fake = guest(kind);
+        let mut ended = attach(&fake);
+        ended.let_go().unwrap();
+        let next = stepping(attach(&fake), &fake);
+        let before = fake.total();
+        ended.let_go().unwrap();
+        drop(ended);
+        assert_eq!(changes(&fake, before), [""; 0], "{kind:?}");
+        is_still_stepping(&fake);
+        drop(next);
+        is_untouched(&fake);
+    }
+}
+
+#[test]
+fn who_is_refused_because_another_session_is_there_leaves_that_alone() {
+    for kind in Kind::ALL {
+        let fake = guest(kind);
+        let first = stepping(attach(&fake), &fake);
+        let before = fake.total();
+        let refused = XenDriver::attach("guest", &options(&fake));
+        assert!(matches!(refused, Err(VmiError::Attach { .. })), "{refused:?}");
+        let changed = changes(&fake, before);
+        assert!(
+            !changed.iter().any(|name| name.contains("debug_control") || name.contains("monitor_s")),
+            "{kind:?}: {changed:?}"
+        );
+        is_still_stepping(&fake);
+        drop(first);
+        is_untouched(&fake);
+    }
+}
+
+#[test]
+fn what_was_left_behind_is_left_to_the_session_that_has_taken_over() {
+    for kind in Kind::ALL {
+        let fake = guest(kind);
+        let mut failed = attach(&fake);
+        failed.create_view(MemoryAccess::RWX).unwrap();
+        fake.fail("xc_altp2m_destroy_view", 1, 5);
+        failed.let_go().unwrap_err();
+        let next = XenDriver::attach("guest", &XenOptions { take_over: true, ..options(&fake) }).unwrap();
+        let next = stepping(next, &fake);
+        let before = fake.total();
+        failed.let_go().unwrap();
+        drop(failed);
+        let changed: Vec<String> = changes(&fake, before).into_iter().filter(|name| name != "xc_get_mem_access").collect();
+        assert_eq!(changed, [""; 0], "{kind:?}");
+        is_still_stepping(&fake);
+        drop(next);
     }
 }
 
