@@ -87,7 +87,10 @@ class Domain:
         for vcpu in range(self.vcpus):
             context = subprocess.run(["xenctx", "-a", str(self.domid), str(vcpu)], capture_output=True, text=True, check=False)
             parts.append(context.stdout + context.stderr)
-        return "\n".join([*parts, self.console])
+        # What the processor has of them, in Xen's own log.
+        xl("debug-keys", "v", check=False)
+        time.sleep(0.5)
+        return "\n".join([*parts, self.console, xl("dmesg")[-10_000:]])
 
     def destroy(self) -> None:
         # By its number: it may have another name by now.

@@ -1,5 +1,6 @@
 """However a session ends, the guest goes on as if nothing had been; and however the guest ends, the session says so."""
 
+import gc
 import os
 import re
 import signal
@@ -71,6 +72,26 @@ def test_a_second_session_finds_the_guest_as_the_first_did(start: Start) -> None
         tap = vm.breakpoint(symbols()["open_file"])
         assert finish(vm).calls["open_file"] == tap.stats.hits == 100
     assert guest.alive
+
+
+def test_a_session_that_is_collected_during_the_next_one_leaves_it_alone(start: Start) -> None:
+    turn, turns = 12, 20
+    guest = start_demo(start, f"mode=calls calls={turn * turns} paced={turn} parts=1 callers=1")
+    first = attach("xen:demo")
+    first.detach()
+    with attach("xen:demo") as vm:
+        vm.breakpoint(symbols()["open_file"])
+        # Each count of the guest's, and each tick, is a step.
+        vm.watch(symbols()["truth"] + 0xF00, 8, vmitap.Access.W)
+        begin(vm)
+        assert vm.run(timeout=60, max_hits=3).reason == "max_hits"
+        del first
+        gc.collect()
+        assert vm.run(timeout=60, max_hits=turn * guest.vcpus - 3).reason == "max_hits"
+        # Both sleep until a tick finds that there is more to do.
+        vm.run(timeout=0.2)
+        begin(vm, turns)
+    assert_ends_well(guest, turn * turns * guest.vcpus)
 
 
 def test_somebody_else_cannot_attach_meanwhile(start: Start) -> None:
