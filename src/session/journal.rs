@@ -348,7 +348,7 @@ fn shown(line: &str) -> String {
 pub struct Journal {
     guest: GuestId,
     path: PathBuf,
-    file: File,
+    file: Locked,
     len: u64,
     /// Frames named in all lines together.
     named: u64,
@@ -376,7 +376,7 @@ impl Journal {
         DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
         let mut options = OpenOptions::new();
         let file = options.append(true).create_new(true).mode(0o600).custom_flags(NO_FOLLOW).open(&path).map_err(failed)?;
-        file.try_lock().map_err(|error| locked(&path, error))?;
+        let file = Locked::new(file, &path)?;
         let mut journal = Self { guest: guest.clone(), path, file, len: 0, named: 0, remains: Remains::default() };
         journal.append(&format!("{TITLE}\nguest {guest}\n"))?;
         Ok(journal)
@@ -391,14 +391,14 @@ impl Journal {
         let failed = |error: io::Error| failure(&path, &error);
         loop {
             let mut options = OpenOptions::new();
-            let mut file = match options.read(true).append(true).custom_flags(NO_FOLLOW).open(&path) {
+            let file = match options.read(true).append(true).custom_flags(NO_FOLLOW).open(&path) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
                 Err(error) => return Err(failed(error)),
             };
-            file.try_lock().map_err(|error| locked(&path, error))?;
+            let file = Locked::new(file, &path)?;
             // The file may have been replaced or removed between the two: then the lock is on nothing.
-            let ours = file.metadata().map_err(failed)?;
+            let ours = file.0.metadata().map_err(failed)?;
             match fs::symlink_metadata(&path) {
                 Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {}
                 Ok(_) => continue,
@@ -410,7 +410,7 @@ impl Journal {
                 return Err(refuse(format!("a journal is a file of at most {LONGEST} bytes")));
             }
             let mut text = Vec::new();
-            Read::by_ref(&mut file).take(LONGEST).read_to_end(&mut text).map_err(failed)?;
+            (&file.0).take(LONGEST).read_to_end(&mut text).map_err(failed)?;
             let text = String::from_utf8(text).map_err(|error| refuse(error.to_string()))?;
             let remains = Remains::parse(&text, guest).map_err(|(line, why)| refuse(format!("line {line}: {why}")))?;
             return Ok(Some(Self { guest: guest.clone(), path, file, len: text.len() as u64, named: MOST_FRAMES, remains }));
@@ -444,9 +444,9 @@ impl Journal {
     }
 
     fn append(&mut self, line: &str) -> Result<()> {
-        if let Err(error) = self.file.write_all(line.as_bytes()) {
+        if let Err(error) = self.file.0.write_all(line.as_bytes()) {
             // Half a line would spoil the next one.
-            let cut = self.file.set_len(self.len);
+            let cut = self.file.0.set_len(self.len);
             let error = cut.err().unwrap_or(error);
             return Err(failure(&self.path, &error));
         }
@@ -464,9 +464,8 @@ impl Journal {
         let text = lines.join("\n") + "\n";
         let mut options = OpenOptions::new();
         let options = options.append(true).create(true).mode(0o600).custom_flags(NO_FOLLOW);
-        let mut file = options.open(&path).map_err(failed)?;
-        file.try_lock().map_err(|error| locked(&path, error))?;
-        file.set_len(0).and_then(|()| file.write_all(text.as_bytes())).map_err(failed)?;
+        let mut file = Locked::new(options.open(&path).map_err(failed)?, &path)?;
+        file.0.set_len(0).and_then(|()| file.0.write_all(text.as_bytes())).map_err(failed)?;
         fs::rename(&path, &self.path).map_err(failed)?;
         self.file = file;
         self.len = text.len() as u64;
@@ -487,9 +486,45 @@ fn failure(path: &Path, error: &io::Error) -> VmiError {
     VmiError::Journal { path: path.display().to_string(), reason: error.to_string() }
 }
 
-fn locked(path: &Path, error: TryLockError) -> VmiError {
-    match error {
-        TryLockError::WouldBlock => VmiError::JournalInUse { path: path.display().to_string() },
-        TryLockError::Error(error) => failure(path, &error),
+/// A file that nobody else has locked. The lock is given back before the file is closed: a process that was just forked has the file open
+/// too, until it executes its program, and would keep the lock for that long.
+#[derive(Debug)]
+struct Locked(File);
+
+impl Locked {
+    fn new(file: File, path: &Path) -> Result<Self> {
+        match file.try_lock() {
+            Ok(()) => Ok(Self(file)),
+            Err(TryLockError::WouldBlock) => Err(VmiError::JournalInUse { path: path.display().to_string() }),
+            Err(TryLockError::Error(error)) => Err(failure(path, &error)),
+        }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            log::debug!("a journal stays locked until it is closed: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_was_just_forked_does_not_keep_a_session_alive_that_has_ended() {
+        let folder = std::env::temp_dir().join(format!("vmitap-forked-{}", std::process::id()));
+        let guest = GuestId::new("test", "forked").unwrap();
+        let journal = Journal::begin(&folder, &guest).unwrap();
+        // What a fork leaves in the child until it executes its program.
+        let childs = journal.file.0.try_clone().unwrap();
+        assert!(matches!(Journal::left(&folder, &guest), Err(VmiError::JournalInUse { .. })));
+        drop(journal);
+        let left = Journal::left(&folder, &guest).unwrap().unwrap();
+        left.close().unwrap();
+        fs::remove_dir(&folder).unwrap();
+        drop(childs);
     }
 }
