@@ -18,6 +18,11 @@ impl Left {
         true
     }
 
+    /// The first error.
+    pub(crate) const fn first(&self) -> Option<&VmiError> {
+        self.first.as_ref()
+    }
+
     /// The error of an operation that failed for `cause` and was then undone.
     pub(crate) fn after(self, cause: VmiError) -> VmiError {
         match self.first {

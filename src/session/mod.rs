@@ -488,9 +488,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             log::warn!("{error}; trying again without the views");
             left.note(self.controller.clear(&mut self.vmi), || "breakpoints and access rights".to_owned());
         }
-        left.note(self.vmi.driver_mut().let_go(), || "the driver's own".to_owned());
-        // A guest that is gone has nothing left behind in it.
-        let result = left.done().or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) });
+        let let_go = self.vmi.driver_mut().let_go().or_else(|error| if is_gone(&error) { Ok(()) } else { Err(error) });
+        // A guest that is gone has nothing left behind in it. With a driver that has let go before, it is for that one to say what is.
+        let result = if left.first().is_some_and(is_gone) {
+            let_go
+        } else {
+            left.note(let_go, || "the driver's own".to_owned());
+            left.done()
+        };
         self.restored = result.is_ok();
         if self.restored {
             self.close_flight();

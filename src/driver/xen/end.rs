@@ -40,9 +40,13 @@ impl XenDriver {
     pub(super) fn end(&mut self) -> Vec<LeftBehind> {
         let mut left: Vec<LeftBehind> = Vec::new();
         let is_again = std::mem::replace(&mut self.has_ended, true);
-        // Another session may be in the domain by now, and nothing tells its monitors and steps from ours.
-        if !self.is_in_it || (is_again && self.is_anothers()) {
-            self.is_in_it = false;
+        if !self.is_in_it {
+            return left;
+        }
+        if is_again && self.is_anothers() {
+            // Nothing tells its steps, monitors and views from what is left of ours, which it may have taken over.
+            let what = "what was left before (another session is in the domain now)".to_owned();
+            left.push(LeftBehind { what, errno: errno::EBUSY });
             return left;
         }
         if self.gone.get().is_none() && self.is_listening {
@@ -80,7 +84,7 @@ impl XenDriver {
         left
     }
 
-    /// Whether another session listens, which has taken over whatever we had left behind.
+    /// Whether another session listens.
     fn is_anothers(&self) -> bool {
         !self.is_listening && self.gone.get().is_none() && attach::is_listened_to(self.xen.control(), self.domain)
     }
