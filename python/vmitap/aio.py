@@ -27,13 +27,14 @@ import inspect
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import ContextVar, copy_context
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 import vmitap
 from vmitap.errors import InvalidArgumentError, SessionBusyError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Hashable, Mapping
+    from collections.abc import Awaitable, Callable, Hashable, Mapping
     from os import PathLike
     from types import TracebackType
     from typing import Literal
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["AsyncEvents", "AsyncVm", "attach"]
 
 _T = TypeVar("_T")
+_CALL: ContextVar[object] = ContextVar("call")
+"""The call of a handler that a task belongs to."""
 _LOOK = 0.1
 """Seconds after which a guest with a file descriptor is looked at in any case: one that is gone may say nothing."""
 
@@ -96,13 +99,14 @@ class AsyncVm:
         self._vm: Vm | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._running: asyncio.Future[object] | None = None
-        self._handling: asyncio.Task[object] | None = None
+        self._handling: asyncio.Future[object] | None = None
+        self._call: object = None
         self._is_stopped = False
         self._is_entered = False
 
     @property
     def vm(self) -> Vm:
-        """The session itself, for everything that takes no time.
+        """The session itself, for everything that takes no time. While a handler is awaited, `detach` here takes effect once it has ended.
 
         Raises:
             InvalidArgumentError: outside of `async with`.
@@ -131,13 +135,12 @@ class AsyncVm:
         """Stops the guest, restores it and ends the session. Twice is fine. A task that is cancelled here waits for it all the same.
 
         Raises:
-            SessionBusyError: in a handler, which returns `Verdict.detach` instead.
+            SessionBusyError: in a handler, or a task that it began: it returns `Verdict.detach` instead.
             UndoFailedError, RecordingError: as `Vm.detach`.
         """
         if self._vm is None or self._vm.closed:
             return
-        if self._handling is not None and asyncio.current_task() is self._handling:
-            raise SessionBusyError("detach")
+        self._check_outside("detach")
         await self._stop()
         await _through(self._in_thread(self._vm.detach))
         self._leave_thread()
@@ -148,9 +151,10 @@ class AsyncVm:
         Raises:
             As `Vm.run`; SessionBusyError too if the guest runs already.
         """
-        if self.vm.fileno() is None:
+        descriptor = self.vm.fileno()
+        if descriptor is None:
             return await self._exclusively(functools.partial(self.vm.run, timeout, max_hits), "run")
-        return await self._turn(_Run(self.vm, timeout, max_hits), timeout, "run")
+        return await self._turn(_Run(self.vm, timeout, max_hits), descriptor, timeout, "run")
 
     def events(self, *breakpoints: Breakpoint, timeout: float | None = None, queue: int = 10_000) -> AsyncEvents:
         """Hits as they come, for `async for`. The guest goes on while your code works on one.
@@ -230,32 +234,52 @@ class AsyncVm:
             return handler  # type: ignore[return-value]
         loop = asyncio.get_running_loop()
 
-        async def handle(hit: Hit) -> _T | None:
+        async def handle(hit: Hit) -> _T:
+            if self._is_stopped:
+                return NotImplemented  # type: ignore[no-any-return]
             self._handling = asyncio.current_task()
+            call = self._begin_call()
             try:
                 return await handler(hit)  # type: ignore[no-any-return]
             except asyncio.CancelledError:
                 # Its guest is stopped: it says nothing.
                 if self._is_stopped:
-                    return None
+                    return NotImplemented
                 raise
             finally:
-                self._handling = None
+                self._end_call(call)
 
         def call(hit: Hit) -> _T:
             with suppress(RuntimeError):
                 if asyncio.get_running_loop() is loop:
                     # `_turn` is given it.
-                    return handle(hit)  # type: ignore[return-value]
-            return asyncio.run_coroutine_threadsafe(handle(hit), loop).result()  # type: ignore[return-value]
+                    return handler(hit)  # type: ignore[return-value]
+            return asyncio.run_coroutine_threadsafe(handle(hit), loop).result()
 
         return call
 
-    async def _turn(self, turns: _Turns, timeout: float | None, name: str) -> RunResult:
-        """Goes on when the guest's descriptor is readable, until the end. While nobody awaits a handler, no event waits for an answer."""
-        descriptor = self.vm.fileno()
-        if descriptor is None or (self._running is not None and not self._running.done()):
+    def _begin_call(self) -> object:
+        """A handler is awaited from now on, in this context."""
+        self._call = object()
+        _CALL.set(self._call)
+        return self._call
+
+    def _end_call(self, call: object) -> None:
+        if self._call is call:
+            self._call = self._handling = None
+
+    def _check_outside(self, name: str) -> None:
+        """What waits for the guest to stop would wait for itself in a handler."""
+        if self._call is not None and _CALL.get(None) is self._call:
             raise SessionBusyError(name)
+
+    def _check_idle(self, name: str) -> None:
+        if self._running is not None and not self._running.done():
+            raise SessionBusyError(name)
+
+    async def _turn(self, turns: _Turns, descriptor: int, timeout: float | None, name: str) -> RunResult:
+        """Goes on when the guest's descriptor is readable, until the end. While nobody awaits a handler, no event waits for an answer."""
+        self._check_idle(name)
         loop, ready = asyncio.get_running_loop(), asyncio.Event()
         deadline = None if timeout is None else loop.time() + timeout
         # Who ends the session waits for it.
@@ -267,11 +291,8 @@ class AsyncVm:
                 ready.clear()
                 more, cancelled = turns._go(), None
                 while (handler := turns._awaits()) is not None:
-                    handling = loop.create_task(handler)
-                    if self._is_stopped:
-                        handling.cancel()
-                    cancelled = await self._handled(handling) or cancelled
-                    more = turns._go(functools.partial(self._said, handling))
+                    handling, cancelled = await self._handle(handler, cancelled)
+                    more = turns._go(functools.partial(self._say, handling))
                 if cancelled is not None:
                     raise cancelled
                 if turns.result is not None:
@@ -285,27 +306,35 @@ class AsyncVm:
                     await asyncio.wait_for(ready.wait(), left)
         finally:
             loop.remove_reader(descriptor)
+            turns._abandon()
             turning.set_result(None)
 
-    async def _handled(self, handling: asyncio.Task[object]) -> asyncio.CancelledError | None:
-        """Waits for the end of a handler, which is cancelled with the one who waits: what that one was cancelled with."""
-        cancelled: asyncio.CancelledError | None = None
+    async def _handle(
+        self, handler: Awaitable[object], cancelled: asyncio.CancelledError | None
+    ) -> tuple[asyncio.Future[object], asyncio.CancelledError | None]:
+        """Waits for the end of a handler, which is cancelled with the one who waits; and what that one was cancelled with."""
+        context = copy_context()
+        call = context.run(self._begin_call)
+        self._handling = handling = context.run(asyncio.ensure_future, handler)
+        if self._is_stopped:
+            handling.cancel()
         while not handling.done():
             try:
                 await asyncio.wait([handling])
             except asyncio.CancelledError as error:
                 cancelled, self._is_stopped = error, True
                 handling.cancel()
-        return cancelled
+        self._end_call(call)
+        return handling, cancelled
 
-    def _said(self, handling: asyncio.Task[object]) -> object:
+    def _say(self, handling: asyncio.Future[object]) -> object:
         """What a handler returned or raised."""
         try:
             return handling.result()
         except asyncio.CancelledError:
+            # Its guest is stopped: it says nothing.
             if self._is_stopped:
-                return None
-            # Not the one who waits was cancelled.
+                return NotImplemented
             raise concurrent.futures.CancelledError from None
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
@@ -322,8 +351,7 @@ class AsyncVm:
 
     async def _exclusively(self, function: Callable[[], _T], name: str) -> _T:
         """Runs the guest in the thread. If the waiting task is cancelled, the guest is stopped first."""
-        if self._running is not None and not self._running.done():
-            raise SessionBusyError(name)
+        self._check_idle(name)
         self._is_stopped = False
         running = asyncio.ensure_future(self._in_thread(function))
         self._running = running  # type: ignore[assignment]
@@ -376,11 +404,13 @@ class AsyncEvents:
 
     async def __anext__(self) -> Hit:
         if self._pump is None:
-            if self._guest.vm.fileno() is None:
+            self._guest._check_idle("events")
+            descriptor = self._guest.vm.fileno()
+            if descriptor is None:
                 pull = functools.partial(self._pull, asyncio.get_running_loop())
                 self._pump = asyncio.create_task(self._guest._exclusively(pull, "events"))
             else:
-                self._pump = asyncio.create_task(self._guest._turn(self, self._timeout, "events"))
+                self._pump = asyncio.create_task(self._guest._turn(self, descriptor, self._timeout, "events"))
             self._pump.add_done_callback(lambda _: self._arrived.set())
         while not self._waiting:
             if self._pump.done():
@@ -396,7 +426,12 @@ class AsyncEvents:
         return hit
 
     async def aclose(self) -> None:
-        """Stops the guest and drops the hits that wait. Twice is fine."""
+        """Stops the guest and drops the hits that wait. Twice is fine.
+
+        Raises:
+            SessionBusyError: in a handler, or a task that it began.
+        """
+        self._guest._check_outside("aclose")
         if self._pump is not None:
             self._pump.cancel()
             with suppress(asyncio.CancelledError, Exception):
@@ -406,25 +441,39 @@ class AsyncEvents:
 
     def _go(self, said: Callable[[], object] | None = None) -> bool:
         """In the loop: takes the hits that there are at once."""
-        more = self._events._moment(said)
+        try:
+            return self._events._moment(said)
+        finally:
+            # Those that came before something was raised, too.
+            self._take_all()
+
+    def _take_all(self) -> None:
         while (hit := self._events._take()) is not None:
             self._events._keep()
             self._waiting.append(hit)
             self._arrived.set()
-        return more
 
-    def _awaits(self) -> Coroutine[object, object, object] | None:
+    def _awaits(self) -> Awaitable[object] | None:
         """In the loop: the handler that is to be awaited."""
         return self._events._awaits()
 
+    def _abandon(self) -> None:
+        self._events._abandon()
+
     def _pull(self, loop: asyncio.AbstractEventLoop) -> None:
         """In the thread: takes hits as long as there are any."""
-        for hit in self._events:
-            self._events._keep()
-            self._waiting.append(hit)
-            if not self._told:
-                self._told = True
-                loop.call_soon_threadsafe(self._arrived.set)
+        try:
+            for hit in self._events:
+                self._events._keep()
+                self._waiting.append(hit)
+                if not self._told:
+                    self._told = True
+                    loop.call_soon_threadsafe(self._arrived.set)
+        finally:
+            # Those that came before something was raised, too. Whoever waits is told of the end of this.
+            while (more := self._events._take()) is not None:
+                self._events._keep()
+                self._waiting.append(more)
 
 
 class _Turns(Protocol):
@@ -433,7 +482,8 @@ class _Turns(Protocol):
     @property
     def result(self) -> RunResult | None: ...
     def _go(self, said: Callable[[], object] | None = None) -> bool: ...
-    def _awaits(self) -> Coroutine[object, object, object] | None: ...
+    def _awaits(self) -> Awaitable[object] | None: ...
+    def _abandon(self) -> None: ...
 
 
 class _Run:
@@ -447,8 +497,11 @@ class _Run:
         self.result, more = self._moments.go(said)
         return more
 
-    def _awaits(self) -> Coroutine[object, object, object] | None:
+    def _awaits(self) -> Awaitable[object] | None:
         return self._moments.awaits()
+
+    def _abandon(self) -> None:
+        self._moments.abandon()
 
 
 async def _through(future: Awaitable[_T]) -> _T:

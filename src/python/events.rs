@@ -293,6 +293,11 @@ impl Events {
         self.course.lock().as_mut()?.awaits()
     }
 
+    /// For `vmitap.aio`: as `_Moments.abandon`.
+    fn _abandon(&self) {
+        abandon(&self.course);
+    }
+
     /// For `vmitap.aio`: a hit that waits, if there is one.
     fn _take(&self) -> Option<Py<Hit>> {
         self.next_waiting()
@@ -332,8 +337,23 @@ impl Events {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
-        visit.call(&self.vm)
+        visit.call(&self.vm)?;
+        traverse(&self.course, &visit)
     }
+
+    fn __clear__(&self) {
+        abandon(&self.course);
+    }
+}
+
+fn abandon(course: &Mutex<Option<Course>>) {
+    let held = course.lock().as_mut().and_then(Course::abandon);
+    // What is dropped may run Python.
+    drop(held);
+}
+
+fn traverse(course: &Mutex<Option<Course>>, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+    course.try_lock().as_deref().and_then(Option::as_ref).map_or(Ok(()), |course| course.traverse(visit))
 }
 
 impl Drop for Events {
@@ -372,8 +392,21 @@ impl Moments {
         Ok((None, more))
     }
 
-    /// The coroutine of the handler that is to be awaited, before `go` is called again; once.
+    /// What the handler returned, which is to be awaited before `go` is called again; once.
     fn awaits(&self) -> Option<Py<PyAny>> {
         self.course.lock().as_mut()?.awaits()
+    }
+
+    /// Nobody awaits it any more: its event is answered by whoever runs the guest next, or ends the session.
+    fn abandon(&self) {
+        abandon(&self.course);
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        traverse(&self.course, &visit)
+    }
+
+    fn __clear__(&self) {
+        abandon(&self.course);
     }
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use pyo3::PyTraverseError;
 use pyo3::exceptions::{PyException, PyTypeError};
+use pyo3::gc::PyVisit;
 use pyo3::prelude::*;
 
 use super::breakpoint::Breakpoint;
@@ -99,10 +101,32 @@ impl Course {
     pub fn awaits(&mut self) -> Option<Py<PyAny>> {
         self.held.as_mut()?.state.awaited.as_mut()?.coroutine.take()
     }
+
+    /// Nobody awaits the handler any more: its event is answered by whoever runs the guest next, or ends the session. To be dropped once no
+    /// lock is held.
+    pub fn abandon(&mut self) -> Option<Held> {
+        self.held.take()
+    }
+
+    /// What Python handed in.
+    pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let Some(Held { state: Loop { told, decider, awaited, .. }, .. }) = &self.held else { return Ok(()) };
+        if let Some(Told { breakpoint, handler, .. }) = told {
+            visit.call(breakpoint)?;
+            visit.call(handler)?;
+        }
+        visit.call(decider)?;
+        if let Some(Awaited { coroutine, breakpoint, hit, .. }) = awaited {
+            visit.call(coroutine)?;
+            visit.call(breakpoint)?;
+            visit.call(hit)?;
+        }
+        Ok(())
+    }
 }
 
 /// A loop in the middle of an event, whose handler is awaited elsewhere. It is nobody else's to run meanwhile.
-struct Held {
+pub struct Held {
     state: Loop,
     running: Running,
     handled: Handled,
@@ -492,6 +516,7 @@ fn call(
     let returned = handler.bind(py).call1((hit,));
     if state.can_await
         && let Ok(returned) = &returned
+        && !returned.is_none()
         && returned.hasattr("__await__").unwrap_or_default()
     {
         let (breakpoint, hit) = (breakpoint.clone_ref(py), hit.clone_ref(py));
@@ -504,6 +529,10 @@ fn call(
 /// What a handler that has come to its end wants. Notes in `state` what it raised, and what it wants beyond this vCPU.
 fn hear(py: Python<'_>, state: &mut Loop, call: Call<'_>, returned: PyResult<Bound<'_, PyAny>>) -> Answer {
     let Call { breakpoint, hit, asked, began } = call;
+    // `vmitap.aio` says so of a handler that it has cancelled, because its guest is stopped.
+    if returned.as_ref().is_ok_and(|returned| returned.is(py.NotImplemented())) {
+        return asked.unanswered();
+    }
     let took = began.map(|began| began.elapsed().as_secs_f64());
     let read = |returned: Bound<'_, PyAny>| match asked {
         Asked::Condition => read_condition(&returned),

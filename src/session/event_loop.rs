@@ -47,7 +47,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// A hit that was handed out and not answered is answered with [`Verdict::Continue`] first.
     ///
     /// # Errors
-    /// What the driver fails with. Every event that was received has been answered.
+    /// What the driver fails with. Every event that was received has been answered, unless somebody is still to be asked about it.
     pub fn poll(&mut self, limits: &Limits) -> Result<Poll> {
         self.check_open()?;
         let stop_at = limits.hits.map(|hits| self.stats.hits.saturating_add(hits));

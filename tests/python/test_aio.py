@@ -152,6 +152,34 @@ def test_cancelling_stops_the_guest_and_the_session_goes_on() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("end", ["cancelled", "detached"])
+def test_a_coroutine_that_is_awaited_is_cancelled_with_its_run(end: str) -> None:
+    async def main() -> None:
+        begun: list[Hit] = []
+
+        async def endless(hit: Hit) -> None:
+            begun.append(hit)
+            await asyncio.sleep(1000)
+
+        async with aio.attach("demo", cmdline=ENDLESS) as guest:
+            guest.breakpoint("open_file", endless, key=1)
+            # At the same event.
+            guest.breakpoint("open_file", endless, key=2)
+            running = asyncio.create_task(guest.run())
+            while not begun:
+                await asyncio.sleep(0.01)
+            if end == "cancelled":
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+            else:
+                await guest.detach()
+                assert (await running).reason == "stopped"
+            assert len(begun) == 1
+
+    run(main())
+
+
 def test_leaving_while_it_runs_restores_the_guest() -> None:
     async def main() -> None:
         async with aio.attach("demo", cmdline=ENDLESS) as guest:

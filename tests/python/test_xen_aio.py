@@ -417,3 +417,183 @@ in_loop(main)
         + UNTOUCHED,
     )
     assert done.stdout.splitlines() == ["[10, 10] 20 True", "untouched"], (done.stdout, done.stderr)
+
+
+def test_a_handler_that_has_not_begun_when_its_guest_is_stopped_does_not_begin(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    begun, detaching = [], []
+    async def endless(hit):
+        begun.append(hit)
+        await asyncio.sleep(1000)
+    def meets(hit):
+        # It is ready to go on before the coroutine of the next owner is.
+        detaching.append(asyncio.create_task(guest.detach()))
+    guest.breakpoint(0x8000, meets, key=1)
+    guest.breakpoint(0x8000, endless, key=2)
+    result = await asyncio.wait_for(guest.run(), 60)
+    await detaching[0]
+    print(result.reason, begun, guest.vm.closed)
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["stopped [] True", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_a_handler_may_return_whatever_can_be_awaited(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+class Soon:
+    def __await__(self):
+        yield from asyncio.sleep(0).__await__()
+        return Verdict.pause()
+async def says(value):
+    await asyncio.sleep(0)
+    return value
+async def main(guest):
+    makers = [lambda: asyncio.ensure_future(says(Verdict.pause())), Soon, lambda: says(Verdict.pause())]
+    class Handler:
+        async def __call__(self, hit):
+            return await says(Verdict.pause())
+    for handler in [*(lambda hit, make=make: make() for make in makers), Handler()]:
+        for insert in (guest.breakpoint, guest.vm.breakpoint):
+            bp = insert(0x8000, handler)
+            print((await guest.run(timeout=60)).reason)
+            bp.remove()
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["paused"] * 8 + ["untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("end", ["waiting.cancel()", "await asyncio.wait_for(guest.detach(), 60)"])
+def test_a_question_that_is_cancelled_is_answered_as_if_nobody_had_been_asked(library: Path, end: str) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + f"""
+async def main(guest):
+    # MOV [RBX], AL, which is 0x55 as the byte there is.
+    write(0x8000, bytes.fromhex("555d8803ebfa"))
+    for vcpu in range(2):
+        fake.fake_regs(vcpu)[RAX] = 0x55
+    asked = asyncio.Event()
+    async def ask(hit):
+        asked.set()
+        await asyncio.sleep(1000)
+    guest.breakpoint(0x8000, on_write=OnWrite.ASK, ask=ask, deadline=0.01)
+    waiting = asyncio.create_task(guest.run())
+    await asyncio.wait_for(asked.wait(), 60)
+    await asyncio.sleep(0.05)
+    {end}
+    done, _ = await asyncio.wait([waiting], timeout=60)
+    print(len(done), waiting.cancelled() or waiting.result().reason)
+in_loop(main)
+write(0x8000, CODE)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    told = "True" if "cancel" in end else "stopped"
+    assert done.stdout.splitlines() == [f"1 {told}", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+WAITS_FOR_ITSELF = ["guest.detach()", "asyncio.wait_for(guest.detach(), 1)", "events.aclose()", "guest.run()", "anext(guest.events())"]
+
+
+@pytest.mark.parametrize("wait", WAITS_FOR_ITSELF)
+def test_a_handler_that_would_wait_for_itself_is_told_so(library: Path, wait: str) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + f"""
+async def main(guest):
+    told = []
+    async def waits(hit):
+        try:
+            await {wait}
+        except SessionBusyError:
+            told.append(hit.vcpu)
+    guest.breakpoint(0x8000, waits)
+    events = guest.events(timeout=60)
+    async for hit in events:
+        if len(told) >= 2:
+            break
+    await events.aclose()
+    print(len(told) >= 2)
+    await guest.detach()
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["True", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_a_loop_that_ends_in_the_middle_of_a_handler_leaves_nothing_in_the_domain(library: Path) -> None:
+    done = run(
+        library,
+        """
+import asyncio, gc, vmitap.aio
+async def main():
+    guest = await vmitap.aio.attach("xen:guest").__aenter__()
+    begun = asyncio.Event()
+    async def endless(hit):
+        begun.set()
+        await asyncio.get_running_loop().create_future()
+    guest.breakpoint(0x8000, endless)
+    guest.running = asyncio.ensure_future(guest.run())
+    await begun.wait()
+fake.fake_automatic(50)
+loop = asyncio.new_event_loop()
+loop.set_exception_handler(lambda loop, context: None)
+loop.run_until_complete(main())
+loop.close()
+del loop
+gc.collect()
+gc.collect()
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout == "untouched\n"
+
+
+@pytest.mark.parametrize("target", ["xen:guest", "demo"])
+def test_a_hit_that_was_told_before_its_handler_raised_is_not_lost(library: Path, target: str) -> None:
+    done = run(
+        library,
+        f"""
+import asyncio, vmitap.aio
+async def main():
+    asyncio.get_running_loop().slow_callback_duration = 60
+    async with vmitap.aio.attach({target!r}) as guest:
+        def fails(hit):
+            raise ValueError("no")
+        guest.breakpoint({"0x8000" if target != "demo" else '"open_file"'}, fails)
+        got = []
+        try:
+            async for hit in guest.events(timeout=60):
+                got.append(hit)
+        except vmitap.HandlerError as error:
+            print(len(got), got[0].timestamp == error.hit.timestamp, guest.vm.stats.hits)
+fake.fake_automatic(50)
+asyncio.run(main())
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["1 True 1", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
