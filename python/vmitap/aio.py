@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["AsyncEvents", "AsyncVm", "attach"]
 
 _T = TypeVar("_T")
-_CALL: ContextVar[object] = ContextVar("call")
-"""The call of a handler that a task belongs to."""
+_CALL: ContextVar[tuple[object, ...]] = ContextVar("call", default=())
+"""The calls of handlers that a task belongs to: a handler of one guest may run another."""
 _LOOK = 0.1
 """Seconds after which a guest with a file descriptor is looked at in any case: one that is gone may say nothing."""
 
@@ -141,8 +141,11 @@ class AsyncVm:
         if self._vm is None or self._vm.closed:
             return
         self._check_outside("detach")
+        await _through(self._end(self._vm))
+
+    async def _end(self, vm: Vm) -> None:
         await self._stop()
-        await _through(self._in_thread(self._vm.detach))
+        await self._in_thread(vm.detach)
         self._leave_thread()
 
     async def run(self, timeout: float | None = None, max_hits: int | None = None) -> RunResult:
@@ -191,7 +194,7 @@ class AsyncVm:
         enabled: bool = True,
         once: bool = False,
     ) -> Breakpoint:
-        """As `Vm.breakpoint`; the handler may be a coroutine function, and so may `ask`.
+        """As `Vm.breakpoint`; the handler may be a coroutine function, or return what can be awaited, and so may `ask`.
 
         A coroutine runs in the loop, as a task of its own, while the vCPU stands still, and `hit.vm` is valid in it. An ordinary function
         is called in the session's thread, or in the loop if there is no thread.
@@ -230,17 +233,17 @@ class AsyncVm:
 
     def _in_loop(self, handler: Callable[[Hit], Awaitable[_T]] | Callable[[Hit], _T]) -> Callable[[Hit], _T]:
         """The function that the session calls."""
-        if not inspect.iscoroutinefunction(handler):
-            return handler  # type: ignore[return-value]
         loop = asyncio.get_running_loop()
 
-        async def handle(hit: Hit) -> _T:
+        async def handle(said: Awaitable[_T]) -> _T:
             if self._is_stopped:
+                if inspect.iscoroutine(said):
+                    said.close()
                 return NotImplemented  # type: ignore[no-any-return]
             self._handling = asyncio.current_task()
             call = self._begin_call()
             try:
-                return await handler(hit)  # type: ignore[no-any-return]
+                return await said
             except asyncio.CancelledError:
                 # Its guest is stopped: it says nothing.
                 if self._is_stopped:
@@ -250,18 +253,21 @@ class AsyncVm:
                 self._end_call(call)
 
         def call(hit: Hit) -> _T:
+            said = handler(hit)
+            if said is None or not inspect.isawaitable(said):
+                return said
             with suppress(RuntimeError):
                 if asyncio.get_running_loop() is loop:
                     # `_turn` is given it.
-                    return handler(hit)  # type: ignore[return-value]
-            return asyncio.run_coroutine_threadsafe(handle(hit), loop).result()
+                    return said  # type: ignore[return-value]
+            return asyncio.run_coroutine_threadsafe(handle(said), loop).result()
 
         return call
 
     def _begin_call(self) -> object:
         """A handler is awaited from now on, in this context."""
         self._call = object()
-        _CALL.set(self._call)
+        _CALL.set((*_CALL.get(), self._call))
         return self._call
 
     def _end_call(self, call: object) -> None:
@@ -270,11 +276,14 @@ class AsyncVm:
 
     def _check_outside(self, name: str) -> None:
         """What waits for the guest to stop would wait for itself in a handler."""
-        if self._call is not None and _CALL.get(None) is self._call:
+        is_inside = self._call is not None and self._call in _CALL.get()
+        if is_inside or (self._handling is not None and asyncio.current_task() is self._handling):
             raise SessionBusyError(name)
 
     def _check_idle(self, name: str) -> None:
-        if self._running is not None and not self._running.done():
+        running = self._running
+        # One of a loop that was closed does not go on.
+        if running is not None and not running.done() and not running.get_loop().is_closed():
             raise SessionBusyError(name)
 
     async def _turn(self, turns: _Turns, descriptor: int, timeout: float | None, name: str) -> RunResult:
@@ -302,12 +311,17 @@ class AsyncVm:
                     await asyncio.sleep(0)
                     continue
                 left = _LOOK if deadline is None else min(_LOOK, max(deadline - loop.time(), 0))
+                # Not `wait_for`: up to Python 3.11 it loses a cancellation that comes with what it waits for.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(ready.wait(), left)
+                    async with asyncio.timeout(left):
+                        await ready.wait()
         finally:
-            loop.remove_reader(descriptor)
             turns._abandon()
-            turning.set_result(None)
+            self._is_stopped = False
+            # The loop may be closed by now.
+            with suppress(RuntimeError):
+                loop.remove_reader(descriptor)
+                turning.set_result(None)
 
     async def _handle(
         self, handler: Awaitable[object], cancelled: asyncio.CancelledError | None
@@ -318,13 +332,15 @@ class AsyncVm:
         self._handling = handling = context.run(asyncio.ensure_future, handler)
         if self._is_stopped:
             handling.cancel()
-        while not handling.done():
-            try:
-                await asyncio.wait([handling])
-            except asyncio.CancelledError as error:
-                cancelled, self._is_stopped = error, True
-                handling.cancel()
-        self._end_call(call)
+        try:
+            while not handling.done():
+                try:
+                    await asyncio.wait([handling])
+                except asyncio.CancelledError as error:
+                    cancelled, self._is_stopped = error, True
+                    handling.cancel()
+        finally:
+            self._end_call(call)
         return handling, cancelled
 
     def _say(self, handling: asyncio.Future[object]) -> object:
@@ -358,7 +374,7 @@ class AsyncVm:
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:
-            await self._stop()
+            await _through(self._stop())
             raise
 
     async def _stop(self) -> None:
@@ -367,14 +383,18 @@ class AsyncVm:
         if running is None or running.done():
             return
         self._is_stopped = True
-        self.vm.stop()
-        if self._handling is not None:
-            self._handling.cancel()
-        with suppress(Exception):
-            await _through(running)
-        # If it had ended by itself, the next run would end at once.
-        if not self.vm.closed:
-            await _through(self._in_thread(functools.partial(self.vm.run, 0)))
+        try:
+            self.vm.stop()
+            if self._handling is not None:
+                self._handling.cancel()
+            with suppress(Exception):
+                await _through(running)
+            # If it had ended by itself, the next run would end at once. Nobody is to be asked in this one either.
+            self._is_stopped = True
+            if not self.vm.closed:
+                await self._in_thread(functools.partial(self.vm.run, 0))
+        finally:
+            self._is_stopped = False
 
 
 class AsyncEvents:
@@ -415,11 +435,13 @@ class AsyncEvents:
         while not self._waiting:
             if self._pump.done():
                 # What it raised is raised here, once everything that came before was taken.
-                self._pump.result()
+                if not self._pump.cancelled():
+                    self._pump.result()
                 raise StopAsyncIteration
             self._told = False
             self._arrived.clear()
             if not self._waiting:
+                self._guest._check_outside("next()")
                 await self._arrived.wait()
         hit = self._waiting.popleft()
         self._events._give()
@@ -432,12 +454,16 @@ class AsyncEvents:
             SessionBusyError: in a handler, or a task that it began.
         """
         self._guest._check_outside("aclose")
-        if self._pump is not None:
-            self._pump.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await self._pump
-        self._events.close()
-        self._waiting.clear()
+        try:
+            if self._pump is not None:
+                self._pump.cancel()
+                await _through(asyncio.wait([self._pump]))
+                if not self._pump.cancelled():
+                    # Whoever closes does not want to know.
+                    self._pump.exception()
+        finally:
+            self._events.close()
+            self._waiting.clear()
 
     def _go(self, said: Callable[[], object] | None = None) -> bool:
         """In the loop: takes the hits that there are at once."""

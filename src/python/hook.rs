@@ -517,7 +517,7 @@ fn call(
     if state.can_await
         && let Ok(returned) = &returned
         && !returned.is_none()
-        && returned.hasattr("__await__").unwrap_or_default()
+        && returned.get_type().hasattr("__await__").unwrap_or_default()
     {
         let (breakpoint, hit) = (breakpoint.clone_ref(py), hit.clone_ref(py));
         state.awaited = Some(Awaited { coroutine: Some(returned.clone().unbind()), breakpoint, hit, asked, began });

@@ -419,38 +419,37 @@ in_loop(main)
     assert done.stdout.splitlines() == ["[10, 10] 20 True", "untouched"], (done.stdout, done.stderr)
 
 
-def test_a_handler_that_has_not_begun_when_its_guest_is_stopped_does_not_begin(library: Path) -> None:
+def test_a_handler_whose_guest_is_stopped_before_its_first_step_does_not_hold_it_up(library: Path) -> None:
     done = run(
         library,
         IN_LOOP
         + """
 async def main(guest):
-    begun, detaching = [], []
+    begun = []
     async def endless(hit):
         begun.append(hit)
         await asyncio.sleep(1000)
-    def meets(hit):
-        # It is ready to go on before the coroutine of the next owner is.
-        detaching.append(asyncio.create_task(guest.detach()))
-    guest.breakpoint(0x8000, meets, key=1)
+    # It comes before the first step of the next owner's coroutine.
+    guest.breakpoint(0x8000, lambda hit: print(running.cancel()), key=1)
     guest.breakpoint(0x8000, endless, key=2)
-    result = await asyncio.wait_for(guest.run(), 60)
-    await detaching[0]
-    print(result.reason, begun, guest.vm.closed)
+    running = asyncio.create_task(guest.run())
+    await asyncio.wait([running], timeout=60)
+    print(running.cancelled(), len(begun) < 2, state("held"))
 in_loop(main)
 """
         + UNTOUCHED,
         options=("-X", "dev"),
     )
-    assert done.stdout.splitlines() == ["stopped [] True", "untouched"], (done.stdout, done.stderr)
+    assert done.stdout.splitlines() == ["True", "True True 0", "untouched"], (done.stdout, done.stderr)
     assert done.stderr == ""
 
 
-def test_a_handler_may_return_whatever_can_be_awaited(library: Path) -> None:
+@pytest.mark.parametrize("target", ["guest", "demo"])
+def test_a_handler_may_return_whatever_can_be_awaited(library: Path, target: str) -> None:
     done = run(
         library,
         IN_LOOP
-        + """
+        + f"""
 class Soon:
     def __await__(self):
         yield from asyncio.sleep(0).__await__()
@@ -458,22 +457,29 @@ class Soon:
 async def says(value):
     await asyncio.sleep(0)
     return value
+class Handler:
+    async def __call__(self, hit):
+        return await says(Verdict.pause())
 async def main(guest):
-    makers = [lambda: asyncio.ensure_future(says(Verdict.pause())), Soon, lambda: says(Verdict.pause())]
-    class Handler:
-        async def __call__(self, hit):
-            return await says(Verdict.pause())
-    for handler in [*(lambda hit, make=make: make() for make in makers), Handler()]:
-        for insert in (guest.breakpoint, guest.vm.breakpoint):
-            bp = insert(0x8000, handler)
-            print((await guest.run(timeout=60)).reason)
+    async with vmitap.aio.attach("demo") as demo:
+        loop = asyncio.get_running_loop()
+        future = lambda hit: asyncio.run_coroutine_threadsafe(says(Verdict.pause()), loop)
+        wrapped = lambda hit: asyncio.wrap_future(future(hit), loop=loop)
+        for handler in [wrapped, lambda hit: Soon(), lambda hit: says(Verdict.pause()), Handler()]:
+            bp = {target}.breakpoint(0x8000 if {target} is guest else "open_file", handler)
+            print((await {target}.run(timeout=60)).reason)
             bp.remove()
+        bp = {target}.breakpoint(0x8000 if {target} is guest else "open_file", lambda hit: Soon)
+        try:
+            await {target}.run(timeout=60)
+        except HandlerError as error:
+            print(type(error.error).__name__, state("held"))
 in_loop(main)
 """
         + UNTOUCHED,
         options=("-X", "dev"),
     )
-    assert done.stdout.splitlines() == ["paused"] * 8 + ["untouched"], (done.stdout, done.stderr)
+    assert done.stdout.splitlines() == [*["paused"] * 4, "TypeError 0", "untouched"], (done.stdout, done.stderr)
     assert done.stderr == ""
 
 
@@ -510,7 +516,14 @@ write(0x8000, CODE)
     assert done.stderr == ""
 
 
-WAITS_FOR_ITSELF = ["guest.detach()", "asyncio.wait_for(guest.detach(), 1)", "events.aclose()", "guest.run()", "anext(guest.events())"]
+WAITS_FOR_ITSELF = [
+    "guest.detach()",
+    "asyncio.wait_for(guest.detach(), 1)",
+    "asyncio.gather(guest.detach())",
+    "events.aclose()",
+    "guest.run()",
+    "anext(guest.events())",
+]
 
 
 @pytest.mark.parametrize("wait", WAITS_FOR_ITSELF)
@@ -597,3 +610,119 @@ asyncio.run(main())
     )
     assert done.stdout.splitlines() == ["1 True 1", "untouched"], (done.stdout, done.stderr)
     assert done.stderr == ""
+
+
+def test_a_task_that_a_handler_returns_cannot_wait_for_itself_either(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    async def detaches():
+        try:
+            await guest.detach()
+        except SessionBusyError:
+            return Verdict.pause()
+    guest.breakpoint(0x8000, lambda hit: asyncio.ensure_future(detaches()))
+    print((await asyncio.wait_for(guest.run(), 60)).reason)
+in_loop(main)
+"""
+        + UNTOUCHED,
+        options=("-X", "dev"),
+    )
+    assert done.stdout.splitlines() == ["paused", "untouched"], (done.stdout, done.stderr)
+    assert done.stderr == ""
+
+
+def test_a_cancellation_that_comes_with_an_event_is_not_lost(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    guest.breakpoint(0x8000)
+    for steps in range(12):
+        for iterates in (False, True):
+            fake.fake_automatic(0)
+            events = guest.events() if iterates else None
+            task = asyncio.ensure_future(anext(events) if iterates else guest.run())
+            await asyncio.sleep(0.02)
+            for vcpu in range(2):
+                fake.fake_run(vcpu, 4)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait([task], timeout=20)
+            assert done and (iterates or task.cancelled()), (steps, task)
+            if iterates:
+                # The guest goes on until the iteration is closed, or the session's end closes it.
+                await asyncio.wait_for(events.aclose(), 20)
+    print("done")
+in_loop(main)
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["done", "untouched"], (done.stdout, done.stderr)
+
+
+def test_who_is_cancelled_while_a_session_ends_is_cancelled_once_it_has(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    begun = asyncio.Event()
+    async def slow(hit):
+        begun.set()
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            await asyncio.sleep(0.3)
+    guest.breakpoint(0x8000, slow)
+    events = guest.events()
+    async def closes():
+        await events.aclose()
+        print("not reached")
+    for ends in (closes, guest.detach):
+        begun.clear()
+        running = asyncio.create_task(anext(events) if ends is closes else guest.run())
+        await begun.wait()
+        try:
+            async with asyncio.timeout(0.05):
+                await ends()
+        except TimeoutError:
+            print("in time", guest.vm.closed, state("held"))
+        await asyncio.wait([running])
+    running.result()
+    # Who goes on asking is told that there is nothing more.
+    print([hit async for hit in events])
+in_loop(main)
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["in time False 0", "in time True 0", "[]", "untouched"], (done.stdout, done.stderr)
+
+
+def test_after_a_run_that_was_cancelled_handlers_are_called_again(library: Path) -> None:
+    done = run(
+        library,
+        IN_LOOP
+        + """
+async def main(guest):
+    begun = []
+    async def look(hit):
+        begun.append(hit)
+        await asyncio.sleep(0 if len(begun) > 1 else 1000)
+    guest.breakpoint(0x8000, look)
+    running = asyncio.create_task(guest.run())
+    while not begun:
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait([running])
+    result = await asyncio.to_thread(guest.vm.run, 60, 5)
+    print(result.py_calls, len(begun), (await guest.run(timeout=60, max_hits=5)).py_calls, len(begun))
+in_loop(main)
+"""
+        + UNTOUCHED,
+    )
+    assert done.stdout.splitlines() == ["5 6 5 11", "untouched"], (done.stdout, done.stderr)
