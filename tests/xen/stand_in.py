@@ -43,6 +43,18 @@ fake.fake_automatic(0)
 assert fake.fake_run(0, 100) == 100
 print("untouched")
 """
+# A loop of its own around a guest that never ends by itself.
+IN_LOOP = """
+import asyncio, threading, vmitap.aio
+from vmitap import DeadlineExceededError, HandlerError, OnWrite, SessionBusyError, StaleContextError, Verdict
+def in_loop(main):
+    async def around():
+        asyncio.get_running_loop().slow_callback_duration = 60
+        fake.fake_automatic(50)
+        async with vmitap.aio.attach("xen:guest") as guest:
+            await main(guest)
+    asyncio.run(around())
+"""
 
 
 def build(folder: Path) -> Path:
@@ -59,6 +71,12 @@ def run(library: Path, code: str, *, check: bool = True, options: tuple[str, ...
     if check and done.returncode:
         raise AssertionError(f"{done.stdout}\n{done.stderr}")
     return done
+
+
+def in_loop(library: Path, program: str, expected: list[str]) -> None:
+    """Runs a program that has a `main(guest)` and calls `in_loop` with it: what it prints, that it warns of nothing, and leaves nothing."""
+    done = run(library, IN_LOOP + program + UNTOUCHED, options=("-X", "dev"))
+    assert (done.stdout.splitlines(), done.stderr) == ([*expected, "untouched"], "")
 
 
 def command(library: Path, *words: str) -> subprocess.CompletedProcess[str]:
