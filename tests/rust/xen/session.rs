@@ -115,10 +115,21 @@ fn run_asking(fake: &Fake, session: &mut Session<XenDriver>, end: u64, answer: O
     panic!("the guest does not get on: {:#x}", fake.reg(0, Reg::Rip));
 }
 
+/// Where two pages meet.
+const BORDER: u64 = 0xb000;
+
+/// push rbp: three bytes on one page, five on the next; whichever of them the processor finds denied first.
+fn storing(far_first: i64) -> Fake {
+    let fake = guest(Kind::ALL[1]);
+    fake.set("far_page_first", far_first);
+    fake.write(CODE, &[0x55, 0x90, 0x90]);
+    fake.set_reg(0, Reg::Rsp, BORDER + 5);
+    fake.set_reg(0, Reg::Rbp, 0x8877_6655_4433_2211);
+    fake
+}
+
 #[test]
 fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
-    // push rbp: three bytes on one page, five on the next; whichever of them the processor finds denied first.
-    const BORDER: u64 = 0xb000;
     for (far_first, stepping) in [(0, Stepping::Auto), (1, Stepping::Auto), (0, Stepping::Toggle), (1, Stepping::Toggle)] {
         // Also where the instruction itself is tapped, so that it never runs where Xen would tell of its store.
         for is_tapped in [false, true] {
@@ -134,11 +145,7 @@ fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
             ] {
                 let case =
                     format!("{near:?} before the border, {far:?} behind it; far first: {far_first}, {stepping:?}, {is_tapped}");
-                let fake = guest(Kind::ALL[1]);
-                fake.set("far_page_first", far_first);
-                fake.write(CODE, &[0x55, 0x90, 0x90]);
-                fake.set_reg(0, Reg::Rsp, BORDER + 5);
-                fake.set_reg(0, Reg::Rbp, 0x8877_6655_4433_2211);
+                let fake = storing(far_first);
                 let mut session = session(&fake, stepping);
                 let view = session.tap_view();
                 if is_tapped {
@@ -164,16 +171,10 @@ fn a_store_across_a_border_is_decided_on_once_for_both_pages() {
 
 #[test]
 fn a_store_across_a_border_is_one_of_a_watch_behind_it_whatever_else_is_there() {
-    // push rbp: three bytes on one page, five on the next.
-    const BORDER: u64 = 0xb000;
     for (far_first, stepping) in [(0, Stepping::Auto), (1, Stepping::Auto), (0, Stepping::Toggle), (1, Stepping::Toggle)] {
         for (is_tapped, is_hidden) in [(false, false), (false, true), (true, false), (true, true)] {
             for (at, len) in [(BORDER, 8), (BORDER - 8, 16)] {
-                let fake = guest(Kind::ALL[1]);
-                fake.set("far_page_first", far_first);
-                fake.write(CODE, &[0x55, 0x90, 0x90]);
-                fake.set_reg(0, Reg::Rsp, BORDER + 5);
-                fake.set_reg(0, Reg::Rbp, 0x8877_6655_4433_2211);
+                let fake = storing(far_first);
                 let mut session = session(&fake, stepping);
                 let view = session.tap_view();
                 if is_tapped {
@@ -196,7 +197,6 @@ fn a_store_across_a_border_is_one_of_a_watch_behind_it_whatever_else_is_there() 
 #[test]
 fn a_string_store_that_ends_before_a_breakpoint_leaves_it_also_if_more_pages_were_told() {
     // rep stosb over two pages; an exception ends it after a few rounds.
-    const BORDER: u64 = 0xb000;
     const HANDLER: u64 = CODE + 0x800;
     for rounds in [4, 12] {
         let fake = guest(Kind::ALL[1]);
@@ -234,7 +234,6 @@ fn a_string_store_that_ends_before_a_breakpoint_leaves_it_also_if_more_pages_wer
 #[test]
 fn a_string_store_is_decided_on_for_each_of_its_pages_before_it_begins() {
     // rep stosb: sixteen bytes on each of two pages.
-    const BORDER: u64 = 0xb000;
     for (is_tapped, near, far) in [false, true].into_iter().flat_map(|is_tapped| {
         let all = [OnWrite::Reapply, OnWrite::Remove, OnWrite::Deny, OnWrite::Ask];
         all.into_iter().flat_map(move |near| all.map(|far| (is_tapped, near, far)))
