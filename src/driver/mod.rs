@@ -122,6 +122,19 @@ pub enum Wait {
     Timeout,
     /// Every vCPU has halted for good, or stands still because it is paused or held: waiting longer brings nothing.
     Idle,
+    /// [`OnTrap::Take`] was said of a trap: its vCPU is held as by an event. Of [`VmiEvents::wait_sorting`] only.
+    Taken,
+}
+
+/// What becomes of a [`Trap`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum OnTrap {
+    /// It is an event.
+    Raise,
+    /// It is none: the vCPU goes on as if it had been answered with [`crate::event::EventAction::FastSingleStep`] in the default view.
+    StepOver,
+    /// All that is to be known of it is known: the vCPU is held until [`VmiEvents::respond`], as by the event that it would be.
+    Take,
 }
 
 /// An INT3 (0xCC) that a vCPU has executed outside the default view, before it is an event.
@@ -143,8 +156,15 @@ pub struct Trap<'a> {
 
 /// The registers of a vCPU at a [`Trap`], read when they are asked for.
 pub trait TrapRegisters {
-    /// All of them, as an event would have them.
-    fn all(&self) -> Registers;
+    /// All of them, as an event would have them, to where they are wanted: they are many.
+    fn read(&self, registers: &mut Registers);
+
+    /// The same.
+    fn all(&self) -> Registers {
+        let mut registers = Registers::default();
+        self.read(&mut registers);
+        registers
+    }
 
     /// One that can be had without the others; `None`: it is among [`TrapRegisters::all`].
     fn one(&self, register: Register) -> Option<u64>;
@@ -312,10 +332,9 @@ pub trait VmiEvents {
     /// A vCPU whose event is not answered yet stands still meanwhile; the others run.
     fn wait(&mut self, timeout: Duration) -> Result<Wait>;
 
-    /// As [`Self::wait`], with INT3s put to `counts` before they are events. Where it says yes, none is raised: it is as if the event had
-    /// been answered with [`crate::event::EventAction::FastSingleStep`] in the default view. A driver need not ask.
-    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
-        let _ = counts;
+    /// As [`Self::wait`], with INT3s put to `sort` before they are events: most need none. A driver need not ask.
+    fn wait_sorting(&mut self, timeout: Duration, sort: &mut dyn FnMut(&Trap<'_>) -> OnTrap) -> Result<Wait> {
+        let _ = sort;
         self.wait(timeout)
     }
 

@@ -83,7 +83,7 @@ impl RunResult {
             hold_mean: if handled == 0 { 0.0 } else { hold_total / handled as f64 },
             hold_p50: seconds(holds.quantile_ns(0.5)),
             hold_p99: seconds(holds.quantile_ns(0.99)),
-            hold_max: course.hold_max.as_secs_f64().max(seconds(holds.max_ns())),
+            hold_max: seconds(course.hold_max_ns.max(holds.max_ns())),
             disabled_by_budget: now.disabled_by_budget.saturating_sub(course.before.disabled_by_budget),
             hits_per_second: if elapsed > 0.0 { hits as f64 / elapsed } else { 0.0 },
         }

@@ -61,7 +61,8 @@ pub struct Course {
     pub holds_before: Box<Histogram>,
     pub calls_before: u64,
     pub lost_before: u64,
-    pub hold_max: Duration,
+    /// The longest a vCPU stood still, in nanoseconds.
+    pub hold_max_ns: u64,
     /// It is made in moments: [`drive`] comes back when there is nothing more for now, with this false, or after [`KEEP`], with this true.
     moments: Option<bool>,
     /// Somebody else awaits a handler; then [`drive`] is to be told what it said.
@@ -80,7 +81,7 @@ impl Course {
             holds_before,
             calls_before: shared.calls.load(Ordering::Relaxed),
             lost_before: shared.lost.load(Ordering::Relaxed),
-            hold_max: Duration::ZERO,
+            hold_max_ns: 0,
             moments: None,
             held: None,
         }
@@ -327,7 +328,8 @@ fn turn_until(
         let has_enough = is_over || listener.is_some_and(|listener| !listener.queue.lock().is_empty());
         let detach = state.detach || shared.is_detach_wanted();
         let ends = state.raised.is_some() || state.paused || detach || is_late || is_stopped || has_enough;
-        let (mut answer, paused, last_hit, hold_max) = (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max);
+        let (mut answer, paused, last_hit, hold_max_ns) =
+            (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max_ns);
         let until = course.deadline;
         let mut turn = |inner: &mut Inner, deadline: Option<Instant>| {
             let session = &mut inner.session;
@@ -335,8 +337,8 @@ fn turn_until(
                 if let Err(error) = answer.give(session) {
                     return Turn::Failed(error);
                 }
-                if let Some((answered_at, held)) = session.last_hold() {
-                    *hold_max = (*hold_max).max(held);
+                if let Some((answered_at, held_ns)) = session.last_hold() {
+                    *hold_max_ns = (*hold_max_ns).max(held_ns);
                     if until.is_some_and(|until| answered_at >= until) && !session.has_pending() {
                         return Turn::Polled(Poll::Timeout);
                     }
@@ -346,22 +348,21 @@ fn turn_until(
             if ends && (paused || !session.has_pending()) {
                 return Turn::Answered;
             }
-            let hits = last_hit.map(|last| last.saturating_sub(session.stats().hits));
+            let hits = last_hit.map(|last| last.saturating_sub(session.hits()));
             match session.poll(&Limits { deadline, hits }) {
                 Ok(poll) => Turn::Polled(poll),
                 Err(error) => Turn::Failed(error),
             }
         };
         // Hits often come in crowds: after one, the next is first waited for without letting go of the interpreter.
-        let at_once = if met_at.is_some() { shared.briefly(|inner| turn(inner, Some(now))) } else { None };
-        let limit = if ends || course.moments.is_some() { Some(now) } else { until };
-        let kept = at_once.is_some();
-        let turn = match at_once {
-            Some(turn) => {
-                super::log::flush(py);
-                turn
-            }
-            None => shared.released(py, |inner| turn(inner, limit)),
+        let (turn, kept) = if met_at.is_some()
+            && let Some(turn) = shared.briefly(|inner| turn(inner, Some(now)))
+        {
+            super::log::flush(py);
+            (turn, true)
+        } else {
+            let limit = if ends || course.moments.is_some() { Some(now) } else { until };
+            (shared.released(py, |inner| turn(inner, limit)), false)
         };
         match turn {
             Turn::Polled(Poll::Hit(hit)) => {
@@ -466,8 +467,8 @@ fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit
             return;
         }
     };
-    for listener in listeners {
-        enqueue(py, shared, &listener, &object);
+    for listener in &listeners {
+        enqueue(py, shared, listener, &object);
     }
     let Some(handler) = handler else { return };
     let said = call(py, shared, state, breakpoint, handler, &object, asked);
@@ -514,9 +515,14 @@ fn call(
     tap.count_call();
     let began = tap.deadline().map(|_| Instant::now());
     let returned = handler.bind(py).call1((hit,));
+    if let (Asked::Verdict, None, Ok(said)) = (asked, began, &returned)
+        && said.is_none()
+    {
+        // As nearly every time.
+        return Some(asked.unanswered());
+    }
     if state.can_await
         && let Ok(returned) = &returned
-        && !returned.is_none()
         && returned.get_type().hasattr("__await__").unwrap_or_default()
     {
         let (breakpoint, hit) = (breakpoint.clone_ref(py), hit.clone_ref(py));

@@ -14,7 +14,7 @@ use crate::tap::{BreakpointController, OnWrite, WriteDecision};
 
 use super::covered::Covered;
 use super::monitor::can_be_denied;
-use super::pending::{Course, Pending, Vcpu, Walk};
+use super::pending::{Course, Met, Pending, Vcpu, Walk};
 use super::tap::Tap;
 use super::write::{AfterWrite, is_store};
 use super::{Hit, Limits, Poll, Session, TapId, Verdict};
@@ -30,15 +30,6 @@ pub(super) enum Sorted {
     Answer(Course),
     /// Somebody wants it: it is in `Session::pending`.
     Wanted,
-}
-
-/// Where a hit was met.
-#[derive(Clone, Copy)]
-struct Met {
-    va: Va,
-    pa: Pa,
-    access: MemoryAccess,
-    step: u32,
 }
 
 impl<D: VmiDriver + ?Sized> Session<D> {
@@ -66,10 +57,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let left_at = |then: Instant| match limits.deadline {
             // The usual case behind a hit, and a difference takes long to find.
             Some(deadline) if deadline <= then => Duration::ZERO,
-            Some(deadline) => deadline.saturating_duration_since(then),
+            Some(deadline) => deadline.saturating_duration_since(then).min(PATIENCE),
             None => PATIENCE,
         };
-        let mut timeout = left_at(now).min(PATIENCE);
+        let mut timeout = left_at(now);
         let mut left = EVENTS;
         loop {
             if stop_at.is_some_and(|stop_at| self.stats.hits >= stop_at) {
@@ -80,36 +71,16 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             // By reference: an event is large, and this is done once for each.
             let event = match &wait {
                 Ok(Wait::Event(event)) => event,
+                Ok(Wait::Taken) => match &self.pending {
+                    Some(pending) => return Ok(Poll::Hit(Arc::clone(&pending.hit))),
+                    None => continue,
+                },
                 Ok(Wait::Timeout) => return self.flush_followed().map(|()| Poll::Timeout),
                 Ok(Wait::Idle) => return self.flush_followed().map(|()| Poll::Idle),
                 Err(_) => return wait.map(|_| Poll::Idle),
             };
-            self.stats.events += 1;
-            self.begin_flight(event);
-            let home = self.home_of(event);
-            match self.take(event, home) {
-                Ok(false) => {
-                    self.end_flight();
-                    self.end_hold(self.recording.is_unsettled());
-                    self.settle_captured()?;
-                    self.enforce_budgets()?;
-                }
-                Ok(true) => {
-                    if let Some(hit) = self.tell_or_end()? {
-                        return Ok(Poll::Hit(hit));
-                    }
-                }
-                Err(error) => {
-                    let view = event.view.unwrap_or(self.tap_view);
-                    let denied = self.is_denied(event, view);
-                    self.rescue(event, home, denied);
-                    // What was begun at this hit is no matter of the next one.
-                    self.sampler.in_hand = None;
-                    if let Err(also) = self.settle() {
-                        log::error!("rows of a hit whose handling failed: {also}");
-                    }
-                    return Err(error);
-                }
+            if let Some(hit) = self.receive(event)? {
+                return Ok(Poll::Hit(hit));
             }
             left -= 1;
             if left == 0 {
@@ -120,6 +91,35 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                     self.flush_followed()?;
                     return Ok(Poll::Timeout);
                 }
+            }
+        }
+    }
+
+    /// Looks at a new event: the first hit to be told of it, or it is answered. Apart from the loop, which most hits go round without it.
+    #[inline(never)]
+    fn receive(&mut self, event: &VmiEvent) -> Result<Option<Arc<Hit>>> {
+        self.stats.events += 1;
+        self.begin_flight(event);
+        let home = self.home_of(event);
+        match self.take(event, home) {
+            Ok(false) => {
+                self.end_flight();
+                self.end_hold(self.recording.is_unsettled());
+                self.settle_captured()?;
+                self.enforce_budgets()?;
+                Ok(None)
+            }
+            Ok(true) => self.tell_or_end(),
+            Err(error) => {
+                let view = event.view.unwrap_or(self.tap_view);
+                let denied = self.is_denied(event, view);
+                self.rescue(event, home, denied);
+                // What was begun at this hit is no matter of the next one.
+                self.sampler.in_hand = None;
+                if let Err(also) = self.settle() {
+                    log::error!("rows of a hit whose handling failed: {also}");
+                }
+                Err(error)
             }
         }
     }
@@ -267,15 +267,14 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.expect_flight(FlightOutcome::Filtered, None);
             return Sorted::Answer(course);
         }
-        let met = Met { va, pa, access, step: 0 };
+        let met = Self::met(event, home, course, (va, pa), access);
         if let [id] = *self.owners.as_slice()
             && !self.returns.are_awaited()
             && let Some(tap) = self.taps.only_handed(id)
         {
             tap.hits += 1;
             self.stats.hits += 1;
-            let wanted = std::mem::take(&mut self.owners);
-            self.pend(event, home, course, met, wanted);
+            self.pend(event, &met);
             return Sorted::Wanted;
         }
         self.begin_hold();
@@ -309,57 +308,22 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Sorted::Answer(course);
         }
         owners.retain(|id| is_asked(id) || taps.get(*id).is_some_and(Tap::is_wanted));
-        // Given back by `finish`.
-        let (wanted, questions) = (std::mem::take(owners), std::mem::take(questions));
-        self.pend(event, home, course, met, wanted).questions = questions;
+        let questions = std::mem::take(questions);
+        self.pend(event, &met).questions = questions;
         Sorted::Wanted
     }
 
-    /// An event for those that want it. It is kept where the one before was, unless somebody has kept that.
-    fn pend(&mut self, event: &VmiEvent, home: View, course: Course, met: Met, wanted: Vec<TapId>) -> &mut Pending {
-        let Met { va, pa, access, step } = met;
+    const fn met(event: &VmiEvent, home: View, course: Course, (va, pa): (Va, Pa), access: MemoryAccess) -> Met {
+        Met { vcpu: event.vcpu, view: event.view, home, reason: event.reason, va, pa, access, step: 0, course }
+    }
+
+    /// An event for those in `self.owners`.
+    fn pend(&mut self, event: &VmiEvent, met: &Met) -> &mut Pending {
         // How long somebody takes is counted by itself.
         self.sampler.in_hand = None;
-        let tap = wanted.first().copied().unwrap_or(TapId(u32::MAX));
-        let of = |at| Hit {
-            tap,
-            vcpu: event.vcpu,
-            view: home,
-            registers: event.registers,
-            va,
-            pa,
-            access,
-            reason: event.reason,
-            step,
-            ask: false,
-            question: None,
-            at,
-        };
-        let now = Instant::now();
-        let with = |hit| Pending {
-            hit,
-            view: event.view,
-            course,
-            wanted,
-            told: 0,
-            questions: Vec::new(),
-            is_question: false,
-            verdict: None,
-            asking: None,
-            touched: false,
-            moved_to: None,
-            is_out: false,
-        };
-        let Some(mut spare) = self.spare.take() else {
-            return self.pending.insert(Box::new(with(Arc::new(of(now)))));
-        };
-        let mut hit = spare.hit;
-        match Arc::get_mut(&mut hit) {
-            Some(place) => *place = of(now),
-            None => hit = Arc::new(of(now)),
-        }
-        *spare = with(hit);
-        self.pending.insert(spare)
+        let mut pending = self.spare.take().unwrap_or_else(|| Box::new(Pending::place()));
+        pending.begin(met, Instant::now(), &mut self.owners, |registers| *registers = event.registers);
+        self.pending.insert(pending)
     }
 
     /// A write to a hidden page that no watch is for.
@@ -368,8 +332,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let view = event.view.unwrap_or(self.tap_view);
         match self.decide_write(view, covered) {
             (WriteDecision::Ask, Some(tap)) => {
-                let met = Met { va: va.unwrap_or_default(), pa, access, step: 0 };
-                self.pend(event, home, Course::Write, met, Vec::new()).asking = Some(tap);
+                let met = Self::met(event, home, Course::Write, (va.unwrap_or_default(), pa), access);
+                self.owners.clear();
+                self.pend(event, &met).asking = Some(tap);
                 Ok(Sorted::Wanted)
             }
             (WriteDecision::Deny, _) => Ok(Sorted::Answer(Course::Deny)),
@@ -406,8 +371,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         walk.done += 1;
         let (tap, done) = (walk.tap, walk.done);
         let pa = gfn.map_or(Pa(0), |gfn| gfn.pa(rip.0));
-        let met = Met { va: rip, pa, access: MemoryAccess::X, step: done };
-        self.pend(event, home, Course::Retry, met, vec![tap]);
+        let met = Met { step: done, ..Self::met(event, home, Course::Retry, (rip, pa), MemoryAccess::X) };
+        self.owners.clear();
+        self.owners.push(tap);
+        self.pend(event, &met);
         Sorted::Wanted
     }
 
@@ -555,29 +522,26 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if done.is_err() {
             self.rescue(&pending.event(), pending.home(), pending.course == Course::Deny);
         }
-        self.owners = std::mem::take(&mut pending.wanted);
         self.spare = Some(pending);
-        done.and(self.settle()).and(self.enforce_budgets())
+        let (settled, enforced) = (self.settle(), self.enforce_budgets());
+        done?;
+        settled?;
+        enforced
     }
 
     fn note_hold(&mut self, pending: &Pending) {
         let now = Instant::now();
-        let held = now.saturating_duration_since(pending.hit.at);
+        let held_ns = now.saturating_duration_since(pending.hit.at).as_nanos() as u64;
         self.answered_at = Some(now);
-        self.last_hold = Some((now, held));
-        self.stats.hold_total += held;
-        self.stats.hold_max = self.stats.hold_max.max(held);
+        self.last_hold = Some((now, held_ns));
+        self.held.add(held_ns);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
-        let held_ns = held.as_nanos() as u64;
         for tap in &pending.wanted {
             self.stats.handled += 1;
             self.holds.add(held_ns);
             if let Some(rare) = self.taps.rare_or_new(*tap) {
                 rare.holds.get_or_insert_default().add(held_ns);
-                let handed = &mut rare.handed;
-                handed.count += 1;
-                handed.total += held;
-                handed.max = handed.max.max(held);
+                rare.handed.add(held_ns);
             }
         }
     }

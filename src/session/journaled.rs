@@ -9,7 +9,7 @@ use super::journal::{Entry, Found, Journal};
 use crate::addr::{Gfn, MemoryAccess, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, Shutdown, Trap, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject,
+    Additions, Caps, Monitor, OnTrap, Shutdown, Trap, VmInfo, VmiControl, VmiDriver, VmiEvents, VmiFrames, VmiInfo, VmiInject,
     VmiProtection, VmiRead, VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
@@ -237,8 +237,8 @@ impl<D: VmiDriver + ?Sized> VmiEvents for Journaled<D> {
         wait
     }
 
-    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
-        let wait = self.inner.wait_counting(timeout, counts);
+    fn wait_sorting(&mut self, timeout: Duration, sort: &mut dyn FnMut(&Trap<'_>) -> OnTrap) -> Result<Wait> {
+        let wait = self.inner.wait_sorting(timeout, sort);
         self.journal.is_gone |= matches!(wait, Err(VmiError::DomainGone { .. }));
         wait
     }

@@ -60,7 +60,7 @@ pub use repair::{Repaired, repair};
 use returns::Returns;
 pub use returns::WAITING;
 use sink::Sink;
-use tap::Taps;
+use tap::{Handed, Taps};
 use taps::Key;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 pub use unanswered::Unanswered;
@@ -115,8 +115,10 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     judged: Judgement,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
-    /// When an event with hits was answered last, and how long its vCPU had stood still.
-    last_hold: Option<(Instant, Duration)>,
+    /// When an event with hits was answered last, and for how many nanoseconds its vCPU had stood still.
+    last_hold: Option<(Instant, u64)>,
+    /// Of all events with hits.
+    held: Handed,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
     stats: Stats,
@@ -223,6 +225,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             over_budget: Vec::new(),
             began,
             last_hold: None,
+            held: Handed::default(),
             answered_at: None,
             stats: Stats::default(),
             on_write,
@@ -248,11 +251,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        Stats { rows: self.recording.rows(), rows_lost: self.recording.lost(), returns_lost: self.returns.lost(), ..self.stats }
+        let (hold_total, hold_max) = (Duration::from_nanos(self.held.total_ns), Duration::from_nanos(self.held.max_ns));
+        let (rows, rows_lost, returns_lost) = (self.recording.rows(), self.recording.lost(), self.returns.lost());
+        Stats { rows, rows_lost, returns_lost, hold_total, hold_max, ..self.stats }
     }
 
-    /// When the last event with hits that were handed out was answered, and how long its vCPU had stood still.
-    pub const fn last_hold(&self) -> Option<(Instant, Duration)> {
+    /// Of those, [`Stats::hits`].
+    pub const fn hits(&self) -> u64 {
+        self.stats.hits
+    }
+
+    /// When the last event with hits that were handed out was answered, and for how many nanoseconds its vCPU had stood still.
+    pub const fn last_hold(&self) -> Option<(Instant, u64)> {
         self.last_hold
     }
 
@@ -422,6 +432,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Answers what [`Session::wait_raw`] left open: each vCPU executes its instruction in the default view and goes on. So does one whose
     /// event could not be answered before.
     fn answer_raw(&mut self) -> Result<()> {
+        if self.unanswered.iter().next().is_none() {
+            return Ok(());
+        }
         let Self { vmi, unanswered, vcpus, .. } = self;
         let failed = unanswered.settle_all(|vcpu, view| {
             let Some(slot) = vcpus.get(usize::from(vcpu.0)) else { return Ok(()) };

@@ -1,9 +1,11 @@
 //! What is owed to each vCPU: the answer to its event, and what comes after a step.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use crate::addr::View;
-use crate::event::{EventAction, VmiEvent, VmiEventResponse};
+use crate::addr::{MemoryAccess, Pa, Va, VcpuId, View};
+use crate::arch::amd64::Registers;
+use crate::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 
 use super::filter::Question;
 use super::write::AfterWrite;
@@ -59,6 +61,21 @@ pub enum Course {
     Deny,
 }
 
+/// What is known of an event that somebody is to be told of, beside the registers.
+#[derive(Clone, Copy)]
+pub struct Met {
+    pub vcpu: VcpuId,
+    /// The view it was met in, and the one that the vCPU goes on in.
+    pub view: Option<View>,
+    pub home: View,
+    pub reason: EventReason,
+    pub va: Va,
+    pub pa: Pa,
+    pub access: MemoryAccess,
+    pub step: u32,
+    pub course: Course,
+}
+
 /// An event that is not answered yet, and the taps that are still to be told.
 #[derive(Debug)]
 pub struct Pending {
@@ -87,6 +104,57 @@ pub struct Pending {
 }
 
 impl Pending {
+    /// A place for events, one after the other.
+    pub fn place() -> Self {
+        let hit = Hit {
+            tap: TapId(u32::MAX),
+            vcpu: VcpuId(0),
+            view: View::DEFAULT,
+            registers: Registers::default(),
+            va: Va(0),
+            pa: Pa(0),
+            access: MemoryAccess::default(),
+            reason: EventReason::GuestRequest,
+            step: 0,
+            ask: false,
+            question: None,
+            at: Instant::now(),
+        };
+        Self {
+            hit: Arc::new(hit),
+            view: None,
+            course: Course::Retry,
+            wanted: Vec::new(),
+            told: 0,
+            questions: Vec::new(),
+            is_question: false,
+            verdict: None,
+            asking: None,
+            touched: false,
+            moved_to: None,
+            is_out: false,
+        }
+    }
+
+    /// Puts an event in the place of the one before, of which `wanted` are to be told. Who has kept that one's hit keeps it as it is.
+    pub fn begin(&mut self, met: &Met, now: Instant, wanted: &mut Vec<TapId>, read: impl FnOnce(&mut Registers)) {
+        std::mem::swap(&mut self.wanted, wanted);
+        self.questions.clear();
+        (self.view, self.course, self.told, self.is_question) = (met.view, met.course, 0, false);
+        (self.verdict, self.asking, self.touched, self.moved_to, self.is_out) = (None, None, false, None, false);
+        // Written where it stays: it is large.
+        let Hit { tap, vcpu, view, registers, va, pa, access, reason, step, ask, question, at } = Arc::make_mut(&mut self.hit);
+        read(registers);
+        *tap = self.wanted.first().copied().unwrap_or(TapId(u32::MAX));
+        (*vcpu, *view, *va, *pa, *access, *reason) = (met.vcpu, met.home, met.va, met.pa, met.access, met.reason);
+        (*step, *ask, *question, *at) = (met.step, false, None, now);
+    }
+
+    /// Its only tap is told of it.
+    pub fn hand_out(&mut self) {
+        (self.told, self.is_out) = (1, true);
+    }
+
     /// The view the vCPU is to be in.
     pub fn home(&self) -> View {
         self.moved_to.unwrap_or(self.hit.view)

@@ -164,9 +164,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// The vCPU of the last event goes on: tells its rows how long it stood, and hands full batches to the file.
     #[inline]
     pub(super) fn settle(&mut self) -> Result<()> {
-        if !self.recording.is_unsettled() {
-            return Ok(());
-        }
+        if self.recording.is_unsettled() { self.settle_rows() } else { Ok(()) }
+    }
+
+    fn settle_rows(&mut self) -> Result<()> {
         let held = (self.began.elapsed().as_nanos() as u64).saturating_sub(self.captured_at);
         self.recording.settle(held)?;
         if self.recording.has_closed() { self.flush_closed() } else { Ok(()) }

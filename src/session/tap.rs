@@ -1,7 +1,5 @@
 //! The taps of a session: what every one has, and apart from it what few have. There can be a million of them.
 
-use std::time::Duration;
-
 use crate::addr::{Pa, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::tap::OnWrite;
@@ -62,12 +60,21 @@ pub struct Rare {
     pub holds: Option<Box<Histogram>>,
 }
 
-/// Of the hits that were handed out.
+/// Of the hits that were handed out: how many, and how long their vCPUs stood still, in nanoseconds.
 #[derive(Clone, Copy, Default)]
 pub struct Handed {
     pub count: u64,
-    pub total: Duration,
-    pub max: Duration,
+    pub total_ns: u64,
+    pub max_ns: u64,
+}
+
+impl Handed {
+    /// One more.
+    pub fn add(&mut self, held_ns: u64) {
+        self.count += 1;
+        self.total_ns += held_ns;
+        self.max_ns = self.max_ns.max(held_ns);
+    }
 }
 
 impl Tap {

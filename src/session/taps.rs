@@ -1,5 +1,7 @@
 //! Taps: putting them in, taking them out, switching them off and on.
 
+use std::time::Duration;
+
 use crate::addr::{Pa, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::driver::VmiDriver;
@@ -41,8 +43,9 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let Some(rare) = self.taps.rare(id) else { return TapStats { hits, ..TapStats::default() } };
         let (filtered, filter_faults) = rare.filter.as_ref().map_or((0, 0), |filter| (filter.filtered, filter.faults));
         let filter_faults = filter_faults + rare.write_policy.as_ref().map_or(0, |policy| policy.faults);
-        let Handed { count, total, max } = rare.handed;
-        TapStats { hits, filtered, filter_faults, handled: count, hold_total: total, hold_max: max }
+        let Handed { count, total_ns, max_ns } = rare.handed;
+        let (hold_total, hold_max) = (Duration::from_nanos(total_ns), Duration::from_nanos(max_ns));
+        TapStats { hits, filtered, filter_faults, handled: count, hold_total, hold_max }
     }
 
     /// Whether [`Session::poll`] returns the hits of a tap from now on.

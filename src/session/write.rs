@@ -142,7 +142,12 @@ impl<D: VmiDriver + ?Sized> Session<D> {
 
     /// Does what is to be done after stores. What fails is tried again next time: the guest does not run on with old bytes. Page tables
     /// that were stored to are noted for `vcpu`; `None`: for whoever looks next.
+    #[inline]
     pub(super) fn catch_up(&mut self, vcpu: Option<VcpuId>) -> Result<()> {
+        if self.overdue.is_empty() { Ok(()) } else { self.follow_overdue(vcpu) }
+    }
+
+    fn follow_overdue(&mut self, vcpu: Option<VcpuId>) -> Result<()> {
         while let Some(done) = self.overdue.last().cloned() {
             self.follow_write(vcpu, &done)?;
             self.overdue.pop();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use vmitap::core::VmiCore;
 use vmitap::driver::emu::BootOptions;
-use vmitap::driver::{VmiEvents, VmiFrames, VmiProtection, VmiRead, VmiViews, VmiWrite, Wait};
+use vmitap::driver::{OnTrap, VmiEvents, VmiFrames, VmiProtection, VmiRead, VmiViews, VmiWrite, Wait};
 use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use vmitap::tap::{BreakpointController, TapController};
 use vmitap::{Gfn, MemoryAccess, Pa, View};
@@ -67,18 +67,20 @@ fn each_hard_instruction_can_be_stepped_over_without_a_trace() {
 }
 
 #[test]
-fn all_hard_instructions_are_stepped_over_where_their_hits_are_only_counted() {
-    let elf = super::guest::assemble("insns.S");
-    let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
-    plain.run();
-    let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
-    let names = tap_names(&lab);
-    lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
-    lab.run_counting();
-    lab.assert_unseen();
-    assert!(truth(&lab) == truth(&plain));
-    for name in &names {
-        assert_eq!(lab.hits_at(name), executions(name), "{name}");
+fn all_hard_instructions_are_stepped_over_where_their_hits_are_no_events() {
+    for fate in [OnTrap::StepOver, OnTrap::Take] {
+        let elf = super::guest::assemble("insns.S");
+        let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+        plain.run();
+        let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+        let names = tap_names(&lab);
+        lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        lab.run_sorting(fate);
+        lab.assert_unseen();
+        assert!(truth(&lab) == truth(&plain), "{fate:?}");
+        for name in &names {
+            assert_eq!(lab.hits_at(name), executions(name), "{name}, {fate:?}");
+        }
     }
 }
 

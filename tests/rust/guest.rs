@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use vmitap::arch::amd64::Register;
 use vmitap::driver::emu::{BootOptions, EmuDriver};
 use vmitap::driver::{
-    Monitor, Trap, VmiEvents, VmiFrames, VmiInfo, VmiProtection, VmiRead, VmiRegisters, VmiViews, VmiWrite, Wait,
+    Monitor, OnTrap, Trap, VmiEvents, VmiFrames, VmiInfo, VmiProtection, VmiRead, VmiRegisters, VmiViews, VmiWrite, Wait,
 };
 use vmitap::event::{EventAction, EventReason, VmiEvent, VmiEventResponse};
 use vmitap::image::Image;
@@ -211,6 +211,7 @@ impl Lab {
                     self.vm.respond(event.vcpu, &response).unwrap();
                 }
                 Wait::Idle => return,
+                Wait::Taken => panic!("taken by nobody"),
                 Wait::Timeout => {}
             }
             assert!(
@@ -228,12 +229,13 @@ impl Lab {
         self.run_with(Self::usual);
     }
 
-    /// As [`Self::run`], but that hits are counted before they are events.
-    pub fn run_counting(&mut self) {
+    /// As [`Self::run`], but that hits are looked at before they are events, and `fate` is what becomes of them.
+    pub fn run_sorting(&mut self, fate: OnTrap) {
         let end = Instant::now() + LIMIT;
         loop {
             let Self { vm, taps, hits, view, .. } = self;
-            let mut counts = |trap: &Trap<'_>| {
+            let mut taken = None;
+            let mut sort = |trap: &Trap<'_>| {
                 let pa = trap.gfn.pa(trap.rip.0);
                 let is_ours = trap.view == *view && taps.contains_key(&pa.0);
                 *hits.entry(pa.0).or_default() += u64::from(is_ours);
@@ -242,9 +244,15 @@ impl Lab {
                     let alone = trap.registers.one(*register);
                     assert!(alone.is_none_or(|value| value == register.of(&all)), "{}: {alone:x?}", register.name());
                 }
-                is_ours
+                taken = Some(trap.vcpu).filter(|_| is_ours);
+                if is_ours { fate } else { OnTrap::Raise }
             };
-            match vm.wait_counting(Duration::from_millis(500), &mut counts).unwrap() {
+            match vm.wait_sorting(Duration::from_millis(500), &mut sort).unwrap() {
+                Wait::Taken => {
+                    assert_eq!(fate, OnTrap::Take);
+                    let step = VmiEventResponse::action(EventAction::FastSingleStep { view: View::DEFAULT });
+                    vm.respond(taken.unwrap(), &step).unwrap();
+                }
                 Wait::Event(event) => {
                     let is_ours = Self::at(&event).is_some_and(|pa| self.taps.contains_key(&pa.0));
                     assert!(!is_ours || event.view == Some(View::DEFAULT), "{event:x?}");

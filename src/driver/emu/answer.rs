@@ -19,6 +19,11 @@ impl Machine {
     /// Answers the event that holds a vCPU.
     pub fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {
         let index = usize::from(vcpu.0);
+        if let (EventAction::FastSingleStep { view }, None) = (response.action, &response.registers)
+            && self.steps_over_breakpoint(index, view, response.view)
+        {
+            return Ok(());
+        }
         let memory = Rc::clone(&self.memory);
         let held = self.vcpu(index)?.held;
         if held == Held::No {
@@ -43,12 +48,7 @@ impl Machine {
             let reason = format!("{:?} does not answer this kind of event", response.action);
             return Err(VmiError::InvalidArgument { what: "response", reason });
         }
-        let only_steps = response.registers.is_none() && matches!(response.action, EventAction::FastSingleStep { .. });
-        let vcpu = match held {
-            Held::Debug => self.vcpu_mut(index)?,
-            Held::Breakpoint(_) if only_steps => self.apart_mut(index)?,
-            _ => self.integer_mut(index)?,
-        };
+        let vcpu = if held == Held::Debug { self.vcpu_mut(index)? } else { self.integer_mut(index)? };
         // The instruction may store to a page its own view denies: one that is tapped, and overwrites itself, or one that was denied as
         // a read. That is a write, and told as one, unless it is the very store that is answered here.
         let told = if held == Held::Access && vcpu.denied_store { pages_of(vcpu, &memory) } else { [None; 2] };
@@ -98,6 +98,18 @@ impl Machine {
             },
         }
         Ok(())
+    }
+
+    /// The usual answer to a breakpoint: gives it, if it is one and both views are there.
+    fn steps_over_breakpoint(&mut self, index: usize, view: View, back: Option<View>) -> bool {
+        let Some(vcpu) = self.vcpus.get_mut(index) else { return false };
+        let back = back.unwrap_or(vcpu.view);
+        if !matches!(vcpu.held, Held::Breakpoint(_)) || !self.memory.has_view(view) || !self.memory.has_view(back) {
+            return false;
+        }
+        (vcpu.held, vcpu.announced, vcpu.view) = (Held::No, None, back);
+        vcpu.step = Some(Step::over_breakpoint(view, back));
+        true
     }
 
     /// Lets every vCPU that is held or steps go on in the default view, as if it had never been looked at.

@@ -34,6 +34,12 @@ impl Vectors {
         }
     }
 
+    #[inline]
+    const fn is_empty(&self) -> bool {
+        let [a, b, c, d] = self.0;
+        a | b | c | d == 0
+    }
+
     fn highest(&self) -> Option<u8> {
         self.0
             .iter()
@@ -174,7 +180,12 @@ impl Apic {
     }
 
     /// The interrupt that would be delivered now, if interrupts are enabled.
+    #[inline]
     pub fn pending(&self) -> Option<u8> {
+        // Hardly ever is there one, and it is asked for before every run.
+        if self.requested.is_empty() {
+            return None;
+        }
         let vector = self.requested.highest()?;
         let busy = self.in_service.highest().unwrap_or(0) >> 4;
         (vector >> 4 > busy && vector >> 4 > self.tpr >> 4).then_some(vector)

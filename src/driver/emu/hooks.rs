@@ -183,6 +183,18 @@ impl CpuHooks {
         counts.then_some((known.gfn, known.frame))
     }
 
+    /// Before a block with which the turn may end: whether it does. Apart, so that all other blocks take no longer than they must.
+    #[cold]
+    fn may_stop(&self, engine: EngineRef<'_>) -> bool {
+        let left = self.budget.get();
+        if left > 0 && engine.rflags() & rflags::IF == 0 {
+            self.budget.set(left - 1);
+            return false;
+        }
+        self.exit.set(Exit::Budget);
+        true
+    }
+
     fn deny(&self, denied: Denied) -> Option<Fill> {
         let in_second_page = if denied.access == Access::Write { self.bytes_behind_border() } else { 0 };
         // Asked to store across a page border, the engine goes on after an address that is not mapped, and writes what it may. So a
@@ -458,12 +470,7 @@ impl Hooks for CpuHooks {
             self.budget.set(left - 1);
             return false;
         }
-        if left > 0 && engine.rflags() & rflags::IF == 0 {
-            self.budget.set(left - 1);
-            return false;
-        }
-        self.exit.set(Exit::Budget);
-        true
+        self.may_stop(engine)
     }
 
     fn code(&self, va: u64) -> bool {

@@ -33,7 +33,7 @@ use std::time::Duration;
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, Pa, VcpuId, View};
 use crate::arch::amd64::{Injection, Registers};
 use crate::driver::{
-    Additions, Caps, Monitor, Trap, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
+    Additions, Caps, Monitor, OnTrap, Trap, VmInfo, VmiControl, VmiEvents, VmiFrames, VmiInfo, VmiInject, VmiProtection, VmiRead,
     VmiRegisters, VmiRepair, VmiViews, VmiWrite, Wait, Waker,
 };
 use crate::error::{Result, VmiError};
@@ -272,11 +272,11 @@ impl VmiEvents for EmuDriver {
     }
 
     fn wait(&mut self, timeout: Duration) -> Result<Wait> {
-        self.wait_counting(timeout, &mut |_| false)
+        self.wait_sorting(timeout, &mut |_| OnTrap::Raise)
     }
 
-    fn wait_counting(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
-        self.machine.0.wait(timeout, counts)
+    fn wait_sorting(&mut self, timeout: Duration, sort: &mut dyn FnMut(&Trap<'_>) -> OnTrap) -> Result<Wait> {
+        self.machine.0.wait(timeout, sort)
     }
 
     fn respond(&mut self, vcpu: VcpuId, response: &VmiEventResponse) -> Result<()> {

@@ -16,7 +16,7 @@ use rustc_hash::FxHashSet;
 
 use crate::addr::{Gfn, MemoryAccess, PAGE_SHIFT, PAGE_SIZE, Pa, Va, VcpuId, View};
 use crate::arch::amd64::{ControlRegister, InjectionKind, pte, vector};
-use crate::driver::{Monitor, Trap, Wait, Waker};
+use crate::driver::{Monitor, OnTrap, Trap, Wait, Waker};
 use crate::error::Result;
 use crate::event::{EventReason, VmiEvent};
 
@@ -222,8 +222,8 @@ impl Machine {
 
     // --- the loop ---
 
-    /// Runs until an event, the end of the time, the bell, or until nothing can run. INT3s that `counts` says yes to are no events.
-    pub fn wait(&mut self, timeout: Duration, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> Result<Wait> {
+    /// Runs until an event, the end of the time, the bell, or until nothing can run. INT3s are put to `sort` first.
+    pub fn wait(&mut self, timeout: Duration, sort: &mut dyn FnMut(&Trap<'_>) -> OnTrap) -> Result<Wait> {
         let mut deadline = None;
         let mut turns = 0;
         loop {
@@ -240,13 +240,17 @@ impl Machine {
                 }
                 return Ok(Wait::Idle);
             };
-            if let Some(raised) = self.advance(index)?
-                && !self.is_counted(&raised, counts)
-            {
-                let Raised { index, view, reason } = raised;
-                let vcpu = self.vcpu(index)?;
-                let (id, view) = (VcpuId(index as u16), Some(view));
-                return Ok(Wait::Event(VmiEvent { vcpu: id, view, registers: vcpu.registers(), reason }));
+            if let Some(raised) = self.advance(index)? {
+                match self.sort(&raised, sort) {
+                    OnTrap::StepOver => {}
+                    OnTrap::Take => return Ok(Wait::Taken),
+                    OnTrap::Raise => {
+                        let Raised { index, view, reason } = raised;
+                        let vcpu = self.vcpu(index)?;
+                        let (id, view) = (VcpuId(index as u16), Some(view));
+                        return Ok(Wait::Event(VmiEvent { vcpu: id, view, registers: vcpu.registers(), reason }));
+                    }
+                }
             }
             // The clock is read only now and then: a turn may take less time than reading it.
             turns += 1;
@@ -260,23 +264,25 @@ impl Machine {
         }
     }
 
-    /// Whether what was raised is only counted: then it is answered here.
-    fn is_counted(&mut self, raised: &Raised, counts: &mut dyn FnMut(&Trap<'_>) -> bool) -> bool {
-        let Raised { index, view, reason: EventReason::Breakpoint { gfn, insn_len: 1 } } = *raised else { return false };
-        let Some(vcpu) = self.vcpus.get_mut(index).filter(|_| view != View::DEFAULT) else { return false };
+    /// What becomes of what was raised. What is stepped over is answered here.
+    fn sort(&mut self, raised: &Raised, sort: &mut dyn FnMut(&Trap<'_>) -> OnTrap) -> OnTrap {
+        let Raised { index, view, reason: EventReason::Breakpoint { gfn, insn_len: 1 } } = *raised else { return OnTrap::Raise };
+        let Some(vcpu) = self.vcpus.get_mut(index).filter(|_| view != View::DEFAULT) else { return OnTrap::Raise };
         let root = Pa(vcpu.cr(3) & pte::ADDRESS);
         let trap = Trap { vcpu: VcpuId(index as u16), view, gfn, rip: Va(vcpu.rip()), root, registers: &*vcpu };
-        if !counts(&trap) {
-            return false;
+        let sorted = sort(&trap);
+        if sorted == OnTrap::StepOver {
+            vcpu.held = Held::No;
+            vcpu.step = Some(Step::over_breakpoint(View::DEFAULT, view));
         }
-        vcpu.held = Held::No;
-        vcpu.step =
-            Some(Step { view: View::DEFAULT, back: view, report: None, told: [None; 2], discards: false, guard: Some(view) });
-        true
+        sorted
     }
 
     /// The vCPU whose turn it is: the current one until its slice is used up, then the next that can run.
     fn pick(&mut self) -> Option<usize> {
+        if self.slice > 0 && self.can_run(self.current) {
+            return Some(self.current);
+        }
         let count = self.vcpus.len();
         let first = self.current + usize::from(self.slice == 0);
         for turn in first..first + count {

@@ -1,6 +1,6 @@
 //! Stepping: one instruction in a given view, by the driver itself where that is simple, or else by the stepper.
 
-use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE};
+use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE, View};
 use crate::arch::amd64::rflags;
 use crate::error::Result;
 use crate::event::EventReason;
@@ -14,11 +14,11 @@ use super::run::{DEAR, Machine, RCX, RDI, RSP, Raised, STRING_BURST, Went};
 use super::sys::{Access, code};
 use super::vcpu::{Guard, Held, Mode, State, Step};
 
-/// A page that was pushed to, and what its translation was for: it holds as long as an entry of the main engine's TLB would.
+/// A page that was pushed to, and what its translation was for: it holds as long as an entry of the main engine's TLB would, which is filled
+/// for one vCPU in one mode until it is emptied.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Stack {
-    index: usize,
-    mode: Mode,
+    view: View,
     cpl: u8,
     /// RFLAGS.AC, which counts under SMAP.
     alternate: bool,
@@ -59,16 +59,18 @@ impl Machine {
         event
     }
 
+    /// Whether the main engine's TLB is filled for this vCPU in that mode, whatever its view, and still counts.
+    fn is_filled_for(&self, index: usize, mode: &Mode) -> bool {
+        !self.memory.is_stale(Which::Main)
+            && self
+                .filled_for
+                .of(Which::Main)
+                .is_some_and(|(filled_for, filled)| filled_for == index && Mode { view: mode.view, ..filled } == *mode)
+    }
+
     /// The frame behind the page of `rip` in the view of a step, if it can be told without walking the page tables: the main
-    /// engine's TLB has the page, filled for this vCPU as it is, and still counts.
-    fn code_frame(&self, index: usize, mode: &Mode, rip: u64, cpl: u8) -> Option<u32> {
-        if self.memory.is_stale(Which::Main) {
-            return None;
-        }
-        let (filled_for, filled) = (*self.filled_for.of(Which::Main))?;
-        if filled_for != index || (Mode { view: mode.view, ..filled }) != *mode {
-            return None;
-        }
+    /// engine's TLB, which counts, has the page.
+    fn code_frame(&self, mode: &Mode, rip: u64, cpl: u8) -> Option<u32> {
         let (gfn, _) = self.main.hooks().fetched(rip, cpl)?;
         let (rights, frame) = self.memory.lookup(mode.view, gfn)?;
         (rights & 4 != 0).then_some(frame)
@@ -83,7 +85,9 @@ impl Machine {
             return false;
         }
         let (mode, rip) = (vcpu.mode(step.view), vcpu.rip());
-        let frame = self.code_frame(index, &mode, rip, vcpu.cpl()).or_else(|| {
+        let is_filled = self.is_filled_for(index, &mode);
+        let known = if is_filled { self.code_frame(&mode, rip, vcpu.cpl()) } else { None };
+        let frame = known.or_else(|| {
             let page = translate(&self.memory, &mode, rip, Access::Fetch, vcpu.cpl(), || vcpu.context.rflags());
             page.ok().map(|page| page.frame)
         });
@@ -101,16 +105,22 @@ impl Machine {
         if let Op::Push { from } = op {
             let (rsp, value) = (vcpu.gpr(RSP).wrapping_sub(8), vcpu.gpr(from));
             let alternate = vcpu.context.u64(vcpu.layout.eflags) & rflags::AC != 0;
-            let wanted =
-                Stack { index, mode, cpl: vcpu.cpl(), alternate, page: rsp >> PAGE_SHIFT, emptied: self.main.hooks().emptied() };
-            let known = self.stack.filter(|(known, _)| *known == wanted && !self.memory.is_stale(Which::Main));
-            let page = if let Some((_, page)) = known {
-                page
-            } else {
-                let flags = || vcpu.context.rflags();
-                let Ok(page) = translate(&self.memory, &mode, rsp, Access::Write, vcpu.cpl(), flags) else { return false };
-                self.stack = (!self.memory.is_stale(Which::Main)).then_some((wanted, page));
-                page
+            let wanted = Stack {
+                view: mode.view,
+                cpl: vcpu.cpl(),
+                alternate,
+                page: rsp >> PAGE_SHIFT,
+                emptied: self.main.hooks().emptied(),
+            };
+            let page = match &self.stack {
+                Some((known, page)) if is_filled && *known == wanted => *page,
+                _ => {
+                    let flags = || vcpu.context.rflags();
+                    let Ok(page) = translate(&self.memory, &mode, rsp, Access::Write, vcpu.cpl(), flags) else { return false };
+                    // The walk may have written to a page table, and the TLB counts no more.
+                    self.stack = (is_filled && !self.memory.is_stale(Which::Main)).then_some((wanted, page));
+                    page
+                }
             };
             let offset = rsp & (PAGE_SIZE - 1);
             let denies = |view| self.memory.lookup(view, page.gfn).is_none_or(|(rights, _)| rights & 2 == 0);

@@ -114,12 +114,9 @@ impl Library {
     pub fn error(&self, op: &'static str, code: c_int) -> VmiError {
         // SAFETY: returns a static string for every code.
         let text = unsafe { (self.uc_strerror)(code) };
-        let detail = if text.is_null() {
-            String::new()
-        } else {
-            // SAFETY: not null, and a static NUL-terminated string of the library, which is still open.
-            unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-        };
+        // SAFETY: a static NUL-terminated string of the library, which is still open.
+        let words = NonNull::new(text.cast_mut()).map(|text| unsafe { CStr::from_ptr(text.as_ptr()) });
+        let detail = words.map_or_else(String::new, |words| words.to_string_lossy().into_owned());
         VmiError::Driver { op, errno: code, detail }
     }
 }
@@ -203,8 +200,7 @@ pub enum EngineKind {
 
 /// Bytes of the stack that [`Engine::go`] runs on: as much as the engine has where it runs in a thread of its own.
 const STACK: usize = 2 << 20;
-/// The vector of INT3.
-const BREAKPOINT: u32 = 3;
+const INT3_VECTOR: u32 = 3;
 
 /// What an engine that stands at an INT3 is to do.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -450,6 +446,10 @@ impl<H: Hooks> Engine<H> {
         // SAFETY: the engine is open.
         let size = unsafe { (self.library.uc_context_size)(self.uc.as_ptr()) };
         let mut context = Context { raw, size, library: Arc::clone(&self.library) };
+        if size < CERTAIN {
+            let detail = format!("it is {size} bytes long, less than with any engine that was measured");
+            return Err(VmiError::Driver { op: "saving a state", errno: 0, detail });
+        }
         self.save(&mut context);
         Ok(context)
     }
@@ -512,6 +512,9 @@ impl<H: Hooks> Drop for Engine<H> {
     }
 }
 
+/// So many bytes each context has: a place among them needs no comparison with its size.
+const CERTAIN: usize = 4096;
+
 /// A copy of one processor's state. Fields are reached by byte offsets that the calibration found.
 pub struct Context {
     raw: NonNull<c_void>,
@@ -540,11 +543,12 @@ impl Context {
         self.size
     }
 
+    #[inline]
     fn at(&self, offset: usize, len: usize) -> Option<*mut u8> {
-        if offset.checked_add(len)? > self.size {
+        if offset > CERTAIN.saturating_sub(len) && offset.checked_add(len)? > self.size {
             return None;
         }
-        // SAFETY: inside the allocation of `size` bytes, checked above.
+        // SAFETY: inside the allocation of `size` bytes, checked above; `size` is at least CERTAIN.
         Some(unsafe { self.raw.as_ptr().cast::<u8>().add(offset) })
     }
 
@@ -656,7 +660,7 @@ extern "C" fn on_fill<H: Hooks>(uc: *mut Uc, va: u64, access: c_int, result: *mu
 extern "C" fn on_interrupt<H: Hooks>(uc: *mut Uc, vector: u32, user: *mut c_void) {
     let installed = installed::<H>(user);
     installed.hooks.interrupt(vector);
-    if vector == BREAKPOINT {
+    if vector == INT3_VECTOR {
         // SAFETY: null, or on the stack of the run that calls this, which has not ended.
         let way_back = unsafe { installed.way_back.get().as_ref() };
         if way_back.is_some_and(|way_back| way_back.suspend(()) == Go::On) {

@@ -35,6 +35,13 @@ pub struct Step {
     pub guard: Option<View>,
 }
 
+impl Step {
+    /// The instruction under a breakpoint of the view `back`, in `view`.
+    pub fn over_breakpoint(view: View, back: View) -> Self {
+        Self { view, back, report: None, told: [None; 2], discards: false, guard: (view != back).then_some(back) }
+    }
+}
+
 /// A view whose denial of stores holds although another view is in use, but on some pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Guard {
@@ -290,8 +297,8 @@ impl Vcpu {
 }
 
 impl TrapRegisters for Vcpu {
-    fn all(&self) -> Registers {
-        self.registers()
+    fn read(&self, registers: &mut Registers) {
+        *registers = self.registers();
     }
 
     fn one(&self, register: Register) -> Option<u64> {

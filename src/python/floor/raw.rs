@@ -43,8 +43,8 @@ fn wait_until(py: Python<'_>, shared: &Arc<Shared>, timeout: Option<Duration>) -
         match waited? {
             (Wait::Event(event), number) => return Ok(Some(VmiEvent::of(&event, number, shared))),
             (Wait::Idle, _) => return Ok(None),
-            (Wait::Timeout, _) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
-            (Wait::Timeout, _) => {}
+            (Wait::Timeout | Wait::Taken, _) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(None),
+            (Wait::Timeout | Wait::Taken, _) => {}
         }
     }
 }
