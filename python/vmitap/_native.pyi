@@ -1505,6 +1505,8 @@ class JournalEvent:
 class Hit:
     """One hit: a snapshot taken while the vCPU stood still. Safe to keep, to hand to another thread, and to pickle.
 
+    As with what `zip` yields, one that nobody has kept may be the same object as the next: two hits are not told apart by `id`.
+
     >>> bp = vm.breakpoint("open_file", tag="files")
     >>> hit = next(vm.events(bp, timeout=5))
     >>> hit.symbol, hit.tag, hit.regs.rip == hit.address

@@ -1,7 +1,6 @@
 //! One hit, as a snapshot.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::time::Instant;
 
 use pyo3::PyTraverseError;
@@ -12,15 +11,17 @@ use pyo3::types::{PyString, PyTuple};
 use super::breakpoint::Breakpoint;
 use super::convert::{AccessArg, access_to_python, small};
 use super::errors::stale;
+use super::events::seconds;
 use super::floor::VmiEvent;
 use super::handle::Scope;
 use super::registers::Registers;
 use super::views::View;
 use super::vm::Vm;
-use crate::addr::{MemoryAccess, Va};
+use crate::addr::{MemoryAccess, Pa, Va, VcpuId};
 use crate::arch::amd64::AddressContext;
 use crate::capture::MAX_ARGUMENT;
 use crate::error::Result;
+use crate::event::{self, EventReason};
 use crate::session;
 
 /// What is plain data in a hit that was pickled.
@@ -69,17 +70,79 @@ struct Pickled {
     tag: Py<PyAny>,
 }
 
-/// A hit of a session that is still there. Everything is as the session gave it: what nobody asks for costs nothing.
+/// A hit of a session that is still there. What differs between two hits of a breakpoint can be written over: see [`Hit::renew`].
 struct Live {
-    hit: Arc<session::Hit>,
-    met: Instant,
-    breakpoint: Py<Breakpoint>,
+    registers: Py<Registers>,
+    va: AtomicU64,
+    pa: AtomicU64,
+    vcpu: AtomicU16,
+    view: AtomicU16,
+    /// When the event was received, and when the hit was met here, in nanoseconds of the session.
+    at_ns: AtomicU64,
+    met_ns: AtomicU64,
     /// While the session's is the same, the handler of this hit is running.
-    generation: u64,
+    generation: AtomicU64,
+    access: MemoryAccess,
+    step: u32,
+    reason: EventReason,
+    breakpoint: Py<Breakpoint>,
     stack: StackArguments,
 }
 
+/// Whether somebody else has an object that is ours: with the interpreter held, nobody can get at it who has not.
+#[expect(deprecated, reason = "what is to be used instead says the same, and is for FFI modules")]
+fn is_kept<T>(object: &Bound<'_, T>) -> bool {
+    object.as_any().get_refcnt() != 1
+}
+
+/// Whether a hit differs from another one of its breakpoint in no more than a [`Live`] can have written over.
+const fn is_plain(reason: &EventReason, step: u32) -> bool {
+    matches!(reason, EventReason::Breakpoint { insn_len: 1, .. }) && step == 0
+}
+
 impl Live {
+    fn set(&self, hit: &session::Hit, met: Instant, generation: u64) {
+        let began = self.breakpoint.get().shared().began;
+        let ns = |then: Instant| then.saturating_duration_since(began).as_nanos() as u64;
+        let at_ns = ns(hit.at);
+        let met_ns = if met == hit.at { at_ns } else { ns(met) };
+        self.registers.get().set(&hit.registers);
+        for (word, value) in [
+            (&self.va, hit.va.0),
+            (&self.pa, hit.pa.0),
+            (&self.at_ns, at_ns),
+            (&self.met_ns, met_ns),
+            (&self.generation, generation),
+        ] {
+            word.store(value, Ordering::Relaxed);
+        }
+        self.vcpu.store(hit.vcpu.0, Ordering::Relaxed);
+        self.view.store(hit.view.0, Ordering::Relaxed);
+    }
+
+    fn va(&self) -> Va {
+        Va(self.va.load(Ordering::Relaxed))
+    }
+
+    fn vcpu(&self) -> VcpuId {
+        VcpuId(self.vcpu.load(Ordering::Relaxed))
+    }
+
+    fn view(&self) -> crate::addr::View {
+        crate::addr::View(self.view.load(Ordering::Relaxed))
+    }
+
+    /// The event as the driver raised it.
+    fn event(&self) -> event::VmiEvent {
+        let reason = match self.reason {
+            EventReason::Breakpoint { insn_len, .. } => {
+                EventReason::Breakpoint { gfn: Pa(self.pa.load(Ordering::Relaxed)).gfn(), insn_len }
+            }
+            other => other,
+        };
+        event::VmiEvent { vcpu: self.vcpu(), view: Some(self.view()), registers: self.registers.get().all(), reason }
+    }
+
     /// The first arguments, wherever they are passed.
     fn arguments(&self) -> Result<[u64; ARGUMENTS as usize]> {
         let abi = self.breakpoint.get().abi();
@@ -88,10 +151,11 @@ impl Live {
             Some(Ok(words)) => words.iter(),
             Some(Err(error)) => return Err(error.clone()),
         };
+        let registers = self.registers.get().all();
         let mut arguments = [0; ARGUMENTS as usize];
         for (index, argument) in (0..).zip(&mut arguments) {
             *argument = match abi.argument(index) {
-                Ok(register) => register.of(&self.hit.registers),
+                Ok(register) => register.of(&registers),
                 Err(_) => stack.next().copied().unwrap_or_default(),
             };
         }
@@ -101,7 +165,8 @@ impl Live {
     /// Whether the handler of this hit is running.
     fn is_current(&self) -> bool {
         let now = self.breakpoint.get().shared().generation.load(Ordering::Acquire);
-        self.generation != 0 && now == self.generation
+        let generation = self.generation.load(Ordering::Relaxed);
+        generation != 0 && now == generation
     }
 }
 
@@ -115,14 +180,57 @@ enum Origin {
 pub struct Hit(Origin);
 
 impl Hit {
-    pub const fn new(
-        hit: Arc<session::Hit>,
+    pub fn new(
+        py: Python<'_>,
+        hit: &session::Hit,
         met: Instant,
-        breakpoint: Py<Breakpoint>,
+        breakpoint: &Py<Breakpoint>,
         generation: u64,
         stack: StackArguments,
-    ) -> Self {
-        Self(Origin::Live(Live { hit, met, breakpoint, generation, stack }))
+    ) -> PyResult<Py<Self>> {
+        let live = Live {
+            registers: Py::new(py, Registers::default())?,
+            va: AtomicU64::default(),
+            pa: AtomicU64::default(),
+            vcpu: AtomicU16::default(),
+            view: AtomicU16::default(),
+            at_ns: AtomicU64::default(),
+            met_ns: AtomicU64::default(),
+            generation: AtomicU64::default(),
+            access: hit.access,
+            step: hit.step,
+            reason: hit.reason,
+            breakpoint: breakpoint.clone_ref(py),
+            stack,
+        };
+        live.set(hit, met, generation);
+        Py::new(py, Self(Origin::Live(live)))
+    }
+
+    /// Makes `object` the snapshot of another hit of that breakpoint, if it can be and nobody has kept anything of it: two new objects a hit
+    /// would take as long as calling the handler.
+    pub fn renew(
+        object: &Bound<'_, Self>,
+        hit: &session::Hit,
+        met: Instant,
+        breakpoint: &Py<Breakpoint>,
+        generation: u64,
+    ) -> bool {
+        let Origin::Live(live) = &object.get().0 else { return false };
+        let fits = live.breakpoint.is(breakpoint) && live.stack.is_none();
+        let plain = is_plain(&live.reason, live.step) && is_plain(&hit.reason, hit.step);
+        if !fits || !plain || is_kept(object) || is_kept(live.registers.bind(object.py())) {
+            return false;
+        }
+        live.set(hit, met, generation);
+        true
+    }
+
+    const fn registers(&self) -> &Py<Registers> {
+        match &self.0 {
+            Origin::Live(live) => &live.registers,
+            Origin::Pickled(pickled) => &pickled.registers,
+        }
     }
 
     fn live(&self) -> PyResult<&Live> {
@@ -142,17 +250,17 @@ impl Hit {
 
     fn facts(&self) -> Facts {
         match &self.0 {
-            Origin::Live(Live { hit, met, breakpoint, .. }) => {
-                let began = breakpoint.get().shared().began;
+            Origin::Live(live) => {
+                let (at_ns, met_ns) = (live.at_ns.load(Ordering::Relaxed), live.met_ns.load(Ordering::Relaxed));
                 Facts {
-                    vcpu: hit.vcpu.0,
-                    va: hit.va.0,
-                    pa: hit.pa.0,
-                    access: hit.access,
-                    view: hit.view.0,
-                    step: hit.step,
-                    timestamp: hit.at.saturating_duration_since(began).as_secs_f64(),
-                    hold: met.saturating_duration_since(hit.at).as_secs_f64(),
+                    vcpu: live.vcpu().0,
+                    va: live.va().0,
+                    pa: live.pa.load(Ordering::Relaxed),
+                    access: live.access,
+                    view: live.view().0,
+                    step: live.step,
+                    timestamp: seconds(at_ns),
+                    hold: seconds(met_ns.saturating_sub(at_ns)),
                 }
             }
             Origin::Pickled(pickled) => pickled.facts,
@@ -170,11 +278,8 @@ impl Hit {
 
     /// Its registers; `rip` is the tapped instruction, which has not been executed.
     #[getter]
-    fn regs(&self, py: Python<'_>) -> PyResult<Py<Registers>> {
-        match &self.0 {
-            Origin::Live(live) => Py::new(py, Registers::from(&live.hit)),
-            Origin::Pickled(pickled) => Ok(pickled.registers.clone_ref(py)),
-        }
+    fn regs(&self, py: Python<'_>) -> Py<Registers> {
+        self.registers().clone_ref(py)
     }
 
     /// The first six integer arguments, by the breakpoint's calling convention. Right at the entry of a function only.
@@ -194,11 +299,11 @@ impl Hit {
             return Err(stale("the stack of a hit"));
         }
         let breakpoint = live.breakpoint.get();
-        let registers = &live.hit.registers;
+        let registers = live.registers.get().all();
         match breakpoint.abi().argument(n) {
-            Ok(register) => Ok(register.of(registers)),
+            Ok(register) => Ok(register.of(&registers)),
             Err(offset) => breakpoint.shared().open(py, |session| {
-                session.vmi().read_u64(Va(registers.gp.rsp.wrapping_add(offset)), AddressContext::from(registers))
+                session.vmi().read_u64(Va(registers.gp.rsp.wrapping_add(offset)), AddressContext::from(&registers))
             }),
         }
     }
@@ -219,7 +324,7 @@ impl Hit {
     #[getter]
     fn symbol(&self, py: Python<'_>) -> Option<Py<PyString>> {
         match &self.0 {
-            Origin::Live(live) => live.breakpoint.get().symbol_at(py, live.hit.va.0),
+            Origin::Live(live) => live.breakpoint.get().symbol_at(py, live.va().0),
             Origin::Pickled(pickled) => pickled.symbol.as_ref().map(|symbol| symbol.clone_ref(py)),
         }
     }
@@ -233,9 +338,9 @@ impl Hit {
     /// The event as the driver raised it: for a monitor, which register was about to be written and with what.
     #[getter]
     fn event(&self) -> PyResult<VmiEvent> {
-        let Live { hit, breakpoint, .. } = self.live()?;
+        let live = self.live()?;
         // The session answers it: it is none of those that are to be answered by their number.
-        Ok(VmiEvent::of(&hit.event(), u64::MAX, breakpoint.get().shared()))
+        Ok(VmiEvent::of(&live.event(), u64::MAX, live.breakpoint.get().shared()))
     }
 
     /// The view the vCPU was in.
@@ -247,19 +352,13 @@ impl Hit {
     /// The page-table root the vCPU was under.
     #[getter]
     fn root(&self) -> u64 {
-        match &self.0 {
-            Origin::Live(live) => live.hit.registers.root().0,
-            Origin::Pickled(pickled) => pickled.registers.get().page_root(),
-        }
+        self.registers().get().page_root()
     }
 
     /// The privilege level it ran at: 0 to 3.
     #[getter]
     fn ring(&self) -> u8 {
-        match &self.0 {
-            Origin::Live(live) => live.hit.registers.cpl(),
-            Origin::Pickled(pickled) => pickled.registers.get().ring(),
-        }
+        self.registers().get().ring()
     }
 
     /// The breakpoint's key. When pickled, it must be picklable.
@@ -308,13 +407,12 @@ impl Hit {
     #[getter]
     fn vm(&self) -> PyResult<Vm> {
         let live = self.live()?;
-        let Live { hit, breakpoint, generation, .. } = live;
-        let (shared, generation) = (breakpoint.get().shared(), *generation);
+        let (shared, generation) = (live.breakpoint.get().shared(), live.generation.load(Ordering::Relaxed));
         if !live.is_current() {
             return Err(stale("hit.vm"));
         }
-        let context = AddressContext::from(&hit.registers);
-        Ok(Vm::scoped(shared.clone(), Scope { vcpu: hit.vcpu, context, generation }))
+        let context = AddressContext::from(&live.registers.get().all());
+        Ok(Vm::scoped(shared.clone(), Scope { vcpu: live.vcpu(), context, generation }))
     }
 
     fn __repr__(&self, py: Python<'_>) -> String {
@@ -327,7 +425,7 @@ impl Hit {
         let (py, hit) = (slf.py(), slf.get());
         let f = hit.facts();
         let facts = (f.vcpu, f.va, f.pa, access_to_python(py, f.access)?, f.view, f.step, f.timestamp, f.hold);
-        let rest = (hit.regs(py)?, hit.symbol(py), hit.key(py), hit.tag(py));
+        let rest = (hit.regs(py), hit.symbol(py), hit.key(py), hit.tag(py));
         let args = match &hit.0 {
             Origin::Live(live) => live.arguments().ok(),
             Origin::Pickled(pickled) => pickled.args,
@@ -337,6 +435,7 @@ impl Hit {
     }
 
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(self.registers())?;
         match &self.0 {
             Origin::Live(live) => visit.call(&live.breakpoint),
             Origin::Pickled(pickled) => {

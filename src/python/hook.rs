@@ -13,7 +13,7 @@ use super::breakpoint::Breakpoint;
 use super::convert::OnWriteArg;
 use super::errors::{DeadlineExceededError, HandlerError, busy};
 use super::hit::{Hit, stack_arguments};
-use super::shared::{Inner, Listener, Running, Shared, count};
+use super::shared::{Listener, Running, Shared, count};
 use super::verdict::{Said, Verdict};
 use crate::addr::VcpuId;
 use crate::error::{Result, VmiError};
@@ -111,11 +111,12 @@ impl Course {
 
     /// What Python handed in.
     pub fn traverse(&self, visit: &PyVisit<'_>) -> Result<(), PyTraverseError> {
-        let Some(Held { state: Loop { told, decider, awaited, .. }, .. }) = &self.held else { return Ok(()) };
+        let Some(Held { state: Loop { told, spare, decider, awaited, .. }, .. }) = &self.held else { return Ok(()) };
         if let Some(Told { breakpoint, handler, .. }) = told {
             visit.call(breakpoint)?;
             visit.call(handler)?;
         }
+        visit.call(spare)?;
         visit.call(decider)?;
         if let Some(Awaited { coroutine, breakpoint, hit, .. }) = awaited {
             visit.call(coroutine)?;
@@ -183,8 +184,51 @@ impl Answer {
 enum Turn {
     /// The event in hand is answered, and the loop is to end.
     Answered,
-    Failed(VmiError),
-    Polled(Poll),
+    // Boxed: what is not there most of the time is not to be moved around with every hit.
+    Failed(Box<VmiError>),
+    Hit(Arc<session::Hit>),
+    Timeout,
+    Idle,
+    MaxHits,
+}
+
+/// A look at the session: the answer to the hit in hand is given, and the guest goes on.
+struct Look<'a> {
+    answer: Option<Answer>,
+    /// The loop is to end once the event is answered; at a pause at once.
+    ends: bool,
+    paused: bool,
+    course: &'a mut Course,
+}
+
+impl Look<'_> {
+    #[expect(clippy::inline_always, reason = "as `Session::poll`")]
+    #[inline(always)]
+    fn take(&mut self, session: &mut Session, deadline: Option<Instant>) -> Turn {
+        if let Some(answer) = self.answer.take() {
+            if let Err(error) = answer.give(session) {
+                return Turn::Failed(Box::new(error));
+            }
+            if let Some((answered_at, held_ns)) = session.last_hold() {
+                self.course.hold_max_ns = self.course.hold_max_ns.max(held_ns);
+                if self.course.deadline.is_some_and(|until| answered_at >= until) && !session.has_pending() {
+                    return Turn::Timeout;
+                }
+            }
+        }
+        // Others at the same event are told first; a pause alone leaves them for later.
+        if self.ends && (self.paused || !session.has_pending()) {
+            return Turn::Answered;
+        }
+        let hits = self.course.last_hit.map(|last| last.saturating_sub(session.hits()));
+        match session.poll(&Limits { deadline, hits }) {
+            Ok(Poll::Hit(hit)) => Turn::Hit(hit),
+            Ok(Poll::Timeout) => Turn::Timeout,
+            Ok(Poll::Idle) => Turn::Idle,
+            Ok(Poll::MaxHits) => Turn::MaxHits,
+            Err(error) => Turn::Failed(Box::new(error)),
+        }
+    }
 }
 
 /// The state of one [`drive`].
@@ -196,6 +240,8 @@ struct Loop {
     met_at: Option<Instant>,
     /// The tap that was hit last.
     told: Option<Told>,
+    /// What its handler was given: perhaps to be given again.
+    spare: Option<Py<Hit>>,
     /// The first thing that went wrong in a handler.
     raised: Option<PyErr>,
     /// The hit whose handler gave the verdict that counts, until its event is answered.
@@ -328,60 +374,35 @@ fn turn_until(
         let has_enough = is_over || listener.is_some_and(|listener| !listener.queue.lock().is_empty());
         let detach = state.detach || shared.is_detach_wanted();
         let ends = state.raised.is_some() || state.paused || detach || is_late || is_stopped || has_enough;
-        let (mut answer, paused, last_hit, hold_max_ns) =
-            (state.answer.take(), state.paused, course.last_hit, &mut course.hold_max_ns);
-        let until = course.deadline;
-        let mut turn = |inner: &mut Inner, deadline: Option<Instant>| {
-            let session = &mut inner.session;
-            if let Some(answer) = answer.take() {
-                if let Err(error) = answer.give(session) {
-                    return Turn::Failed(error);
-                }
-                if let Some((answered_at, held_ns)) = session.last_hold() {
-                    *hold_max_ns = (*hold_max_ns).max(held_ns);
-                    if until.is_some_and(|until| answered_at >= until) && !session.has_pending() {
-                        return Turn::Polled(Poll::Timeout);
-                    }
-                }
-            }
-            // Others at the same event are told first; a pause alone leaves them for later.
-            if ends && (paused || !session.has_pending()) {
-                return Turn::Answered;
-            }
-            let hits = last_hit.map(|last| last.saturating_sub(session.hits()));
-            match session.poll(&Limits { deadline, hits }) {
-                Ok(poll) => Turn::Polled(poll),
-                Err(error) => Turn::Failed(error),
-            }
-        };
+        let mut look = Look { answer: state.answer.take(), ends, paused: state.paused, course: &mut *course };
         // Hits often come in crowds: after one, the next is first waited for without letting go of the interpreter.
         let (turn, kept) = if met_at.is_some()
-            && let Some(turn) = shared.briefly(|inner| turn(inner, Some(now)))
+            && let Some(turn) = shared.briefly(|inner| look.take(&mut inner.session, Some(now)))
         {
             super::log::flush(py);
             (turn, true)
         } else {
-            let limit = if ends || course.moments.is_some() { Some(now) } else { until };
-            (shared.released(py, |inner| turn(inner, limit)), false)
+            let limit = if ends || look.course.moments.is_some() { Some(now) } else { look.course.deadline };
+            (shared.released(py, |inner| look.take(&mut inner.session, limit)), false)
         };
         match turn {
-            Turn::Polled(Poll::Hit(hit)) => {
+            Turn::Hit(hit) => {
                 // A moment ago, if the interpreter was not waited for and nobody else was told of the event before.
                 let is_news = state.event != Some((hit.at, hit.vcpu));
                 let met = if kept && is_news { hit.at } else { Instant::now() };
-                meet(py, shared, state, hit, met);
+                meet(py, shared, state, &hit, met);
                 if state.awaited.is_some() {
                     return Ok(None);
                 }
             }
-            Turn::Polled(Poll::Timeout) if course.moments.is_some() && !ends => {
+            Turn::Timeout if course.moments.is_some() && !ends => {
                 course.moments = Some(false);
                 return Ok(None);
             }
-            Turn::Polled(Poll::Timeout) => {}
-            Turn::Polled(Poll::Idle) if !ends => return Ok(Some(Reason::Idle)),
-            Turn::Polled(Poll::MaxHits) if !ends => return Ok(Some(Reason::MaxHits)),
-            Turn::Polled(Poll::Idle | Poll::MaxHits) | Turn::Answered => {
+            Turn::Timeout => {}
+            Turn::Idle if !ends => return Ok(Some(Reason::Idle)),
+            Turn::MaxHits if !ends => return Ok(Some(Reason::MaxHits)),
+            Turn::Idle | Turn::MaxHits | Turn::Answered => {
                 if let Some(error) = state.raised.take() {
                     return Err(error);
                 }
@@ -389,7 +410,7 @@ fn turn_until(
                     shared.want_detach();
                     return Ok(Some(Reason::Detached));
                 }
-                if paused {
+                if state.paused {
                     return Ok(Some(Reason::Paused));
                 }
                 if has_enough {
@@ -402,7 +423,7 @@ fn turn_until(
                 }
                 return Ok(Some(Reason::Timeout));
             }
-            Turn::Failed(error) => return Err(failed(py, state, error)),
+            Turn::Failed(error) => return Err(failed(py, state, *error)),
         }
     }
 }
@@ -423,7 +444,7 @@ fn failed(py: Python<'_>, state: &mut Loop, error: VmiError) -> PyErr {
 }
 
 /// Tells everybody who wants to know of a hit, and finds the answer to it.
-fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session::Hit>, now: Instant) {
+fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: &session::Hit, now: Instant) {
     let asked = match (hit.question, hit.ask) {
         (Some(_), _) => Asked::Condition,
         (None, true) => Asked::Policy,
@@ -440,7 +461,7 @@ fn meet(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, hit: Arc<session
     state.told = Some(told);
 }
 
-fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit: Arc<session::Hit>, now: Instant, asked: Asked) {
+fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit: &session::Hit, now: Instant, asked: Asked) {
     let breakpoint = &told.breakpoint;
     let tap = breakpoint.get();
     let listeners = if hit.ask || hit.question.is_some() { Vec::new() } else { listeners_of(shared, hit.tap) };
@@ -459,13 +480,17 @@ fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit
         return;
     }
     let generation = if handler.is_some() { shared.next_generation() } else { 0 };
-    let stack = stack_arguments(py, tap, &hit);
-    let object = match Py::new(py, Hit::new(hit, now, breakpoint.clone_ref(py), generation, stack)) {
-        Ok(object) => object,
-        Err(error) => {
-            state.raised.get_or_insert(error);
-            return;
-        }
+    let stack = stack_arguments(py, tap, hit);
+    let renews = |spare: &Py<Hit>| stack.is_none() && Hit::renew(spare.bind(py), hit, now, breakpoint, generation);
+    let object = match state.spare.take().filter(renews) {
+        Some(object) => object,
+        None => match Hit::new(py, hit, now, breakpoint, generation, stack) {
+            Ok(object) => object,
+            Err(error) => {
+                state.raised.get_or_insert(error);
+                return;
+            }
+        },
     };
     for listener in &listeners {
         enqueue(py, shared, listener, &object);
@@ -475,6 +500,7 @@ fn tell(py: Python<'_>, shared: &Arc<Shared>, state: &mut Loop, told: &Told, hit
     if let Some(said) = said {
         shared.next_generation();
         state.answer = Some(said);
+        state.spare = Some(object);
     }
 }
 

@@ -1,84 +1,45 @@
 //! The registers of one vCPU, as a snapshot.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::arch::amd64;
-use crate::session::Hit;
-
-/// Whose they are. Those of a hit are the hit's own: a handler that looks at one of them pays for no copy of all.
-enum Of {
-    Hit(Arc<Hit>),
-    Itself(Box<amd64::Registers>),
-}
-
-/// The registers of one vCPU, as a snapshot.
-#[pyclass(frozen, eq, hash, module = "vmitap._native", name = "Registers")]
-pub struct Registers(Of);
-
-impl From<&amd64::Registers> for Registers {
-    fn from(registers: &amd64::Registers) -> Self {
-        Self(Of::Itself(Box::new(*registers)))
-    }
-}
-
-impl From<&Arc<Hit>> for Registers {
-    fn from(hit: &Arc<Hit>) -> Self {
-        Self(Of::Hit(Arc::clone(hit)))
-    }
-}
-
-impl PartialEq for Registers {
-    fn eq(&self, other: &Self) -> bool {
-        self.named() == other.named()
-    }
-}
-
-impl Eq for Registers {}
-
-impl std::hash::Hash for Registers {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.named().hash(state);
-    }
-}
-
-impl Registers {
-    fn all(&self) -> &amd64::Registers {
-        match &self.0 {
-            Of::Hit(hit) => &hit.registers,
-            Of::Itself(registers) => registers,
-        }
-    }
-
-    /// The page-table root: CR3 without PCID and flag bits.
-    pub fn page_root(&self) -> u64 {
-        self.all().root().0
-    }
-
-    /// The privilege level.
-    pub fn ring(&self) -> u8 {
-        self.all().cpl()
-    }
-}
 
 macro_rules! registers {
     ($($(#[doc = $doc:literal])* $name:ident = $($path:ident).+),* $(,)?) => {
+        /// The registers of one vCPU, as a snapshot.
+        // Atomic, so that the snapshot of a hit that nobody has kept can be written over with the next one (`hit.rs`); it takes no longer.
+        #[pyclass(frozen, eq, hash, module = "vmitap._native", name = "Registers")]
+        #[derive(Default)]
+        pub struct Registers {
+            $($name: AtomicU64,)*
+        }
+
         impl Registers {
-            /// Every register by name.
+            /// Writes all of them over.
             #[allow(clippy::useless_conversion, reason = "some are 64 bits wide already")]
-            fn named(&self) -> [(&'static str, u64); NAMES.len()] {
-                let all = self.all();
-                [$((stringify!($name), u64::from(all.$($path).+)),)*]
+            pub fn set(&self, all: &amd64::Registers) {
+                $(self.$name.store(u64::from(all.$($path).+), Ordering::Relaxed);)*
             }
 
+            /// As the driver has them, but for what no name is given below.
             #[allow(trivial_numeric_casts, clippy::unnecessary_cast, reason = "some are 64 bits wide already")]
+            pub fn all(&self) -> amd64::Registers {
+                let mut all = amd64::Registers::default();
+                $(all.$($path).+ = self.$name.load(Ordering::Relaxed) as _;)*
+                all
+            }
+
+            /// Every register by name.
+            fn named(&self) -> [(&'static str, u64); NAMES.len()] {
+                [$((stringify!($name), self.$name.load(Ordering::Relaxed)),)*]
+            }
+
             fn from_named(values: &[u64]) -> Option<Self> {
                 let mut values = values.iter().copied();
-                let mut all = Box::<amd64::Registers>::default();
-                $(all.$($path).+ = values.next()? as _;)*
-                Some(Self(Of::Itself(all)))
+                Some(Self { $($name: AtomicU64::new(values.next()?),)* })
             }
         }
 
@@ -89,9 +50,8 @@ macro_rules! registers {
             $(
                 $(#[doc = $doc])*
                 #[getter]
-                #[allow(clippy::useless_conversion, reason = "some are 64 bits wide already")]
                 fn $name(&self) -> u64 {
-                    u64::from(self.all().$($path).+)
+                    self.$name.load(Ordering::Relaxed)
                 }
             )*
 
@@ -141,6 +101,40 @@ registers! {
     kernel_gs_base = kernel_gs_base, tr_base = tr.base,
     gdtr_base = gdtr.base, gdtr_limit = gdtr.limit, idtr_base = idtr.base, idtr_limit = idtr.limit,
     star = star, lstar = lstar, sfmask = sfmask,
+}
+
+impl From<&amd64::Registers> for Registers {
+    fn from(all: &amd64::Registers) -> Self {
+        let registers = Self::default();
+        registers.set(all);
+        registers
+    }
+}
+
+impl PartialEq for Registers {
+    fn eq(&self, other: &Self) -> bool {
+        self.named() == other.named()
+    }
+}
+
+impl Eq for Registers {}
+
+impl std::hash::Hash for Registers {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.named().hash(state);
+    }
+}
+
+impl Registers {
+    /// The page-table root: CR3 without PCID and flag bits.
+    pub fn page_root(&self) -> u64 {
+        self.all().root().0
+    }
+
+    /// The privilege level.
+    pub fn ring(&self) -> u8 {
+        self.all().cpl()
+    }
 }
 
 /// Makes registers from what `__reduce__` gave.

@@ -39,6 +39,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     ///
     /// # Errors
     /// What the driver fails with. Every event that was received has been answered, unless somebody is still to be asked about it.
+    #[expect(clippy::inline_always, reason = "see `Engine::resume` of the embedded driver, which this waits for")]
+    #[inline(always)]
     pub fn poll(&mut self, limits: &Limits) -> Result<Poll> {
         self.check_open()?;
         let stop_at = limits.hits.map(|hits| self.stats.hits.saturating_add(hits));
@@ -523,6 +525,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.rescue(&pending.event(), pending.home(), pending.course == Course::Deny);
         }
         self.spare = Some(pending);
+        if done.is_ok() && !self.recording.is_unsettled() && self.over_budget.is_empty() {
+            // As nearly always; what an error has room for is not to be moved around.
+            return Ok(());
+        }
         let (settled, enforced) = (self.settle(), self.enforce_budgets());
         done?;
         settled?;

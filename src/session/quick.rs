@@ -17,6 +17,8 @@ const USUAL: u32 = 15;
 impl<D: VmiDriver + ?Sized> Session<D> {
     /// Waits for the next event. Hits of taps that are only counted are none, but for the one at which `stop_at` is reached; of a hit that
     /// is only handed out there is [`Wait::Taken`], and it is in `self.pending`.
+    #[expect(clippy::inline_always, reason = "as `Session::poll`")]
+    #[inline(always)]
     pub(super) fn wait(&mut self, timeout: Duration, stop_at: Option<u64>) -> Result<Wait> {
         let Self {
             vmi,

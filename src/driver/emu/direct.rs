@@ -201,11 +201,11 @@ fn lea(bytes: &[u8], rex: Rex, at: usize) -> Option<(Op, u8)> {
 }
 
 /// Does `op`, and goes on at `next`. What [`Op::Push`] stores is stored already.
-pub fn carry_out(op: Op, vcpu: &mut Vcpu, next: u64) {
+pub fn carry_out(op: &Op, vcpu: &mut Vcpu, next: u64) {
     vcpu.set_rip(next);
     // A 32-bit result clears the upper half of its register.
     let cut = |value: u64, wide: bool| if wide { value } else { value & 0xffff_ffff };
-    match op {
+    match *op {
         Op::Nothing => {}
         Op::Push { .. } => vcpu.set_gpr(RSP, vcpu.gpr(RSP).wrapping_sub(8)),
         Op::Set { to, value } => vcpu.set_gpr(to, value),

@@ -283,6 +283,7 @@ fn scan(memory: &Memory, engine: EngineRef<'_>, frame: u32, va: u64, first: u64,
 }
 
 /// Looks again through code that was overwritten, wherever it was run from.
+#[cold]
 pub fn rescan(memory: &Memory, engine: EngineRef<'_>, first: u64, end: u64) {
     let frame = (first >> PAGE_SHIFT) as u32;
     let offset = first & (PAGE_SIZE - 1);

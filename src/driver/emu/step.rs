@@ -39,9 +39,12 @@ impl Machine {
             self.steps.direct += 1;
             return self.finish(index, step);
         }
-        if !step.discards {
-            return self.step_once(index, step);
-        }
+        if step.discards { self.step_discarding(index, step) } else { self.step_once(index, step) }
+    }
+
+    /// The same with stores to the pages of `step` thrown away. Apart: it needs room for a page, which every step would have to make sure of.
+    #[inline(never)]
+    fn step_discarding(&mut self, index: usize, step: Step) -> Result<Option<Raised>> {
         let mut stand_ins = [None; 2];
         for ((slot, gfn), frame) in stand_ins.iter_mut().zip(step.told).zip(self.scratch) {
             let Some(gfn) = gfn else { continue };
@@ -101,8 +104,10 @@ impl Machine {
         } else {
             bytes.get_mut(..len).and_then(|part| self.memory.ram().read(pa, part))
         };
-        let Some((op, len)) = read.and_then(|()| direct::decode(bytes.get(..len)?)) else { return false };
-        if let Op::Push { from } = op {
+        let (Some(()), Some(bytes)) = (read, bytes.get(..len)) else { return false };
+        // Where it is, and not moved: it has only just been written.
+        let Some((op, len)) = &direct::decode(bytes) else { return false };
+        if let Op::Push { from } = *op {
             let (rsp, value) = (vcpu.gpr(RSP).wrapping_sub(8), vcpu.gpr(from));
             let alternate = vcpu.context.u64(vcpu.layout.eflags) & rflags::AC != 0;
             let wanted = Stack {
@@ -135,7 +140,7 @@ impl Machine {
             }
         }
         let Ok(vcpu) = self.core_mut(index) else { return false };
-        direct::carry_out(op, vcpu, rip.wrapping_add(len.into()));
+        direct::carry_out(op, vcpu, rip.wrapping_add((*len).into()));
         vcpu.set_hflags(vcpu.hflags() & !HF_INHIBIT_IRQ);
         true
     }
