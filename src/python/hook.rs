@@ -217,8 +217,13 @@ impl Look<'_> {
             }
         }
         // Others at the same event are told first; a pause alone leaves them for later.
-        if self.ends && (self.paused || !session.has_pending()) {
-            return Turn::Answered;
+        if self.ends {
+            let told = if self.paused { Ok(None) } else { session.tell() };
+            return match told {
+                Ok(None) => Turn::Answered,
+                Ok(Some(hit)) => Turn::Hit(hit),
+                Err(error) => Turn::Failed(Box::new(error)),
+            };
         }
         let hits = self.course.last_hit.map(|last| last.saturating_sub(session.hits()));
         match session.poll(&Limits { deadline, hits }) {

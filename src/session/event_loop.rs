@@ -44,10 +44,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     pub fn poll(&mut self, limits: &Limits) -> Result<Poll> {
         self.check_open()?;
         let stop_at = limits.hits.map(|hits| self.stats.hits.saturating_add(hits));
-        if self.pending.as_ref().is_some_and(|pending| pending.is_out) {
-            self.answer(Verdict::Continue)?;
-        }
-        if let Some(hit) = self.tell_or_end()? {
+        if let Some(hit) = self.tell()? {
             return Ok(Poll::Hit(hit));
         }
         self.catch_up(None)?;
@@ -446,6 +443,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             return Ok(());
         }
         self.conclude()
+    }
+
+    /// The next hit of the event in hand, also of one at which a handler paused; `None`: there is none any more, and it is answered. The guest
+    /// does not go on.
+    ///
+    /// # Errors
+    /// As [`Session::answer`].
+    pub fn tell(&mut self) -> Result<Option<Arc<Hit>>> {
+        if self.pending.as_ref().is_some_and(|pending| pending.is_out) {
+            self.answer(Verdict::Continue)?;
+        }
+        self.tell_or_end()
     }
 
     /// Tells the next one of the event in hand; `None`: nobody is left, and it is answered.

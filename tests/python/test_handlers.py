@@ -205,3 +205,21 @@ def test_breakpoints_come_and_go_inside_a_handler(vm: Vm) -> None:
     bp = vm.breakpoint("open_file", handler)
     result = vm.run(timeout=5, max_hits=2)
     assert (bp.state, bp.stats.hits, result.hits) == ("removed", 1, 2)
+
+
+def test_a_detach_at_an_event_that_was_paused_before_is_the_last_thing_that_happens(vm: Vm) -> None:
+    called: list[str] = []
+
+    def first(hit: Hit) -> Verdict:
+        called.append("first")
+        return Verdict.pause()
+
+    def second(hit: Hit) -> Verdict:
+        called.append("second")
+        return Verdict.detach()
+
+    for handler in (first, second):
+        vm.breakpoint("open_file", handler)
+    assert vm.run(timeout=5).reason == "paused"
+    assert vm.run(timeout=5).reason == "detached"
+    assert called == ["first", "second"]
