@@ -36,6 +36,7 @@ mod journal;
 mod layering;
 mod lines;
 mod manager_changes;
+mod manager_pages;
 mod mock;
 mod model;
 mod paging;

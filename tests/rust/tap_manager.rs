@@ -64,7 +64,7 @@ impl TapController<Faulty<MockDriver>> for Logging {
 }
 
 /// Two processes: four pages at `CODE` are the same frames under both roots; the fifth is only mapped under the first, the
-/// sixth differs. Two views.
+/// sixth differs. The eighth is the first one's frame again. Two views.
 pub(super) struct World {
     pub(super) vmi: Vmi,
     pub(super) roots: [AddressContext; 2],
@@ -80,6 +80,7 @@ pub(super) fn world() -> World {
             driver.map(*root, va(page << 12), Pa(CODE_PA.0 + (page << 12)), PageSize::Size4K, pte::P).unwrap();
         }
         driver.map(*root, va(0x5000), Pa(0x8000 + 0x1000 * index as u64), PageSize::Size4K, pte::P).unwrap();
+        driver.map(*root, va(0x7000), CODE_PA, PageSize::Size4K, pte::P).unwrap();
     }
     driver.map(roots[0], va(0x4000), Pa(0x7000), PageSize::Size4K, pte::P).unwrap();
     driver.map(roots[0], va(0x6000), Pa(0x100_0000), PageSize::Size4K, pte::P).unwrap();
@@ -462,7 +463,7 @@ enum Op {
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
-    let point = || (1..3_u8, 0..8_u8, 0..2_u8, 0..3_u8, any::<bool>());
+    let point = || (1..3_u8, 0..AT.len() as u8, 0..2_u8, 0..3_u8, any::<bool>());
     let op = prop_oneof![
         6 => prop::collection::vec(point(), 1..5).prop_map(Op::Insert),
         4 => point().prop_map(|(view, at, root, key, _)| Op::Remove(view, at, root, key)),
@@ -472,13 +473,15 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     prop::collection::vec(op, 1..40)
 }
 
-/// Offsets from `CODE`: several on a page, the last byte of one, one that waits under the second root, one with two frames.
-const AT: [u64; 8] = [0, 1, 0xfff, 0x1000, 0x2005, 0x4000, 0x5000, 0x5001];
+/// Offsets from `CODE`: several on a page, the last byte of one, one that waits under the second root, one with two frames, and other
+/// addresses of what is there already.
+const AT: [u64; 10] = [0, 1, 0xfff, 0x1000, 0x2005, 0x4000, 0x5000, 0x5001, 0x7000, 0x7fff];
 
 fn frame_of(at: u64, root: u8) -> Option<u64> {
     match (at >> 12, root) {
         (4, 1) => None,
         (5, 1) => Some(0x9000 + at % 0x1000),
+        (7, _) => Some(CODE_PA.0 + at % 0x1000),
         _ => Some(CODE_PA.0 + at),
     }
 }
@@ -560,8 +563,12 @@ proptest! {
                             && roots.iter().any(|root| frame_of(at, *root) == Some(pa))
                     });
                     let wanted: BTreeSet<u32> = hits.map(|(held, _)| held.3.into()).collect();
-                    let (keys, _) = w.hit(View(view.into()), pa, at, root.into());
+                    let (keys, count) = w.hit(View(view.into()), pa, at, root.into());
                     prop_assert_eq!(keys.into_iter().collect::<BTreeSet<_>>(), wanted);
+                    let there = model.iter().filter(|((v, a, ..), roots)| {
+                        *v == view && roots.iter().any(|root| frame_of(*a, *root) == Some(pa))
+                    });
+                    prop_assert_eq!(count, there.count());
                 }
             }
         }
