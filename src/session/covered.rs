@@ -134,7 +134,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             self.policy(tap) != OnWrite::Reapply || self.taps.rare(tap).is_some_and(|rare| rare.write_policy.is_some())
         };
         let gfns = covered.parts.iter().flatten().map(|part| part.first.gfn());
-        gfns.into_iter().any(|gfn| self.manager.breakpoints_on_page(view, gfn).any(|(breakpoint, _)| says_more(breakpoint.key)))
+        gfns.into_iter()
+            .any(|gfn| self.manager.breakpoints_on_page(view, gfn).any(|(breakpoint, _)| says_more(breakpoint.key.tap())))
     }
 
     /// The instruction at RIP, if it is a repeated string instruction.
@@ -160,7 +161,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         for gfn in covered.parts.iter().flatten().map(|part| part.first.gfn()) {
             // Two pages can be the same frame.
             if before != Some(gfn) {
-                taps.extend(self.manager.breakpoints_on_page(view, gfn).map(|(breakpoint, pa)| (breakpoint.key, pa)));
+                taps.extend(self.manager.breakpoints_on_page(view, gfn).map(|(breakpoint, pa)| (breakpoint.key.tap(), pa)));
             }
             before = Some(gfn);
         }

@@ -249,7 +249,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Puts the breakpoints an execution hits into `self.owners`; how many there are at that place, hit or not.
     fn find_breakpoints(&mut self, view: View, pa: Pa, va: Va, event: &VmiEvent) -> usize {
         let owners = &mut self.owners;
-        self.manager.for_each_at(view, pa, va, event.registers.root(), |tap, ()| owners.push(*tap))
+        self.manager.for_each_at(view, pa, va, event.registers.root(), |owner, ()| owners.push(owner.tap()))
     }
 
     /// Counts the hits of `self.owners`, and finds out whether somebody wants one of them.

@@ -60,7 +60,7 @@ pub use repair::{Repaired, repair};
 use returns::Returns;
 pub use returns::WAITING;
 use sink::Sink;
-use tap::{Handed, Taps};
+use tap::{Handed, Owner, Taps};
 use taps::Key;
 pub use types::{GP_NAMES, GpChanges, Hit, Limits, Poll, Stats, TapId, TapKind, TapSpec, TapState, TapStats, Verdict};
 pub use unanswered::Unanswered;
@@ -82,7 +82,7 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     /// The views this session made, its tap view first.
     views: Vec<View>,
     controller: BreakpointController,
-    manager: BreakpointManager<TapId, ()>,
+    manager: BreakpointManager<Owner, ()>,
     /// Watches the page tables of breakpoints.
     tables: PageTableMonitor,
     /// The roots that were loaded since there are breakpoints that roam, the oldest first.

@@ -120,7 +120,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Brings the breakpoints of one address to where it is mapped.
     fn settle_pages(&mut self, va: Va, context: AddressContext, registers: Option<&Registers>) -> Result<()> {
         let now = self.tables.mapped(va, context);
-        let owners = self.manager.owners(va, context.root).map(|found| (*found.key, found.pa, found.global));
+        let owners = self.manager.owners(va, context.root).map(|found| (found.key.tap(), found.pa, found.global));
         let owners: Vec<(TapId, Option<Pa>, bool)> = owners.collect();
         let is_elsewhere = |pa: &Option<Pa>| pa.is_some() && *pa != now;
         let moved = owners.iter().filter(|(_, pa, global)| *global && is_elsewhere(pa)).map(|(tap, ..)| *tap);

@@ -55,7 +55,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             let since = sampler.is_due().then(Instant::now);
             let pa = trap.gfn.pa(trap.rip.0);
             owners.clear();
-            manager.for_each_at(trap.view, pa, trap.rip, trap.root, |tap, ()| owners.push(*tap));
+            manager.for_each_at(trap.view, pa, trap.rip, trap.root, |owner, ()| owners.push(owner.tap()));
             if let [id] = *owners.as_slice()
                 && let Some(tap) = taps.only_handed(id)
             {

@@ -197,7 +197,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     fn forget_root(&mut self, id: TapId, view: View, va: Va, root: Pa) {
-        self.manager.forget_root(view, va, root, &id);
+        self.manager.forget_root(view, va, root, &id.into());
         let is_first = self.taps.get(id).is_some_and(|tap| tap.context().root == root);
         let Some(rare) = self.taps.rare_mut(id) else { return };
         if is_first {

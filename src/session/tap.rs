@@ -1,5 +1,7 @@
 //! The taps of a session: what every one has, and apart from it what few have. There can be a million of them.
 
+use std::num::NonZeroU32;
+
 use crate::addr::{Pa, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::tap::OnWrite;
@@ -12,6 +14,24 @@ use super::{TapId, TapKind, TapSpec, TapState};
 
 /// Stands for no [`Rare`].
 const NONE: u32 = u32::MAX;
+
+/// A tap as the owner of its breakpoint. Never 0, so that the manager needs no more than four bytes to keep it or none.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner(NonZeroU32);
+
+impl Owner {
+    #[inline]
+    pub const fn tap(self) -> TapId {
+        TapId(self.0.get() - 1)
+    }
+}
+
+impl From<TapId> for Owner {
+    /// The last number is never given to a tap: it would be one with that before it.
+    fn from(id: TapId) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(id.0))
+    }
+}
 
 /// Bits of [`Tap::flags`].
 mod flag {

@@ -10,7 +10,7 @@ use crate::tap::{Breakpoint, OnWrite};
 use crate::undo::Left;
 
 use super::monitor;
-use super::tap::{Handed, Tap};
+use super::tap::{Handed, Owner, Tap};
 use super::{Session, TapId, TapKind, TapSpec, TapState, TapStats};
 
 /// What a key is taken for.
@@ -33,7 +33,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         if !tap.is_active() || self.taps.kind(id) != TapKind::Breakpoint {
             return tap.state();
         }
-        let planted = self.manager.get(tap.view, tap.va, tap.context().root, &id).is_some_and(|found| found.pa.is_some());
+        let planted = self.manager.get(tap.view, tap.va, tap.context().root, &id.into()).is_some_and(|found| found.pa.is_some());
         if planted { TapState::Active } else { TapState::Pending }
     }
 
@@ -111,8 +111,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         spec.key.map(|key| (spec.view, spec.va, root, key))
     }
 
-    pub(super) fn breakpoint_of(id: TapId, spec: &TapSpec) -> Breakpoint<TapId, ()> {
-        Breakpoint { view: spec.view, va: spec.va, context: spec.context, key: id, tag: (), global: spec.global }
+    pub(super) fn breakpoint_of(id: TapId, spec: &TapSpec) -> Breakpoint<Owner, ()> {
+        Breakpoint { view: spec.view, va: spec.va, context: spec.context, key: id.into(), tag: (), global: spec.global }
     }
 
     /// Puts a tap in. A breakpoint whose page is not there waits for it; a watch needs its pages.
@@ -242,7 +242,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let (mut at, mut identities) = (Vec::new(), Vec::new());
         for (id, tap) in ids.iter().filter_map(|id| Some((*id, self.taps.get(*id)?))) {
             at.extend(self.taps.contexts(id).map(|context| (tap.va, context)));
-            identities.push((tap.view, tap.va, tap.context().root, id));
+            identities.push((tap.view, tap.va, tap.context().root, id.into()));
         }
         let roaming = ids.iter().filter(|id| self.taps.roams(**id)).count();
         let is_last = self.tracks_roots && roaming == self.taps.roaming();

@@ -4,10 +4,10 @@ use std::hash::{BuildHasher, Hash};
 
 use hashbrown::HashTable;
 use rustc_hash::{FxBuildHasher, FxHashMap};
-use smallvec::SmallVec;
 
 use super::manager::{Breakpoint, Found};
-use crate::addr::{Gfn, Pa, Va, View};
+use super::pages::{Pages, Reach};
+use crate::addr::{Pa, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::error::{Result, VmiError};
 
@@ -21,73 +21,65 @@ pub(super) struct Mapping {
 /// Stands for no address: no byte can be there, because the last frame ends one byte before.
 const NOWHERE: Pa = Pa(u64::MAX);
 
-/// A breakpoint with its first root. Half a cache line, for one is looked at with each hit, and there can be a million of them.
-#[repr(align(32))]
-pub(super) struct Entry<K, T> {
-    pub(super) va: Va,
-    pub(super) root: Pa,
+/// An address in two halves: what is made of those takes no more room than it needs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Halves([u32; 2]);
+
+impl Halves {
+    const fn new(address: u64) -> Self {
+        Self([address as u32, (address >> 32) as u32])
+    }
+
+    #[inline]
+    const fn whole(self) -> u64 {
+        let [low, high] = self.0;
+        low as u64 | (high as u64) << 32
+    }
+}
+
+/// A breakpoint with its first root, without whose it is. There can be a million of them.
+pub(super) struct Entry {
+    va: Halves,
+    root: Halves,
     /// Where it is planted for that root, or [`NOWHERE`].
-    pa: Pa,
-    pub(super) key: K,
-    pub(super) tag: T,
+    pa: Halves,
     pub(super) view: View,
     levels: u8,
     pub(super) global: bool,
 }
 
-impl<K, T> Entry<K, T> {
+const _: () = assert!(size_of::<Option<Entry>>() == 28);
+
+impl Entry {
+    #[inline]
+    pub(super) const fn va(&self) -> Va {
+        Va(self.va.whole())
+    }
+
+    #[inline]
+    pub(super) const fn root(&self) -> Pa {
+        Pa(self.root.whole())
+    }
+
     pub(super) fn first(&self) -> Mapping {
-        Mapping { context: AddressContext { root: self.root, levels: self.levels }, pa: (self.pa != NOWHERE).then_some(self.pa) }
+        let pa = Pa(self.pa.whole());
+        Mapping { context: AddressContext { root: self.root(), levels: self.levels }, pa: (pa != NOWHERE).then_some(pa) }
     }
 
     fn set_first(&mut self, Mapping { context: AddressContext { root, levels }, pa }: Mapping) {
-        (self.root, self.levels, self.pa) = (root, levels, pa.unwrap_or(NOWHERE));
-    }
-
-    pub(super) fn found(&self, pa: Option<Pa>) -> Found<'_, K, T> {
-        let Self { va, key, tag, view, global, .. } = self;
-        Found { view: *view, va: *va, pa, context: self.first().context, key, tag, global: *global }
+        (self.root, self.levels, self.pa) = (Halves::new(root.0), levels, Halves::new(pa.unwrap_or(NOWHERE).0));
     }
 
     /// The root its place in the index is for: every root has its own breakpoints, and all of them share the global ones.
     pub(super) fn index_root(&self) -> Option<Pa> {
-        (!self.global).then_some(self.root)
+        (!self.global).then_some(self.root())
     }
 
     /// Whether it is hit at `va` under `root`.
     #[inline]
     pub(super) fn fits(&self, va: Va, root: Pa) -> bool {
-        self.va == va && (self.global || self.root == root)
+        self.va() == va && (self.global || self.root() == root)
     }
-}
-
-/// One breakpoint on a page: its offset there, and its entry. In 16-bit pieces, so that four of them take no more room than they need.
-#[derive(Clone, Copy)]
-pub(super) struct Point {
-    pub(super) offset: u16,
-    id: [u16; 2],
-}
-
-impl Point {
-    const fn new(offset: u16, id: u32) -> Self {
-        Self { offset, id: [id as u16, (id >> 16) as u16] }
-    }
-
-    #[inline]
-    pub(super) const fn id(self) -> u32 {
-        let [low, high] = self.id;
-        low as u32 | (high as u32) << 16
-    }
-}
-
-/// On a page with no more breakpoints than that they are looked at one by one.
-const FEW: usize = 16;
-
-/// The breakpoints planted on one page of a view, ascending by offset and then in the order they were planted.
-struct Page {
-    gfn: Gfn,
-    view: View,
-    points: SmallVec<[Point; 4]>,
 }
 
 /// What an insert has to do.
@@ -98,22 +90,20 @@ pub(super) enum Place {
     Joins(u32),
 }
 
-fn page_hash(view: View, gfn: Gfn) -> u64 {
-    FxBuildHasher.hash_one((gfn.0, view.0))
-}
-
 pub(super) fn id_hash(view: View, va: Va, root: Option<Pa>) -> u64 {
     FxBuildHasher.hash_one((va.0, view.0, root.map_or(u64::MAX, |root| root.0)))
 }
 
 /// Which breakpoints there are and where they are planted. Calls no driver.
 pub(super) struct Books<K, T> {
-    pub(super) entries: Vec<Option<Entry<K, T>>>,
+    pub(super) entries: Vec<Option<Entry>>,
+    /// Whose each is, apart: it is all that a hit looks at where the page says the rest.
+    owners: Vec<Option<(K, T)>>,
     free: Vec<u32>,
     pub(super) ids: HashTable<u32>,
     /// The other roots of global ones; hardly any has some.
     more: FxHashMap<u32, Vec<Mapping>>,
-    pages: HashTable<Page>,
+    pub(super) pages: Pages,
     /// The views there are breakpoints in, and how many.
     pub(super) views: Vec<(View, usize)>,
 }
@@ -122,10 +112,11 @@ impl<K, T> Default for Books<K, T> {
     fn default() -> Self {
         Self {
             entries: Vec::new(),
+            owners: Vec::new(),
             free: Vec::new(),
             ids: HashTable::new(),
             more: FxHashMap::default(),
-            pages: HashTable::new(),
+            pages: Pages::default(),
             views: Vec::new(),
         }
     }
@@ -134,7 +125,9 @@ impl<K, T> Default for Books<K, T> {
 impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     /// Makes room for so many breakpoints more at once: growing by and by leaves up to twice the room that is needed.
     pub(super) fn reserve(&mut self, count: usize) {
-        self.entries.reserve(count.saturating_sub(self.free.len()));
+        let count = count.saturating_sub(self.free.len());
+        self.entries.reserve(count);
+        self.owners.reserve(count);
     }
 
     /// The roots of a breakpoint beside its first.
@@ -163,7 +156,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     /// Changes where a breakpoint is under a root, if `which` says so; how it was before.
     fn replace(&mut self, id: u32, root: Pa, which: impl Fn(Option<Pa>) -> bool, to: Option<Pa>) -> Option<Mapping> {
         let entry = self.entries.get_mut(id as usize)?.as_mut()?;
-        if entry.root == root {
+        if entry.root() == root {
             let before = entry.first();
             return which(before.pa).then(|| {
                 entry.set_first(Mapping { pa: to, ..before });
@@ -214,7 +207,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let of_view = move |view: View, of: Option<Pa>| {
             let found = self.ids.iter_hash(id_hash(view, va, of)).copied();
             found.filter(move |id| {
-                let fits = |e: &Entry<K, T>| e.view == view && e.va == va && e.global == of.is_none();
+                let fits = |e: &Entry| e.view == view && e.va() == va && e.global == of.is_none();
                 self.entry(*id).is_some_and(fits) && self.has_root(*id, root)
             })
         };
@@ -255,35 +248,41 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     }
 
     #[inline]
-    pub(super) fn entry(&self, id: u32) -> Option<&Entry<K, T>> {
+    pub(super) fn entry(&self, id: u32) -> Option<&Entry> {
         self.entries.get(id as usize)?.as_ref()
     }
 
-    /// Where breakpoints are planted on a page of a view: the offset of every owner's, ascending.
+    /// Whose a breakpoint is, and what came with it.
     #[inline]
-    pub(super) fn on_page(&self, view: View, gfn: Gfn) -> &[Point] {
-        let page = self.pages.find(page_hash(view, gfn), |page| page.gfn == gfn && page.view == view);
-        page.map_or(&[], |page| page.points.as_slice())
+    pub(super) fn owner(&self, id: u32) -> Option<&(K, T)> {
+        self.owners.get(id as usize)?.as_ref()
     }
 
-    /// What is planted at `pa`.
+    /// A breakpoint as it is at `pa`.
+    pub(super) fn found(&self, id: u32, pa: Option<Pa>) -> Option<Found<'_, K, T>> {
+        let (entry, (key, tag)) = (self.entry(id)?, self.owner(id)?);
+        Some(Found { view: entry.view, va: entry.va(), pa, context: entry.first().context, key, tag, global: entry.global })
+    }
+
+    /// Calls `f` with the number of each breakpoint that is hit at `va` under `root` of those planted at `pa`, in the order they were
+    /// planted. Returns how many there are at `pa`, hit or not.
     #[inline]
-    pub(super) fn planted_at(&self, view: View, pa: Pa) -> &[Point] {
-        let (points, offset) = (self.on_page(view, pa.gfn()), pa.page_offset() as u16);
-        let is_first = |point: &Point| point.offset >= offset;
-        let first = if points.len() <= FEW {
-            points.iter().position(is_first).unwrap_or(points.len())
-        } else {
-            points.partition_point(|point| !is_first(point))
-        };
-        let rest = points.get(first..).unwrap_or_default();
-        rest.get(..rest.iter().take_while(|point| point.offset == offset).count()).unwrap_or_default()
+    pub(super) fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, mut f: impl FnMut(u32)) -> usize {
+        let Some(page) = self.pages.get(view, pa.gfn()) else { return 0 };
+        let offset = pa.page_offset() as u16;
+        let all = page.is_hit(offset, va, root);
+        page.for_each_at(offset, |id| {
+            if all.unwrap_or_else(|| self.entry(id).is_some_and(|entry| entry.fits(va, root))) {
+                f(id);
+            }
+        })
     }
 
     /// The one of that root, or the global one if `of` is none.
     pub(super) fn find_exact(&self, view: View, va: Va, of: Option<Pa>, key: &K) -> Option<u32> {
-        let fits = |e: &Entry<K, T>| e.view == view && e.va == va && e.index_root() == of && e.key == *key;
-        self.ids.find(id_hash(view, va, of), |id| self.entry(*id).is_some_and(fits)).copied()
+        let fits = |e: &Entry| e.view == view && e.va() == va && e.index_root() == of;
+        let is_it = |id: &u32| self.entry(*id).is_some_and(fits) && self.owner(*id).is_some_and(|(owner, _)| owner == key);
+        self.ids.find(id_hash(view, va, of), is_it).copied()
     }
 
     pub(super) fn find_global(&self, view: View, va: Va, root: Pa, key: &K) -> Option<u32> {
@@ -317,32 +316,41 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         Err(VmiError::InvalidArgument { what: "pa", reason: format!("{NOWHERE} is the address of no instruction") })
     }
 
-    /// Writes a new breakpoint into the books, planted nowhere yet.
+    /// Writes a new breakpoint into the books, planted at `pa` if that is given.
     pub(super) fn add(&mut self, breakpoint: Breakpoint<K, T>, pa: Option<Pa>) -> u32 {
         let Breakpoint { view, va, context, key, tag, global } = breakpoint;
         let AddressContext { root, levels } = context;
-        let entry = Entry { va, root, pa: pa.unwrap_or(NOWHERE), key, tag, view, levels, global };
+        let [at, table, place] = [va.0, root.0, pa.unwrap_or(NOWHERE).0].map(Halves::new);
+        let entry = Entry { va: at, root: table, pa: place, view, levels, global };
         let hash = id_hash(view, va, entry.index_root());
         let id = self.free.pop().unwrap_or(self.entries.len() as u32);
-        match self.entries.get_mut(id as usize) {
-            Some(slot) => *slot = Some(entry),
-            None => self.entries.push(Some(entry)),
+        let owner = Some((key, tag));
+        if let (Some(slot), Some(whose)) = (self.entries.get_mut(id as usize), self.owners.get_mut(id as usize)) {
+            (*slot, *whose) = (Some(entry), owner);
+        } else {
+            self.entries.push(Some(entry));
+            self.owners.push(owner);
         }
         let entries = &self.entries;
         self.ids.insert_unique(hash, id, |id| {
             let entry = entries.get(*id as usize).and_then(Option::as_ref);
-            entry.map_or(0, |entry| id_hash(entry.view, entry.va, entry.index_root()))
+            entry.map_or(0, |entry| id_hash(entry.view, entry.va(), entry.index_root()))
         });
         match self.views.iter_mut().find(|(known, _)| *known == view) {
             Some((_, count)) => *count += 1,
             None => self.views.push((view, 1)),
+        }
+        if let Some(pa) = pa {
+            let reach = if global { Reach::Every } else { Reach::Only(root) };
+            self.pages.attach(view, pa, id, va, reach);
         }
         id
     }
 
     /// Takes a breakpoint out of the books, with wherever it is planted.
     pub(super) fn forget(&mut self, id: u32) {
-        let Some(view) = self.entry(id).map(|entry| entry.view) else { return };
+        let Some(entry) = self.entry(id) else { return };
+        let (view, hash) = (entry.view, id_hash(entry.view, entry.va(), entry.index_root()));
         if let Some(pa) = self.only_place(id) {
             self.detach(view, pa, id);
         } else {
@@ -351,13 +359,11 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
             }
         }
         self.more.remove(&id);
-        let Some(entry) = self.entry(id) else { return };
-        let hash = id_hash(entry.view, entry.va, entry.index_root());
         if let Ok(slot) = self.ids.find_entry(hash, |known| *known == id) {
             slot.remove();
         }
-        if let Some(slot) = self.entries.get_mut(id as usize) {
-            *slot = None;
+        if let (Some(slot), Some(whose)) = (self.entries.get_mut(id as usize), self.owners.get_mut(id as usize)) {
+            (*slot, *whose) = (None, None);
             self.free.push(id);
         }
         if let Some(index) = self.views.iter().position(|(known, _)| *known == view)
@@ -384,27 +390,12 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     }
 
     pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32) {
-        let (gfn, offset) = (pa.gfn(), pa.page_offset() as u16);
-        let is_it = |page: &Page| page.gfn == gfn && page.view == view;
-        let slot = self.pages.entry(page_hash(view, gfn), is_it, |page| page_hash(page.view, page.gfn));
-        let page = slot.or_insert_with(|| Page { gfn, view, points: SmallVec::new() }).into_mut();
-        let at = page.points.partition_point(|point| point.offset <= offset);
-        page.points.insert(at, Point::new(offset, id));
+        let Some(entry) = self.entry(id) else { return };
+        let (va, reach) = (entry.va(), entry.index_root().map_or(Reach::Every, Reach::Only));
+        self.pages.attach(view, pa, id, va, reach);
     }
 
     pub(super) fn detach(&mut self, view: View, pa: Pa, id: u32) {
-        let (gfn, offset) = (pa.gfn(), pa.page_offset() as u16);
-        let found = self.pages.find_entry(page_hash(view, gfn), |page| page.gfn == gfn && page.view == view);
-        let Ok(mut slot) = found else { return };
-        let points = &mut slot.get_mut().points;
-        let first = points.partition_point(|point| point.offset < offset);
-        let owners = points.iter().enumerate().skip(first).take_while(|(_, point)| point.offset == offset);
-        let at = owners.map(|(index, point)| (index, point.id())).find(|(_, owner)| *owner == id);
-        if let Some((index, _)) = at {
-            points.remove(index);
-        }
-        if points.is_empty() {
-            slot.remove();
-        }
+        self.pages.detach(view, pa, id);
     }
 }

@@ -6,6 +6,7 @@ use std::hash::Hash;
 
 use super::books::{Books, Entry, Mapping, Place, id_hash};
 use super::guarded::guarded;
+use super::pages::Page;
 use super::{Left, TapController, TapEvents};
 use crate::addr::{Gfn, Pa, Va, View};
 use crate::arch::amd64::AddressContext;
@@ -238,19 +239,18 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         };
         Books::<K, T>::check_place(pa)?;
         let (view, is_new) = (breakpoint.view, matches!(place, Place::New));
-        let (id, is_there) = match place {
+        let (id, fresh) = match place {
             Place::Joins(id) => {
-                let is_there = pa.is_some_and(|pa| self.books.is_at(id, pa));
+                let fresh = pa.filter(|pa| !self.books.is_at(id, *pa));
                 self.books.join(id, Mapping { context: breakpoint.context, pa });
-                (id, is_there)
+                if let Some(pa) = fresh {
+                    self.books.attach(view, pa, id);
+                }
+                (id, fresh)
             }
-            _ => (self.books.add(breakpoint, pa), false),
+            _ => (self.books.add(breakpoint, pa), pa),
         };
-        let at = pa.filter(|_| !is_there).map(|pa| (view, pa));
-        if let Some((view, pa)) = at {
-            self.books.attach(view, pa, id);
-        }
-        Ok(Some(Recorded { id, is_new, at }))
+        Ok(Some(Recorded { id, is_new, at: fresh.map(|pa| (view, pa)) }))
     }
 
     /// Removes a breakpoint, planted or waiting, by what is there and not by what `va` is mapped to today. A global one goes
@@ -362,7 +362,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
-        let in_view = |(id, entry): (u32, &Option<Entry<K, T>>)| entry.as_ref().filter(|entry| entry.view == view).map(|_| id);
+        let in_view = |(id, entry): (u32, &Option<Entry>)| entry.as_ref().filter(|entry| entry.view == view).map(|_| id);
         let ids: Vec<u32> = (0..).zip(&self.books.entries).filter_map(in_view).collect();
         self.take_out(vmi, controller, &ids)?;
         Ok(ids.len())
@@ -379,7 +379,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     {
         let mut left = Left::default();
         for id in (0..self.books.entries.len() as u32).rev() {
-            let Some((view, va)) = self.books.entry(id).map(|entry| (entry.view, entry.va)) else { continue };
+            let Some((view, va)) = self.books.entry(id).map(|entry| (entry.view, entry.va())) else { continue };
             left.note(self.take_out(vmi, controller, &[id]), || format!("the breakpoint at {va} in view {view}"));
         }
         left.done()
@@ -481,31 +481,35 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     pub fn owners(&self, va: Va, root: Pa) -> impl Iterator<Item = Found<'_, K, T>> {
         self.books.owners_at(va, root).filter_map(move |id| {
             let mapping = self.books.mappings(id).find(|mapping| mapping.context.root == root);
-            Some(self.books.entry(id)?.found(mapping.and_then(|mapping| mapping.pa)))
+            self.books.found(id, mapping.and_then(|mapping| mapping.pa))
         })
     }
 
     /// The breakpoint with that identity; a global one with any of its roots, and with the first place it is planted at.
     pub fn get(&self, view: View, va: Va, root: Pa, key: &K) -> Option<Found<'_, K, T>> {
         let id = self.books.find(view, va, root, key)?;
-        Some(self.books.entry(id)?.found(self.books.mappings(id).find_map(|mapping| mapping.pa)))
+        self.books.found(id, self.books.mappings(id).find_map(|mapping| mapping.pa))
     }
 
     /// The breakpoint of `key` that `event` hit: one of the event's root before a global one.
     pub fn get_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent, key: &K) -> Option<Found<'_, K, T>> {
         let (view, pa) = address(controller, event)?;
         let (va, root) = (event.registers.rip(), event.registers.root());
-        let owners = self.books.planted_at(view, pa).iter().filter_map(|point| self.books.entry(point.id()));
-        let hit = owners.filter(|entry| entry.key == *key && entry.fits(va, root)).min_by_key(|entry| entry.global)?;
-        Some(hit.found(Some(pa)))
+        let mut hit = None;
+        self.books.for_each_at(view, pa, va, root, |id| {
+            let found = self.books.found(id, Some(pa)).filter(|found| found.key == key);
+            hit = hit.take().into_iter().chain(found).min_by_key(|found| found.global);
+        });
+        hit
     }
 
     /// Every breakpoint that `event` hit, whoever's, in the order they were planted.
     pub fn all_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent) -> Vec<Found<'_, K, T>> {
         let Some((view, pa)) = address(controller, event) else { return Vec::new() };
         let (va, root) = (event.registers.rip(), event.registers.root());
-        let owners = self.books.planted_at(view, pa).iter().filter_map(|point| self.books.entry(point.id()));
-        owners.filter(|entry| entry.fits(va, root)).map(|entry| entry.found(Some(pa))).collect()
+        let mut hit = Vec::new();
+        self.books.for_each_at(view, pa, va, root, |id| hit.extend(self.books.found(id, Some(pa))));
+        hit
     }
 
     /// Whether `key` has a breakpoint that `event` hit.
@@ -516,7 +520,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// Whether anyone has a breakpoint at `va` in `view` that is hit under `root`, planted or waiting.
     pub fn contains_by_address(&self, va: Va, root: Pa, view: View) -> bool {
         [Some(root), None].into_iter().any(|of| {
-            let fits = |e: &Entry<K, T>| e.view == view && e.va == va && e.index_root() == of;
+            let fits = |e: &Entry| e.view == view && e.va() == va && e.index_root() == of;
             self.books.ids.find(id_hash(view, va, of), |id| self.books.entry(*id).is_some_and(fits)).is_some()
         })
     }
@@ -525,13 +529,11 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// Allocates nothing. Returns how many breakpoints are at `pa`, hit or not: 0 says that the event is nobody's.
     #[inline]
     pub fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, mut f: impl FnMut(&K, &T)) -> usize {
-        let points = self.books.planted_at(view, pa);
-        for point in points {
-            if let Some(entry) = self.books.entry(point.id()).filter(|entry| entry.fits(va, root)) {
-                f(&entry.key, &entry.tag);
+        self.books.for_each_at(view, pa, va, root, |id| {
+            if let Some((key, tag)) = self.books.owner(id) {
+                f(key, tag);
             }
-        }
-        points.len()
+        })
     }
 
     /// How many breakpoints there are, planted or waiting. A global one counts once, however many roots it has.
@@ -546,22 +548,23 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// Every breakpoint, in no particular order; a global one once, with the first place it is planted at.
     pub fn iter(&self) -> impl Iterator<Item = Found<'_, K, T>> {
-        let there = (0..).zip(&self.books.entries).filter_map(|(id, entry)| Some((id, entry.as_ref()?)));
-        there.map(|(id, entry)| entry.found(self.books.mappings(id).find_map(|mapping| mapping.pa)))
+        let place = |id| self.books.mappings(id).find_map(|mapping| mapping.pa);
+        (0..self.books.entries.len() as u32).filter_map(move |id| self.books.found(id, place(id)))
     }
 
     /// The breakpoints planted on a page of a view, and where.
     pub fn breakpoints_on_page(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (Breakpoint<K, T>, Pa)> {
-        self.books.on_page(view, gfn).iter().filter_map(move |point| {
-            let Found { view, va, context, key, tag, global, .. } = self.books.entry(point.id())?.found(None);
+        let points = self.books.pages.get(view, gfn).into_iter().flat_map(Page::points);
+        points.filter_map(move |(offset, id)| {
+            let Found { view, va, context, key, tag, global, .. } = self.books.found(id, None)?;
             let breakpoint = Breakpoint { view, va, context, key: key.clone(), tag: tag.clone(), global };
-            Some((breakpoint, gfn.pa(point.offset.into())))
+            Some((breakpoint, gfn.pa(offset.into())))
         })
     }
 
     /// How many breakpoints are planted on a page of a view; one of two owners counts twice.
     pub fn count_on_page(&self, view: View, gfn: Gfn) -> usize {
-        self.books.on_page(view, gfn).len()
+        self.books.pages.get(view, gfn).map_or(0, Page::len)
     }
 
     /// Removes the breakpoints from the guest, then from the books.

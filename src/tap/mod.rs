@@ -6,6 +6,7 @@ mod frames;
 mod guarded;
 mod manager;
 mod memory;
+mod pages;
 mod policy;
 mod shadow;
 
