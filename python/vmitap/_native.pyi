@@ -1886,7 +1886,7 @@ class Stats:
 
     @property
     def events(self) -> int:
-        """Events of any kind that the driver raised; each was answered exactly once."""
+        """Events of any kind, hits that needed none among them; each was answered exactly once."""
     @property
     def hits(self) -> int:
         """As `RunResult.hits`."""

@@ -101,7 +101,7 @@ impl RunResult {
 /// Counters of a session, as a snapshot.
 #[pyclass(frozen, get_all, module = "vmitap._native")]
 pub struct Stats {
-    /// Events of any kind that the driver raised; each was answered exactly once.
+    /// Events of any kind, hits that needed none among them; each was answered exactly once.
     events: u64,
     /// As `RunResult.hits`.
     hits: u64,

@@ -176,6 +176,8 @@ enum Origin {
 }
 
 /// One hit: a snapshot taken while the vCPU stood still. Safe to keep, to hand to another thread, and to pickle.
+///
+/// As with what `zip` yields, one that nobody has kept may be the same object as the next: two hits are not told apart by `id`.
 #[pyclass(frozen, module = "vmitap._native")]
 pub struct Hit(Origin);
 

@@ -209,7 +209,7 @@ impl Look<'_> {
             if let Err(error) = answer.give(session) {
                 return Turn::Failed(Box::new(error));
             }
-            if let Some((answered_at, held_ns)) = session.last_hold() {
+            if let Some((answered_at, held_ns)) = session.last_hold_ns() {
                 self.course.hold_max_ns = self.course.hold_max_ns.max(held_ns);
                 if self.course.deadline.is_some_and(|until| answered_at >= until) && !session.has_pending() {
                     return Turn::Timeout;
@@ -387,7 +387,7 @@ fn turn_until(
             super::log::flush(py);
             (turn, true)
         } else {
-            let limit = if ends || look.course.moments.is_some() { Some(now) } else { look.course.deadline };
+            let limit = if look.course.moments.is_some() { Some(now) } else { look.course.deadline };
             (shared.released(py, |inner| look.take(&mut inner.session, limit)), false)
         };
         match turn {
@@ -405,9 +405,9 @@ fn turn_until(
                 return Ok(None);
             }
             Turn::Timeout => {}
-            Turn::Idle if !ends => return Ok(Some(Reason::Idle)),
-            Turn::MaxHits if !ends => return Ok(Some(Reason::MaxHits)),
-            Turn::Idle | Turn::MaxHits | Turn::Answered => {
+            Turn::Idle => return Ok(Some(Reason::Idle)),
+            Turn::MaxHits => return Ok(Some(Reason::MaxHits)),
+            Turn::Answered => {
                 if let Some(error) = state.raised.take() {
                     return Err(error);
                 }

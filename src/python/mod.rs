@@ -114,7 +114,8 @@ impl Repaired {
     }
 }
 
-#[pymodule]
+// Who has a hit is counted with the interpreter held: see `Hit::renew`.
+#[pymodule(gil_used = true)]
 mod _native {
     #[pymodule_export]
     use super::breakpoint::{Breakpoint, BreakpointStats, Breakpoints};

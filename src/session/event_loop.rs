@@ -446,7 +446,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// The next hit of the event in hand, also of one at which a handler paused; `None`: there is none any more, and it is answered. The guest
-    /// does not go on.
+    /// does not go on. A hit that was handed out and not answered is answered with [`Verdict::Continue`] first.
     ///
     /// # Errors
     /// As [`Session::answer`].
@@ -548,7 +548,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
         let now = Instant::now();
         let held_ns = now.saturating_duration_since(pending.hit.at).as_nanos() as u64;
         self.answered_at = Some(now);
-        self.last_hold = Some((now, held_ns));
+        self.last_hold_ns = Some((now, held_ns));
         self.held.add(held_ns);
         self.stats.handled += u64::from(pending.told > pending.wanted.len());
         for tap in &pending.wanted {

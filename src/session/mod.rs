@@ -110,14 +110,14 @@ pub struct Session<D: VmiDriver + ?Sized = dyn VmiDriver> {
     spare: Option<Box<Pending>>,
     /// Taps at the event that is being looked at; kept to spare an allocation an event.
     owners: Vec<TapId>,
-    /// So many events are not tried to be counted without being raised.
+    /// So many events are not looked at before they are raised.
     usual: u32,
     judged: Judgement,
     /// Open questions of the filters of those.
     questions: Vec<filter::Question>,
     /// When an event with hits was answered last, and for how many nanoseconds its vCPU had stood still.
-    last_hold: Option<(Instant, u64)>,
-    /// Of all events with hits.
+    last_hold_ns: Option<(Instant, u64)>,
+    /// Of all events with hits that were handed out. [`Session::stats`] fills its own times from here.
     held: Handed,
     /// When a hit was answered, for a `poll` right after it.
     answered_at: Option<Instant>,
@@ -224,7 +224,7 @@ impl<D: VmiDriver + ?Sized> Session<D> {
             sampler: hold::Sampler::default(),
             over_budget: Vec::new(),
             began,
-            last_hold: None,
+            last_hold_ns: None,
             held: Handed::default(),
             answered_at: None,
             stats: Stats::default(),
@@ -262,8 +262,8 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     }
 
     /// When the last event with hits that were handed out was answered, and for how many nanoseconds its vCPU had stood still.
-    pub const fn last_hold(&self) -> Option<(Instant, u64)> {
-        self.last_hold
+    pub const fn last_hold_ns(&self) -> Option<(Instant, u64)> {
+        self.last_hold_ns
     }
 
     /// Frames that hold shadow pages of this session's breakpoints now.

@@ -86,7 +86,7 @@ pub struct TapStats {
 /// Counters of a session.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Stats {
-    /// Events of any kind that the driver raised.
+    /// Events of any kind that the driver raised, and hits that needed none.
     pub events: u64,
     /// Hits of taps; an event that several own counts once for each.
     pub hits: u64,

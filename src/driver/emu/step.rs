@@ -122,8 +122,7 @@ impl Machine {
                 _ => {
                     let flags = || vcpu.context.rflags();
                     let Ok(page) = translate(&self.memory, &mode, rsp, Access::Write, vcpu.cpl(), flags) else { return false };
-                    // The walk may have written to a page table, and the TLB counts no more.
-                    self.stack = (is_filled && !self.memory.is_stale(Which::Main)).then_some((wanted, page));
+                    self.stack = is_filled.then_some((wanted, page));
                     page
                 }
             };

@@ -545,7 +545,7 @@ impl Context {
 
     #[inline]
     fn at(&self, offset: usize, len: usize) -> Option<*mut u8> {
-        if offset > CERTAIN.saturating_sub(len) && offset.checked_add(len)? > self.size {
+        if CERTAIN.checked_sub(len).is_none_or(|last| offset > last) && offset.checked_add(len)? > self.size {
             return None;
         }
         // SAFETY: inside the allocation of `size` bytes, checked above; `size` is at least CERTAIN.
