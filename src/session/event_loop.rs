@@ -202,14 +202,17 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 let is_hidden = self.controller.is_hidden(view, pa.gfn());
                 let is_table = self.tables.watches(view, pa.gfn());
                 let is_watched = self.find_watches(event, view)?;
-                let (mut course, mut covered) = (Course::StepClean, Covered::default());
+                let (mut course, mut covered, mut failed) = (Course::StepClean, Covered::default(), Ok(()));
                 if access.contains(MemoryAccess::X) {
                     // Executed in the default view, the instruction would pass by the INT3 on it.
                     self.find_breakpoints(view, pa, va, event);
                 } else if access.contains(MemoryAccess::W) {
                     self.stats.hidden_writes += u64::from(is_hidden);
                     self.stats.table_writes += u64::from(is_table);
-                    covered = self.covered(event, view)?;
+                    covered = self.covered(event, view).unwrap_or_else(|error| {
+                        failed = Err(error);
+                        Covered::here(event)
+                    });
                     self.judge_write(event, view, &covered);
                     // Also where nothing is hidden: before the store is done somebody can plant a breakpoint there.
                     course = Course::Write;
@@ -220,13 +223,18 @@ impl<D: VmiDriver + ?Sized> Session<D> {
                 if self.owners.is_empty() && (!is_watched || is_hidden || is_table) && !access.contains(MemoryAccess::X) {
                     // Nobody asked for it: the price of hiding.
                     return if course == Course::Write {
+                        failed?;
                         self.sort_write(event, home, &covered)
                     } else {
                         Ok(Sorted::Answer(course))
                     };
                 }
                 match self.count(event, home, course, (va, pa), access) {
-                    Sorted::Answer(Course::Write) => self.sort_write(event, home, &covered),
+                    Sorted::Answer(Course::Write) => {
+                        failed?;
+                        self.sort_write(event, home, &covered)
+                    }
+                    // Whoever watches is told in any case; what the store covers is looked up again then, and what fails is told.
                     sorted => Ok(sorted),
                 }
             }

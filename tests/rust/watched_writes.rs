@@ -86,6 +86,25 @@ fn a_write_is_decided_on_also_if_what_it_covers_cannot_be_found_out_and_that_is_
     }
 }
 
+#[test]
+fn a_write_that_is_watched_is_a_hit_also_if_what_it_covers_cannot_be_found_out() {
+    for policy in POLICIES {
+        let (mut session, under, watches) = watched(policy, 1);
+        session.vmi_mut().driver_mut().fail_nth_of(CallKind::Read, 1);
+        assert!(matches!(poll(&mut session).unwrap(), Poll::Hit(hit) if hit.tap == watches[0]), "{policy:?}");
+        session.answer(Verdict::Continue).unwrap();
+        check_decided(&mut session, policy, under, &format!("{policy:?}"));
+    }
+    // Of one that is only counted nobody is told, but of what failed.
+    let (mut session, _, watches) = watched(OnWrite::Deny, 1);
+    session.set_wanted(watches[0], false);
+    session.vmi_mut().driver_mut().fail_nth_of(CallKind::Read, 1);
+    let failed = poll(&mut session);
+    assert!(matches!(failed, Err(VmiError::Driver { op: "read", .. })), "{failed:?}");
+    assert_eq!((session.tap_stats(watches[0]).hits, session.stats().hits), (1, 1));
+    assert_eq!(actions(&session), [EventAction::Deny]);
+}
+
 /// A condition: the first argument is this.
 fn argument_is(value: u64) -> Arc<Program> {
     let nodes = [Node::Argument(0), Node::Const { value, signed: false }, Node::Compare(Test::Eq)];
