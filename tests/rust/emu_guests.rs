@@ -66,15 +66,21 @@ fn each_hard_instruction_can_be_stepped_over_without_a_trace() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// A guest that has run untapped, and one that is tapped at each hard instruction, with their names.
+fn all_tapped() -> (Lab, Lab, Vec<String>) {
+    let elf = super::guest::assemble("insns.S");
+    let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
+    plain.run();
+    let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
+    let names = tap_names(&lab);
+    lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    (plain, lab, names)
+}
+
 #[test]
 fn all_hard_instructions_are_stepped_over_where_their_hits_are_no_events() {
     for fate in [OnTrap::StepOver, OnTrap::Take] {
-        let elf = super::guest::assemble("insns.S");
-        let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
-        plain.run();
-        let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
-        let names = tap_names(&lab);
-        lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let (plain, mut lab, names) = all_tapped();
         lab.run_sorting(fate);
         lab.assert_unseen();
         assert!(truth(&lab) == truth(&plain), "{fate:?}");
@@ -87,12 +93,7 @@ fn all_hard_instructions_are_stepped_over_where_their_hits_are_no_events() {
 #[test]
 fn all_hard_instructions_are_stepped_over_in_one_run() {
     for report in [false, true] {
-        let elf = super::guest::assemble("insns.S");
-        let mut plain = Lab::boot(&elf, &options(1, "")).unwrap();
-        plain.run();
-        let mut lab = Lab::boot(&elf, &options(1, "")).unwrap();
-        let names = tap_names(&lab);
-        lab.tap(&names.iter().map(String::as_str).collect::<Vec<_>>());
+        let (plain, mut lab, names) = all_tapped();
         let (mut steps, mut reports, mut stores) = (0, 0, 0);
         let mut stepped = None;
         lab.run_with(|lab, event| {
