@@ -202,10 +202,10 @@ impl<D: VmiDriver + ?Sized> Session<D> {
     /// Once the event is answered: switches off what has exceeded its budget.
     #[inline]
     pub(super) fn enforce_budgets(&mut self) -> crate::Result<()> {
-        if self.over_budget.is_empty() { Ok(()) } else { self.disable_spendthrifts() }
+        if self.over_budget.is_empty() { Ok(()) } else { self.disable_over_budget() }
     }
 
-    fn disable_spendthrifts(&mut self) -> crate::Result<()> {
+    fn disable_over_budget(&mut self) -> crate::Result<()> {
         while let Some(id) = self.over_budget.pop() {
             if let Some((va, per_second)) = self.taps.get(id).and_then(|tap| Some((tap.va, self.budget(id)?.per_second))) {
                 let what = match self.taps.kind(id) {
