@@ -2,55 +2,54 @@
 #![allow(missing_docs, clippy::unwrap_used, clippy::indexing_slicing, reason = "a benchmark that cannot go on panics")]
 
 mod common;
+#[path = "common/nothing.rs"]
+mod nothing;
 
 use std::hint::black_box;
 use std::num::NonZeroU32;
 
 use common::CpuTime;
 use criterion::{BatchSize, BenchmarkGroup, Criterion, criterion_group, criterion_main};
+use nothing::Nothing;
 use vmitap::arch::amd64::AddressContext;
 use vmitap::core::VmiCore;
 use vmitap::driver::mock::{CallKind, MockDriver};
-use vmitap::driver::{Caps, VmiDriver, VmiInfo, VmiViews};
-use vmitap::event::VmiEvent;
-use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager, TapController, TapEvents};
-use vmitap::{Gfn, MemoryAccess, Pa, Result, Va, View};
+use vmitap::driver::{Caps, VmiInfo, VmiViews};
+use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager};
+use vmitap::{MemoryAccess, Pa, Va, View};
+
+type Manager = BreakpointManager<NonZeroU32, ()>;
 
 const VIEW: View = View(1);
 const ROOT: Pa = Pa(0x1000);
 /// Has a value to spare, as the session's own has.
 const KEY: NonZeroU32 = NonZeroU32::MIN.saturating_add(6);
 
-/// Plants nothing: what is left is the manager's own work.
-struct Nothing;
-
-impl TapEvents for Nothing {
-    fn check_event(&self, _: &VmiEvent) -> Option<(View, Gfn)> {
-        None
-    }
-}
-
-impl<D: VmiDriver + ?Sized> TapController<D> for Nothing {
-    fn insert_breakpoint(&mut self, _: &mut VmiCore<D>, _: Pa, _: View) -> Result<()> {
-        Ok(())
-    }
-
-    fn remove_breakpoint(&mut self, _: &mut VmiCore<D>, _: Pa, _: View) -> Result<()> {
-        Ok(())
-    }
-
-    fn monitor(&mut self, _: &mut VmiCore<D>, _: Gfn, _: View) -> Result<()> {
-        Ok(())
-    }
-
-    fn unmonitor(&mut self, _: &mut VmiCore<D>, _: Gfn, _: View) -> Result<()> {
-        Ok(())
-    }
-}
-
+/// Four a page.
 fn point(index: u64) -> (Breakpoint<NonZeroU32, ()>, Pa) {
     let (va, pa) = (Va(0xffff_8000_0000_0000 + index * 1024), Pa(0x10_0000 + index * 1024));
     (Breakpoint { view: VIEW, va, context: AddressContext::new(ROOT), key: KEY, tag: (), global: true }, pa)
+}
+
+/// Four a page, hit under one root.
+fn of_one_root(index: u64) -> (Breakpoint<NonZeroU32, ()>, Pa) {
+    let (breakpoint, pa) = point(index);
+    (Breakpoint { global: false, ..breakpoint }, pa)
+}
+
+/// Sixteen a page.
+fn close_together(index: u64) -> (Breakpoint<NonZeroU32, ()>, Pa) {
+    let (breakpoint, _) = point(0);
+    (Breakpoint { va: Va(breakpoint.va.0 + index * 256), ..breakpoint }, Pa(0x10_0000 + index * 256))
+}
+
+fn filled(vmi: &mut VmiCore<MockDriver>, count: u64, point: impl Fn(u64) -> (Breakpoint<NonZeroU32, ()>, Pa)) -> Manager {
+    let mut manager = BreakpointManager::new();
+    for index in 0..count {
+        let (breakpoint, pa) = point(index);
+        manager.insert_with_hint(vmi, &mut Nothing, breakpoint, Some(pa)).unwrap();
+    }
+    manager
 }
 
 /// Places all over, the same in each run.
@@ -71,14 +70,27 @@ fn bare(group: &mut BenchmarkGroup<'_, CpuTime>, count: u64) {
     group.bench_function("bare accesses all over", |b| b.iter(|| black_box(table[at.below(count) as usize])));
 }
 
+fn all_over(
+    group: &mut BenchmarkGroup<'_, CpuTime>,
+    name: &str,
+    manager: &Manager,
+    count: u64,
+    point: impl Fn(u64) -> (Breakpoint<NonZeroU32, ()>, Pa),
+) {
+    let mut at = Random(0);
+    group.bench_function(name, |b| {
+        b.iter(|| {
+            let (breakpoint, pa) = point(black_box(at.below(count)));
+            let mut sum = 0;
+            manager.for_each_at(VIEW, pa, breakpoint.va, ROOT, |key, ()| sum += key.get()) as u32 + sum
+        });
+    });
+}
+
 fn lookup(c: &mut Criterion<CpuTime>) {
     for count in [256, 1_000_000] {
         let mut vmi = VmiCore::new(Box::new(MockDriver::new(0x1000, 1)));
-        let mut manager = BreakpointManager::new();
-        for index in 0..count {
-            let (breakpoint, pa) = point(index);
-            manager.insert_with_hint(&mut vmi, &mut Nothing, breakpoint, Some(pa)).unwrap();
-        }
+        let manager = filled(&mut vmi, count, point);
         let mut group = c.benchmark_group(format!("lookup/{count} breakpoints"));
         bare(&mut group, count);
         let find = |index: u64| {
@@ -87,14 +99,15 @@ fn lookup(c: &mut Criterion<CpuTime>) {
             manager.for_each_at(VIEW, pa, breakpoint.va, ROOT, |key, ()| sum += key.get()) as u32 + sum
         };
         group.bench_function("the same hit", |b| b.iter(|| find(black_box(count / 2))));
-        let mut at = Random(0);
-        group.bench_function("hits all over", |b| b.iter(|| find(black_box(at.below(count)))));
+        all_over(&mut group, "hits all over", &manager, count, point);
         // The processor looks several up at once where it can; here each waits for the one before, as hits of one vCPU do.
         let mut at = Random(0);
         group.bench_function("hits all over, each after the last", |b| {
             b.iter(|| at.0 += u64::from(find(black_box(at.below(count)))));
         });
         group.bench_function("nobody's", |b| b.iter(|| find(black_box(count + 5))));
+        all_over(&mut group, "hits all over, each of one root", &filled(&mut vmi, count, of_one_root), count, of_one_root);
+        all_over(&mut group, "hits all over, sixteen a page", &filled(&mut vmi, count, close_together), count, close_together);
         let mut manager = manager;
         group.bench_function("insert and remove", |b| {
             b.iter_batched(

@@ -7,7 +7,7 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::manager::{Breakpoint, Found};
 use super::pages::{Pages, Reach};
-use crate::addr::{Pa, Va, View};
+use crate::addr::{PHYSICAL_BITS, Pa, Va, View};
 use crate::arch::amd64::AddressContext;
 use crate::error::{Result, VmiError};
 
@@ -18,7 +18,7 @@ pub(super) struct Mapping {
     pub(super) pa: Option<Pa>,
 }
 
-/// Stands for no address: no byte can be there, because the last frame ends one byte before.
+/// Stands for no address: it has more bits than there are ([`Books::check_place`]).
 const NOWHERE: Pa = Pa(u64::MAX);
 
 /// An address in two halves: what is made of those takes no more room than it needs.
@@ -37,8 +37,9 @@ impl Halves {
     }
 }
 
-/// A breakpoint with its first root, without whose it is. There can be a million of them.
-pub(super) struct Entry {
+/// A breakpoint with its first root. There can be a million of them.
+pub(super) struct Entry<O> {
+    owner: O,
     va: Halves,
     root: Halves,
     /// Where it is planted for that root, or [`NOWHERE`].
@@ -48,9 +49,9 @@ pub(super) struct Entry {
     pub(super) global: bool,
 }
 
-const _: () = assert!(size_of::<Option<Entry>>() == 28);
+const _: () = assert!(size_of::<Option<Entry<std::num::NonZeroU32>>>() == 32);
 
-impl Entry {
+impl<O> Entry<O> {
     #[inline]
     pub(super) const fn va(&self) -> Va {
         Va(self.va.whole())
@@ -76,7 +77,6 @@ impl Entry {
     }
 
     /// Whether it is hit at `va` under `root`.
-    #[inline]
     pub(super) fn fits(&self, va: Va, root: Pa) -> bool {
         self.va() == va && (self.global || self.root() == root)
     }
@@ -96,14 +96,12 @@ pub(super) fn id_hash(view: View, va: Va, root: Option<Pa>) -> u64 {
 
 /// Which breakpoints there are and where they are planted. Calls no driver.
 pub(super) struct Books<K, T> {
-    pub(super) entries: Vec<Option<Entry>>,
-    /// Whose each is, apart: it is all that a hit looks at where the page says the rest.
-    owners: Vec<Option<(K, T)>>,
+    pub(super) entries: Vec<Option<Entry<(K, T)>>>,
     free: Vec<u32>,
     pub(super) ids: HashTable<u32>,
     /// The other roots of global ones; hardly any has some.
     more: FxHashMap<u32, Vec<Mapping>>,
-    pub(super) pages: Pages,
+    pub(super) pages: Pages<(K, T)>,
     /// The views there are breakpoints in, and how many.
     pub(super) views: Vec<(View, usize)>,
 }
@@ -112,7 +110,6 @@ impl<K, T> Default for Books<K, T> {
     fn default() -> Self {
         Self {
             entries: Vec::new(),
-            owners: Vec::new(),
             free: Vec::new(),
             ids: HashTable::new(),
             more: FxHashMap::default(),
@@ -125,9 +122,7 @@ impl<K, T> Default for Books<K, T> {
 impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     /// Makes room for so many breakpoints more at once: growing by and by leaves up to twice the room that is needed.
     pub(super) fn reserve(&mut self, count: usize) {
-        let count = count.saturating_sub(self.free.len());
-        self.entries.reserve(count);
-        self.owners.reserve(count);
+        self.entries.reserve(count.saturating_sub(self.free.len()));
     }
 
     /// The roots of a breakpoint beside its first.
@@ -207,7 +202,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let of_view = move |view: View, of: Option<Pa>| {
             let found = self.ids.iter_hash(id_hash(view, va, of)).copied();
             found.filter(move |id| {
-                let fits = |e: &Entry| e.view == view && e.va() == va && e.global == of.is_none();
+                let fits = |e: &Entry<_>| e.view == view && e.va() == va && e.global == of.is_none();
                 self.entry(*id).is_some_and(fits) && self.has_root(*id, root)
             })
         };
@@ -247,42 +242,36 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         self.replace(id, root, |_| true, pa);
     }
 
-    #[inline]
-    pub(super) fn entry(&self, id: u32) -> Option<&Entry> {
+    pub(super) fn entry(&self, id: u32) -> Option<&Entry<(K, T)>> {
         self.entries.get(id as usize)?.as_ref()
-    }
-
-    /// Whose a breakpoint is, and what came with it.
-    #[inline]
-    pub(super) fn owner(&self, id: u32) -> Option<&(K, T)> {
-        self.owners.get(id as usize)?.as_ref()
     }
 
     /// A breakpoint as it is at `pa`.
     pub(super) fn found(&self, id: u32, pa: Option<Pa>) -> Option<Found<'_, K, T>> {
-        let (entry, (key, tag)) = (self.entry(id)?, self.owner(id)?);
+        let entry = self.entry(id)?;
+        let (key, tag) = &entry.owner;
         Some(Found { view: entry.view, va: entry.va(), pa, context: entry.first().context, key, tag, global: entry.global })
     }
 
-    /// Calls `f` with the number of each breakpoint that is hit at `va` under `root` of those planted at `pa`, in the order they were
-    /// planted. Returns how many there are at `pa`, hit or not.
-    #[inline]
-    pub(super) fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, mut f: impl FnMut(u32)) -> usize {
-        let Some(page) = self.pages.get(view, pa.gfn()) else { return 0 };
-        let offset = pa.page_offset() as u16;
-        let all = page.is_hit(offset, va, root);
-        page.for_each_at(offset, |id| {
-            if all.unwrap_or_else(|| self.entry(id).is_some_and(|entry| entry.fits(va, root))) {
-                f(id);
-            }
-        })
+    /// Calls `f` for each breakpoint that is hit at `va` under `root` of those planted at `pa`, in the order they were planted. Returns how
+    /// many there are at `pa`, hit or not.
+    #[expect(clippy::inline_always, reason = "as `Pages::for_each_at`")]
+    #[inline(always)]
+    pub(super) fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, mut f: impl FnMut(&K, &T)) -> usize {
+        let fits = |id| self.entry(id).is_some_and(|entry| entry.fits(va, root));
+        self.pages.for_each_at((view, pa), va, root, fits, |(key, tag)| f(key, tag))
+    }
+
+    /// Those for which [`Self::for_each_at`] calls.
+    pub(super) fn hit_at(&self, view: View, pa: Pa, va: Va, root: Pa) -> impl Iterator<Item = Found<'_, K, T>> {
+        let fitting = self.pages.ids_at(view, pa).filter(move |id| self.entry(*id).is_some_and(|entry| entry.fits(va, root)));
+        fitting.filter_map(move |id| self.found(id, Some(pa)))
     }
 
     /// The one of that root, or the global one if `of` is none.
     pub(super) fn find_exact(&self, view: View, va: Va, of: Option<Pa>, key: &K) -> Option<u32> {
-        let fits = |e: &Entry| e.view == view && e.va() == va && e.index_root() == of;
-        let is_it = |id: &u32| self.entry(*id).is_some_and(fits) && self.owner(*id).is_some_and(|(owner, _)| owner == key);
-        self.ids.find(id_hash(view, va, of), is_it).copied()
+        let is_it = |e: &Entry<(K, T)>| e.view == view && e.va() == va && e.index_root() == of && e.owner.0 == *key;
+        self.ids.find(id_hash(view, va, of), |id| self.entry(*id).is_some_and(is_it)).copied()
     }
 
     pub(super) fn find_global(&self, view: View, va: Va, root: Pa, key: &K) -> Option<u32> {
@@ -310,10 +299,8 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     /// An error for an address that can be none of a planted breakpoint.
     pub(super) fn check_place(pa: Option<Pa>) -> Result<()> {
-        if pa != Some(NOWHERE) {
-            return Ok(());
-        }
-        Err(VmiError::InvalidArgument { what: "pa", reason: format!("{NOWHERE} is the address of no instruction") })
+        let Some(pa) = pa.filter(|pa| pa.0 >> PHYSICAL_BITS != 0) else { return Ok(()) };
+        Err(VmiError::InvalidArgument { what: "pa", reason: format!("{pa} has more than {PHYSICAL_BITS} bits") })
     }
 
     /// Writes a new breakpoint into the books, planted at `pa` if that is given.
@@ -321,15 +308,14 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let Breakpoint { view, va, context, key, tag, global } = breakpoint;
         let AddressContext { root, levels } = context;
         let [at, table, place] = [va.0, root.0, pa.unwrap_or(NOWHERE).0].map(Halves::new);
-        let entry = Entry { va: at, root: table, pa: place, view, levels, global };
+        let owner = (key, tag);
+        let planted = pa.map(|pa| (pa, owner.clone()));
+        let entry = Entry { owner, va: at, root: table, pa: place, view, levels, global };
         let hash = id_hash(view, va, entry.index_root());
         let id = self.free.pop().unwrap_or(self.entries.len() as u32);
-        let owner = Some((key, tag));
-        if let (Some(slot), Some(whose)) = (self.entries.get_mut(id as usize), self.owners.get_mut(id as usize)) {
-            (*slot, *whose) = (Some(entry), owner);
-        } else {
-            self.entries.push(Some(entry));
-            self.owners.push(owner);
+        match self.entries.get_mut(id as usize) {
+            Some(slot) => *slot = Some(entry),
+            None => self.entries.push(Some(entry)),
         }
         let entries = &self.entries;
         self.ids.insert_unique(hash, id, |id| {
@@ -340,9 +326,9 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
             Some((_, count)) => *count += 1,
             None => self.views.push((view, 1)),
         }
-        if let Some(pa) = pa {
+        if let Some((pa, owner)) = planted {
             let reach = if global { Reach::Every } else { Reach::Only(root) };
-            self.pages.attach(view, pa, id, va, reach);
+            self.pages.attach(view, pa, id, owner, va, reach);
         }
         id
     }
@@ -362,8 +348,8 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         if let Ok(slot) = self.ids.find_entry(hash, |known| *known == id) {
             slot.remove();
         }
-        if let (Some(slot), Some(whose)) = (self.entries.get_mut(id as usize), self.owners.get_mut(id as usize)) {
-            (*slot, *whose) = (None, None);
+        if let Some(slot) = self.entries.get_mut(id as usize) {
+            *slot = None;
             self.free.push(id);
         }
         if let Some(index) = self.views.iter().position(|(known, _)| *known == view)
@@ -391,8 +377,8 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32) {
         let Some(entry) = self.entry(id) else { return };
-        let (va, reach) = (entry.va(), entry.index_root().map_or(Reach::Every, Reach::Only));
-        self.pages.attach(view, pa, id, va, reach);
+        let (va, reach, owner) = (entry.va(), entry.index_root().map_or(Reach::Every, Reach::Only), entry.owner.clone());
+        self.pages.attach(view, pa, id, owner, va, reach);
     }
 
     pub(super) fn detach(&mut self, view: View, pa: Pa, id: u32) {

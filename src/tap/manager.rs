@@ -6,7 +6,6 @@ use std::hash::Hash;
 
 use super::books::{Books, Entry, Mapping, Place, id_hash};
 use super::guarded::guarded;
-use super::pages::Page;
 use super::{Left, TapController, TapEvents};
 use crate::addr::{Gfn, Pa, Va, View};
 use crate::arch::amd64::AddressContext;
@@ -362,7 +361,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
-        let in_view = |(id, entry): (u32, &Option<Entry>)| entry.as_ref().filter(|entry| entry.view == view).map(|_| id);
+        let in_view = |(id, entry): (u32, &Option<Entry<(K, T)>>)| entry.as_ref().filter(|entry| entry.view == view).map(|_| id);
         let ids: Vec<u32> = (0..).zip(&self.books.entries).filter_map(in_view).collect();
         self.take_out(vmi, controller, &ids)?;
         Ok(ids.len())
@@ -495,21 +494,14 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     pub fn get_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent, key: &K) -> Option<Found<'_, K, T>> {
         let (view, pa) = address(controller, event)?;
         let (va, root) = (event.registers.rip(), event.registers.root());
-        let mut hit = None;
-        self.books.for_each_at(view, pa, va, root, |id| {
-            let found = self.books.found(id, Some(pa)).filter(|found| found.key == key);
-            hit = hit.take().into_iter().chain(found).min_by_key(|found| found.global);
-        });
-        hit
+        self.books.hit_at(view, pa, va, root).filter(|found| found.key == key).min_by_key(|found| found.global)
     }
 
     /// Every breakpoint that `event` hit, whoever's, in the order they were planted.
     pub fn all_by_event<C: TapEvents + ?Sized>(&self, controller: &C, event: &VmiEvent) -> Vec<Found<'_, K, T>> {
         let Some((view, pa)) = address(controller, event) else { return Vec::new() };
         let (va, root) = (event.registers.rip(), event.registers.root());
-        let mut hit = Vec::new();
-        self.books.for_each_at(view, pa, va, root, |id| hit.extend(self.books.found(id, Some(pa))));
-        hit
+        self.books.hit_at(view, pa, va, root).collect()
     }
 
     /// Whether `key` has a breakpoint that `event` hit.
@@ -520,7 +512,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// Whether anyone has a breakpoint at `va` in `view` that is hit under `root`, planted or waiting.
     pub fn contains_by_address(&self, va: Va, root: Pa, view: View) -> bool {
         [Some(root), None].into_iter().any(|of| {
-            let fits = |e: &Entry| e.view == view && e.va() == va && e.index_root() == of;
+            let fits = |e: &Entry<_>| e.view == view && e.va() == va && e.index_root() == of;
             self.books.ids.find(id_hash(view, va, of), |id| self.books.entry(*id).is_some_and(fits)).is_some()
         })
     }
@@ -528,12 +520,8 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// Calls `f` for every breakpoint that is hit at `va` under `root` with `pa` in `view`, in the order they were planted.
     /// Allocates nothing. Returns how many breakpoints are at `pa`, hit or not: 0 says that the event is nobody's.
     #[inline]
-    pub fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, mut f: impl FnMut(&K, &T)) -> usize {
-        self.books.for_each_at(view, pa, va, root, |id| {
-            if let Some((key, tag)) = self.books.owner(id) {
-                f(key, tag);
-            }
-        })
+    pub fn for_each_at(&self, view: View, pa: Pa, va: Va, root: Pa, f: impl FnMut(&K, &T)) -> usize {
+        self.books.for_each_at(view, pa, va, root, f)
     }
 
     /// How many breakpoints there are, planted or waiting. A global one counts once, however many roots it has.
@@ -554,8 +542,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// The breakpoints planted on a page of a view, and where.
     pub fn breakpoints_on_page(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (Breakpoint<K, T>, Pa)> {
-        let points = self.books.pages.get(view, gfn).into_iter().flat_map(Page::points);
-        points.filter_map(move |(offset, id)| {
+        self.books.pages.points(view, gfn).filter_map(move |(offset, id)| {
             let Found { view, va, context, key, tag, global, .. } = self.books.found(id, None)?;
             let breakpoint = Breakpoint { view, va, context, key: key.clone(), tag: tag.clone(), global };
             Some((breakpoint, gfn.pa(offset.into())))
@@ -564,7 +551,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// How many breakpoints are planted on a page of a view; one of two owners counts twice.
     pub fn count_on_page(&self, view: View, gfn: Gfn) -> usize {
-        self.books.pages.get(view, gfn).map_or(0, Page::len)
+        self.books.pages.count(view, gfn)
     }
 
     /// Removes the breakpoints from the guest, then from the books.

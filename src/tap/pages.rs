@@ -5,26 +5,7 @@ use std::hash::BuildHasher;
 use hashbrown::HashTable;
 use rustc_hash::FxBuildHasher;
 
-use crate::addr::{Gfn, Pa, Va, View};
-
-/// One breakpoint on a page: its offset there, and its number. In 16-bit pieces, so that it takes no more room than it needs.
-#[derive(Clone, Copy)]
-struct Point {
-    offset: u16,
-    id: [u16; 2],
-}
-
-impl Point {
-    const fn new(offset: u16, id: u32) -> Self {
-        Self { offset, id: [id as u16, (id >> 16) as u16] }
-    }
-
-    #[inline]
-    const fn id(self) -> u32 {
-        let [low, high] = self.id;
-        low as u32 | (high as u32) << 16
-    }
-}
+use crate::addr::{Gfn, PAGE_SHIFT, PHYSICAL_BITS, Pa, Va, View};
 
 /// Up to four offsets in one word, ascending, so that all are looked at in one go: what is hit is anywhere on its page, and a search that
 /// ends where it is found is guessed wrong by the processor.
@@ -78,109 +59,6 @@ const fn lane(bits: u64) -> usize {
     (bits.trailing_zeros() / 16) as usize
 }
 
-/// The breakpoints on a page, ascending by offset and then in the order they were planted.
-enum Points {
-    Few { offsets: Lanes, ids: [u32; 4] },
-    Many(Vec<Point>),
-}
-
-impl Points {
-    const NONE: Self = Self::Few { offsets: Lanes::EMPTY, ids: [0; 4] };
-
-    fn len(&self) -> usize {
-        match self {
-            Self::Few { offsets, .. } => offsets.len(),
-            Self::Many(points) => points.len(),
-        }
-    }
-
-    /// The `at`th one: its offset and its number.
-    fn get(&self, at: usize) -> Option<(u16, u32)> {
-        match self {
-            Self::Few { offsets, ids } => Some((offsets.get(at), *ids.get(at)?)),
-            Self::Many(points) => points.get(at).map(|point| (point.offset, point.id())),
-        }
-    }
-
-    /// Calls `f` with the number of each at `offset`. Returns how many there are.
-    #[inline]
-    fn for_each_at(&self, offset: u16, mut f: impl FnMut(u32)) -> usize {
-        match self {
-            Self::Few { offsets, ids } => {
-                let (mut found, mut count) = (offsets.equal(offset), 0);
-                while let Some(id) = ids.get(lane(found)) {
-                    f(*id);
-                    found &= found - 1;
-                    count += 1;
-                }
-                count
-            }
-            Self::Many(points) => {
-                let first = points.partition_point(|point| point.offset < offset);
-                let rest = points.get(first..).unwrap_or_default();
-                let mut count = 0;
-                for point in rest.iter().take_while(|point| point.offset == offset) {
-                    f(point.id());
-                    count += 1;
-                }
-                count
-            }
-        }
-    }
-
-    fn insert(&mut self, offset: u16, id: u32) {
-        match self {
-            Self::Few { offsets, ids } => {
-                let at = offsets.up_to(offset);
-                if offsets.len() < ids.len() {
-                    *offsets = offsets.insert(at, offset);
-                    let [a, b, c, _] = *ids;
-                    *ids = match at {
-                        0 => [id, a, b, c],
-                        1 => [a, id, b, c],
-                        2 => [a, b, id, c],
-                        _ => [a, b, c, id],
-                    };
-                } else {
-                    let mut points = Vec::with_capacity(2 * ids.len());
-                    points.extend((0..).zip(&*ids).map(|(at, id)| Point::new(offsets.get(at), *id)));
-                    points.insert(at, Point::new(offset, id));
-                    *self = Self::Many(points);
-                }
-            }
-            Self::Many(points) => {
-                let at = points.partition_point(|point| point.offset <= offset);
-                points.insert(at, Point::new(offset, id));
-            }
-        }
-    }
-
-    fn remove(&mut self, offset: u16, id: u32) {
-        let is_it = |point: &(u16, u32)| *point == (offset, id);
-        match self {
-            Self::Few { offsets, ids } => {
-                if let Some(at) = (0..offsets.len()).zip(&*ids).position(|(at, id)| is_it(&(offsets.get(at), *id))) {
-                    *offsets = offsets.remove(at);
-                    let [a, b, c, d] = *ids;
-                    *ids = match at {
-                        0 => [b, c, d, d],
-                        1 => [a, c, d, d],
-                        2 => [a, b, d, d],
-                        _ => [a, b, c, d],
-                    };
-                }
-            }
-            Self::Many(points) => {
-                let first = points.partition_point(|point| point.offset < offset);
-                let mut owners = points.iter().skip(first).take_while(|point| point.offset == offset);
-                if let Some(at) = owners.position(|point| point.id() == id) {
-                    points.remove(first + at);
-                }
-            }
-        }
-    }
-}
-
 /// Under which roots a breakpoint is hit.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reach {
@@ -188,110 +66,325 @@ pub(super) enum Reach {
     Only(Pa),
 }
 
-/// What the breakpoints of a page have in common.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Common {
-    /// They are hit where [`Page::base`] says, under every root.
-    Every,
-    /// They are hit where [`Page::base`] says, under [`Page::root`] alone.
-    Root,
-    /// Nothing: each is to be asked.
-    Nothing,
+/// One of more than four breakpoints on a page. Its number is in 16-bit pieces, so that it takes no more room than it needs.
+struct Point<O> {
+    offset: u16,
+    id: [u16; 2],
+    owner: O,
 }
 
-/// The breakpoints planted on one page of a view. One cache line, and with it is said whether they are hit: nearly always a page is
-/// mapped at one address, and all on it are global or all of one root.
-#[repr(align(64))]
-pub(super) struct Page {
-    gfn: Gfn,
-    /// The virtual address of each less its offset on the page.
+impl<O> Point<O> {
+    const fn new(offset: u16, id: u32, owner: O) -> Self {
+        Self { offset, id: [id as u16, (id >> 16) as u16], owner }
+    }
+
+    const fn id(&self) -> u32 {
+        let [low, high] = self.id;
+        low as u32 | (high as u32) << 16
+    }
+}
+
+/// What a hit on a page looks at, which is half a cache line for owners of four bytes: a million breakpoints are hit out of 8 MB. Nearly
+/// always a page is mapped at one address, all on it are global or all of one root, and there are no more than four.
+#[repr(align(32))]
+struct Line<O> {
+    /// Where the page is mapped, and in the low bits what is to be done beside comparing that.
     base: u64,
-    root: Pa,
-    points: Points,
-    view: View,
-    common: Common,
+    offsets: Lanes,
+    owners: [Option<O>; 4],
 }
 
-const _: () = assert!(size_of::<Page>() == 64);
+const _: () = assert!(size_of::<Line<std::num::NonZeroU32>>() == 32);
 
-impl Page {
-    /// How many breakpoints it has.
-    pub(super) fn len(&self) -> usize {
-        self.points.len()
-    }
+impl<O> Line<O> {
+    /// They are hit under [`Rest::root`] alone.
+    const ROOT: u64 = 1;
+    /// They have nothing in common: each is to be asked.
+    const EACH: u64 = 2;
+    /// They are in [`Points::Many`].
+    const MANY: u64 = 4;
 
-    /// The offset and the number of each of its breakpoints, ascending by offset.
-    pub(super) fn points(&self) -> impl Iterator<Item = (u16, u32)> {
-        (0..self.len()).filter_map(|at| self.points.get(at))
-    }
+    const EMPTY: Self = Self { base: 0, offsets: Lanes::EMPTY, owners: [const { None }; 4] };
+}
 
-    /// Calls `f` with the number of each at `offset`, in the order they were planted. Returns how many there are.
+/// The numbers of the breakpoints on a page, ascending by offset and then in the order they were planted.
+enum Points<O> {
+    /// In the order of [`Line::offsets`].
+    Few([u32; 4]),
+    Many(Vec<Point<O>>),
+}
+
+/// What is on a page beside its [`Line`].
+struct Rest<O> {
+    root: Pa,
+    points: Points<O>,
+}
+
+const _: () = assert!(size_of::<Rest<std::num::NonZeroU32>>() == 32);
+
+impl<O> Rest<O> {
+    const EMPTY: Self = Self { root: Pa(0), points: Points::Few([0; 4]) };
+}
+
+/// Stands for no line.
+const NONE: u32 = u32::MAX;
+
+/// Which lines frames next to each other have: what is tapped lies together, and so this takes few bytes a page.
+struct Block {
+    key: u64,
+    lines: [u32; 8],
+}
+
+impl Block {
+    /// The key of the block that a frame is in, and the frame's place there. `None` for what is no frame: the view has the bits above.
     #[inline]
-    pub(super) fn for_each_at(&self, offset: u16, f: impl FnMut(u32)) -> usize {
-        self.points.for_each_at(offset, f)
+    const fn of(view: View, gfn: Gfn) -> Option<(u64, usize)> {
+        if gfn.0 >> (PHYSICAL_BITS - PAGE_SHIFT) != 0 {
+            return None;
+        }
+        Some((gfn.0 >> 3 | (view.0 as u64) << 48, (gfn.0 & 7) as usize))
     }
 
-    /// Whether those at `offset` are hit at `va` under `root`; `None` if each is to be asked.
     #[inline]
-    pub(super) fn is_hit(&self, offset: u16, va: Va, root: Pa) -> Option<bool> {
-        let is_there = base(va, offset) == self.base;
-        match self.common {
-            Common::Every => Some(is_there),
-            Common::Root => Some(is_there && self.root == root),
-            Common::Nothing => None,
+    fn hash(key: u64) -> u64 {
+        FxBuildHasher.hash_one(key)
+    }
+}
+
+/// Adds at the end. Room is made for a quarter more at a time: twice the room would be most of what a breakpoint takes.
+fn push<T>(all: &mut Vec<T>, one: T) {
+    if all.len() == all.capacity() {
+        all.reserve_exact(all.len() / 4 + 4);
+    }
+    all.push(one);
+}
+
+/// The breakpoints planted on each page of a view, with whose each is (`O`).
+pub(super) struct Pages<O> {
+    blocks: HashTable<Block>,
+    lines: Vec<Line<O>>,
+    /// Beside each line.
+    rests: Vec<Rest<O>>,
+    free: Vec<u32>,
+}
+
+impl<O> Default for Pages<O> {
+    fn default() -> Self {
+        Self { blocks: HashTable::new(), lines: Vec::new(), rests: Vec::new(), free: Vec::new() }
+    }
+}
+
+impl<O> Pages<O> {
+    #[inline]
+    fn line(&self, view: View, gfn: Gfn) -> Option<usize> {
+        let (key, at) = Block::of(view, gfn)?;
+        let block = self.blocks.find(Block::hash(key), |block| block.key == key)?;
+        block.lines.get(at).map(|line| *line as usize)
+    }
+
+    fn page(&self, view: View, gfn: Gfn) -> Option<(&Line<O>, &Rest<O>)> {
+        let line = self.line(view, gfn)?;
+        self.lines.get(line).zip(self.rests.get(line))
+    }
+
+    /// How many breakpoints a page has.
+    pub(super) fn count(&self, view: View, gfn: Gfn) -> usize {
+        self.page(view, gfn).map_or(0, |(line, rest)| match &rest.points {
+            Points::Few(_) => line.offsets.len(),
+            Points::Many(points) => points.len(),
+        })
+    }
+
+    /// The offset and the number of each breakpoint on a page, ascending by offset and then in the order they were planted.
+    pub(super) fn points(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (u16, u32)> {
+        let page = self.page(view, gfn);
+        (0..self.count(view, gfn)).filter_map(move |at| {
+            let (line, rest) = page?;
+            match &rest.points {
+                Points::Few(ids) => Some((line.offsets.get(at), *ids.get(at)?)),
+                Points::Many(points) => points.get(at).map(|point| (point.offset, point.id())),
+            }
+        })
+    }
+
+    /// Calls `f` with whose each breakpoint is that is planted at `pa` and hit at `va` under `root`, in the order they were planted, and
+    /// asks `fits` with the number of one where the page does not say whether it is hit. Returns how many are planted at `pa`, hit or not.
+    #[expect(
+        clippy::inline_always,
+        reason = "the fewer instructions a lookup has, the more of them wait for memory at once: 10%"
+    )]
+    #[inline(always)]
+    pub(super) fn for_each_at(
+        &self,
+        (view, pa): (View, Pa),
+        va: Va,
+        root: Pa,
+        fits: impl Fn(u32) -> bool,
+        mut f: impl FnMut(&O),
+    ) -> usize {
+        let Some(at) = self.line(view, pa.gfn()) else { return 0 };
+        let Some(line) = self.lines.get(at) else { return 0 };
+        let differs = line.base ^ va.page().0;
+        if differs & (Line::<O>::EACH | Line::<O>::MANY) != 0 {
+            return self.for_each_in(at, (pa, va), root, fits, f);
+        }
+        let is_hit = va.page_offset() == pa.page_offset()
+            && (differs == 0 || differs == Line::<O>::ROOT && self.rests.get(at).is_some_and(|rest| rest.root == root));
+        let (mut found, mut count) = (line.offsets.equal(pa.page_offset() as u16), 0);
+        while let Some(Some(owner)) = line.owners.get(lane(found)) {
+            if is_hit {
+                f(owner);
+            }
+            found &= found - 1;
+            count += 1;
+        }
+        count
+    }
+
+    /// As [`Self::for_each_at`], on a page whose breakpoints have nothing in common or are many.
+    #[inline(never)]
+    fn for_each_in(&self, at: usize, (pa, va): (Pa, Va), root: Pa, fits: impl Fn(u32) -> bool, mut f: impl FnMut(&O)) -> usize {
+        let (Some(line), Some(rest)) = (self.lines.get(at), self.rests.get(at)) else { return 0 };
+        let offset = pa.page_offset() as u16;
+        let differs = (line.base ^ va.page().0) & !Line::<O>::MANY;
+        let is_asked = differs & Line::<O>::EACH != 0;
+        let all = va.page_offset() == pa.page_offset() && (differs == 0 || differs == Line::<O>::ROOT && rest.root == root);
+        let mut tell = |id, owner| {
+            let is_hit = if is_asked { fits(id) } else { all };
+            if is_hit {
+                f(owner);
+            }
+        };
+        match &rest.points {
+            Points::Few(ids) => {
+                let (mut found, mut count) = (line.offsets.equal(offset), 0);
+                while let (Some(id), Some(Some(owner))) = (ids.get(lane(found)), line.owners.get(lane(found))) {
+                    tell(*id, owner);
+                    found &= found - 1;
+                    count += 1;
+                }
+                count
+            }
+            Points::Many(points) => {
+                let first = points.partition_point(|point| point.offset < offset);
+                let rest = points.get(first..).unwrap_or_default();
+                let mut count = 0;
+                for point in rest.iter().take_while(|point| point.offset == offset) {
+                    tell(point.id(), &point.owner);
+                    count += 1;
+                }
+                count
+            }
         }
     }
 
-    fn is(&self, view: View, gfn: Gfn) -> bool {
-        self.gfn == gfn && self.view == view
-    }
-}
-
-/// What a virtual address has in common with those of the other breakpoints on its page.
-#[inline]
-fn base(va: Va, offset: u16) -> u64 {
-    va.0.wrapping_sub(offset.into())
-}
-
-fn hash(view: View, gfn: Gfn) -> u64 {
-    // No frame number is so large that the view changes any of its bits.
-    FxBuildHasher.hash_one(gfn.0 ^ u64::from(view.0) << 48)
-}
-
-/// The pages that something is planted on.
-#[derive(Default)]
-pub(super) struct Pages(HashTable<Page>);
-
-impl Pages {
-    #[inline]
-    pub(super) fn get(&self, view: View, gfn: Gfn) -> Option<&Page> {
-        self.0.find(hash(view, gfn), |page| page.is(view, gfn))
+    /// The number of each breakpoint planted at `pa`, in the order they were planted.
+    pub(super) fn ids_at(&self, view: View, pa: Pa) -> impl Iterator<Item = u32> {
+        let offset = pa.page_offset() as u16;
+        self.points(view, pa.gfn()).filter(move |point| point.0 == offset).map(|(_, id)| id)
     }
 
     /// Notes that a breakpoint for `va` is planted at `pa`.
-    pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32, va: Va, reach: Reach) {
-        let (gfn, offset) = (pa.gfn(), pa.page_offset() as u16);
-        let base = base(va, offset);
-        let (common, root) = match reach {
-            Reach::Every => (Common::Every, Pa(0)),
-            Reach::Only(root) => (Common::Root, root),
+    pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32, owner: O, va: Va, reach: Reach) {
+        let offset = pa.page_offset() as u16;
+        let (how, root) = match reach {
+            Reach::Every => (0, Pa(0)),
+            Reach::Only(root) => (Line::<O>::ROOT, root),
         };
-        let slot = self.0.entry(hash(view, gfn), |page| page.is(view, gfn), |page| hash(page.view, page.gfn));
-        let page = slot.or_insert_with(|| Page { gfn, base, root, points: Points::NONE, view, common }).into_mut();
-        if (page.common, page.base, page.root) != (common, base, root) {
-            // That stays so until the page has none: to find out that the last odd one has gone, all would have to be asked.
-            page.common = Common::Nothing;
+        // A caller can give an address at another offset than it has by the page tables: no page has that in common.
+        let base = if va.page_offset() == pa.page_offset() { va.page().0 | how } else { Line::<O>::EACH };
+        let Some((key, at)) = Block::of(view, pa.gfn()) else { return };
+        let slot = self.blocks.entry(Block::hash(key), |block| block.key == key, |block| Block::hash(block.key));
+        let Some(at) = slot.or_insert(Block { key, lines: [NONE; 8] }).into_mut().lines.get_mut(at) else { return };
+        if *at == NONE {
+            *at = self.free.pop().unwrap_or_else(|| {
+                push(&mut self.lines, Line::EMPTY);
+                push(&mut self.rests, Rest::EMPTY);
+                self.lines.len() as u32 - 1
+            });
+            if let (Some(line), Some(rest)) = (self.lines.get_mut(*at as usize), self.rests.get_mut(*at as usize)) {
+                (line.base, rest.root) = (base, root);
+            }
         }
-        page.points.insert(offset, id);
+        let (Some(line), Some(rest)) = (self.lines.get_mut(*at as usize), self.rests.get_mut(*at as usize)) else { return };
+        if (line.base & !Line::<O>::MANY, rest.root) != (base, root) {
+            // That stays so until the page has none: to find out that the last odd one has gone, all would have to be asked.
+            line.base |= Line::<O>::EACH;
+        }
+        let place = line.offsets.up_to(offset);
+        match &mut rest.points {
+            Points::Few(ids) if line.offsets.len() < ids.len() => {
+                line.offsets = line.offsets.insert(place, offset);
+                line.owners = with(line.owners.each_mut().map(Option::take), place, Some(owner));
+                *ids = with(*ids, place, id);
+            }
+            Points::Few(ids) => {
+                let owners = line.owners.iter_mut().zip(&*ids).filter_map(|(owner, id)| Some((*id, owner.take()?)));
+                let few = (0..).zip(owners).map(|(at, (id, owner))| Point::new(line.offsets.get(at), id, owner));
+                let mut points = Vec::with_capacity(8);
+                points.extend(few);
+                points.insert(place, Point::new(offset, id, owner));
+                (line.base, rest.points) = (line.base | Line::<O>::MANY, Points::Many(points));
+            }
+            Points::Many(points) => {
+                let place = points.partition_point(|point| point.offset <= offset);
+                points.insert(place, Point::new(offset, id, owner));
+            }
+        }
     }
 
+    /// Takes a breakpoint that is planted at `pa` off the page.
     pub(super) fn detach(&mut self, view: View, pa: Pa, id: u32) {
-        let (gfn, offset) = (pa.gfn(), pa.page_offset() as u16);
-        let Ok(mut slot) = self.0.find_entry(hash(view, gfn), |page| page.is(view, gfn)) else { return };
-        let page = slot.get_mut();
-        page.points.remove(offset, id);
-        if page.len() == 0 {
-            slot.remove();
+        let offset = pa.page_offset() as u16;
+        let Some((key, at)) = Block::of(view, pa.gfn()) else { return };
+        let Ok(mut slot) = self.blocks.find_entry(Block::hash(key), |block| block.key == key) else { return };
+        let Some(at) = slot.get_mut().lines.get_mut(at) else { return };
+        let (Some(line), Some(rest)) = (self.lines.get_mut(*at as usize), self.rests.get_mut(*at as usize)) else { return };
+        let is_empty = match &mut rest.points {
+            Points::Few(ids) => {
+                let is_it = |(at, known): (usize, &u32)| line.offsets.get(at) == offset && *known == id;
+                if let Some(place) = (0..line.offsets.len()).zip(&*ids).position(is_it) {
+                    line.offsets = line.offsets.remove(place);
+                    line.owners = without(line.owners.each_mut().map(Option::take), place, None);
+                    *ids = without(*ids, place, 0);
+                }
+                line.offsets.len() == 0
+            }
+            Points::Many(points) => {
+                let first = points.partition_point(|point| point.offset < offset);
+                let mut there = points.iter().skip(first).take_while(|point| point.offset == offset);
+                if let Some(place) = there.position(|point| point.id() == id) {
+                    points.remove(first + place);
+                }
+                points.is_empty()
+            }
+        };
+        if is_empty {
+            (*line, *rest) = (Line::EMPTY, Rest::EMPTY);
+            self.free.push(std::mem::replace(at, NONE));
+            if slot.get().lines == [NONE; 8] {
+                slot.remove();
+            }
         }
+    }
+}
+
+/// With one more at a place, which pushes those from there on up, and the last one out.
+fn with<T>([a, b, c, _]: [T; 4], at: usize, one: T) -> [T; 4] {
+    match at {
+        0 => [one, a, b, c],
+        1 => [a, one, b, c],
+        2 => [a, b, one, c],
+        _ => [a, b, c, one],
+    }
+}
+
+/// Without the one at a place, and `last` after the others.
+fn without<T>([a, b, c, d]: [T; 4], at: usize, last: T) -> [T; 4] {
+    match at {
+        0 => [b, c, d, last],
+        1 => [a, c, d, last],
+        2 => [a, b, d, last],
+        _ => [a, b, c, last],
     }
 }

@@ -39,6 +39,8 @@ mod manager_changes;
 mod manager_pages;
 mod mock;
 mod model;
+#[path = "../../benches/common/nothing.rs"]
+mod nothing;
 mod paging;
 #[cfg(feature = "emu")]
 mod paging_guest;

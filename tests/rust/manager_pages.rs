@@ -3,9 +3,10 @@
 use std::rc::Rc;
 
 use vmitap::arch::amd64::AddressContext;
-use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager};
-use vmitap::{Gfn, Pa};
+use vmitap::tap::{Breakpoint, BreakpointManager};
+use vmitap::{Gfn, Pa, Va, View, VmiError};
 
+use super::nothing::Nothing;
 use super::tap_manager::{V1, World, va, world};
 
 /// The page of `CODE`.
@@ -161,18 +162,145 @@ fn owners_of_one_byte_are_told_in_the_order_they_came_also_where_some_have_gone(
 }
 
 #[test]
-fn what_came_with_a_breakpoint_is_given_up_when_it_goes() {
+fn on_a_page_of_many_too_each_is_hit_where_and_under_which_root_it_was_meant() {
+    for odd in [false, true] {
+        let mut w = world();
+        for (byte, key) in (0x10..0x16).zip(0..) {
+            w.insert(w.point(V1, byte, 1, key)).unwrap();
+        }
+        if odd {
+            w.insert(w.global(V1, ALIAS + 0x20, 0, 9)).unwrap();
+        }
+        assert_eq!(hits(&w, 0x12), [(vec![], 1), (vec![2], 1), (vec![], 1), (vec![], 1)], "odd: {odd}");
+        assert_eq!(hits(&w, 0x15), [(vec![], 1), (vec![5], 1), (vec![], 1), (vec![], 1)], "odd: {odd}");
+        let there = if odd { (vec![9], 1) } else { (vec![], 0) };
+        let none = (vec![], there.1);
+        assert_eq!(hits(&w, 0x20), [none.clone(), none, there.clone(), there], "odd: {odd}");
+    }
     let mut w = world();
-    let mut c = BreakpointController::new();
+    for (byte, key) in (0x10..0x16).zip(0..) {
+        w.insert(w.global(V1, byte, 0, key)).unwrap();
+    }
+    assert_eq!(hits(&w, 0x12), [(vec![2], 1), (vec![2], 1), (vec![], 1), (vec![], 1)]);
+}
+
+#[test]
+fn what_runs_at_another_offset_than_a_breakpoint_on_the_page_it_accesses_does_not_hit_it() {
+    // Few of one root, few that are global, few that differ, and many.
+    for (count, kind) in [(1, 0), (1, 1), (2, 2), (6, 0), (6, 1), (6, 2)] {
+        let mut w = world();
+        for key in 0..count {
+            let byte = 0x100 + u64::from(key);
+            let global = kind == 1 || kind == 2 && key == 0;
+            w.insert(Breakpoint { global, ..w.point(V1, byte, 0, key) }).unwrap();
+        }
+        let root = w.roots[0].root;
+        let hit = |va| {
+            let mut keys = vec![];
+            let there = w.m.for_each_at(V1, Pa(PAGE + 0x100), va, root, |key, _| keys.push(*key));
+            (keys, there)
+        };
+        assert_eq!(hit(va(0x100)), (vec![0], 1));
+        for offset in (0..0x1000).filter(|offset| *offset != 0x100) {
+            assert_eq!(hit(va(offset)), (vec![], 1), "{count}, {kind}, {offset:#x}");
+        }
+        for page in [0x1000, 0x2000, 0x1000_0000_0000] {
+            assert_eq!(hit(Va(va(0x100).0 ^ page)), (vec![], 1), "{count}, {kind}, {page:#x}");
+        }
+    }
+}
+
+#[test]
+fn of_two_of_one_key_the_one_of_the_events_root_comes_before_the_global_one() {
+    for own_first in [false, true] {
+        let mut w = world();
+        let (own, of_all) = (w.point(V1, 0x10, 0, 1), w.global(V1, 0x10, 1, 1));
+        for point in if own_first { [own, of_all] } else { [of_all, own] } {
+            assert!(w.insert(point).unwrap());
+        }
+        let found = |root| w.m.get_by_event(&w.c, &w.event(V1, PAGE + 0x10, 0x10, root), &1).map(|found| found.global);
+        assert_eq!((found(0), found(1)), (Some(false), Some(true)), "own first: {own_first}");
+    }
+}
+
+#[test]
+fn frames_side_by_side_and_in_other_views_are_told_apart_however_they_come_and_go() {
+    let mut w = world();
+    // Where groups of eight frames begin and end, the same places of other groups, and the last frame that an address can be in.
+    let frames = [0, 7, 8, 9, 15, 16, 8 + 64, 8 + (1 << 20), (1 << 40) - 1];
+    let places: Vec<(View, u64)> =
+        frames.iter().flat_map(|gfn| [View(0), View(1), View(u16::MAX)].map(|view| (view, *gfn))).collect();
+    let point = |w: &World, at: usize| (w.global(places[at].0, 0x10, 0, at as u32), Pa(places[at].1 << 12 | 0x10));
+    let mut m = BreakpointManager::new();
+    for round in 1..4 {
+        for at in 0..places.len() {
+            let (point, pa) = point(&w, at);
+            assert!(m.insert_with_hint(&mut w.vmi, &mut Nothing, point, Some(pa)).unwrap());
+        }
+        let mut there: Vec<usize> = (0..places.len()).collect();
+        while !there.is_empty() {
+            let (gone, _) = point(&w, there.remove(there.len() * round / 4));
+            assert!(m.remove(&mut w.vmi, &mut Nothing, gone.view, gone.va, gone.context.root, &gone.key).unwrap());
+            for at in 0..places.len() {
+                let ((Breakpoint { view, va, context, .. }, pa), mut keys) = (point(&w, at), vec![]);
+                let count = m.for_each_at(view, pa, va, context.root, |key, _| keys.push(*key));
+                let wanted = if there.contains(&at) { vec![at as u32] } else { vec![] };
+                assert_eq!((count, m.count_on_page(view, pa.gfn())), (wanted.len(), wanted.len()), "{view} {pa}");
+                assert_eq!(keys, wanted, "{view} {pa}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_address_that_no_frame_has_is_refused_and_nothing_is_there() {
+    let mut w = world();
+    let root = w.roots[0].root;
+    let mut m = BreakpointManager::new();
+    // One that would be a frame of another view if its upper bits counted for that.
+    let (there, inside) = (w.global(View(1), 0x10, 0, 1), Pa(0x8010));
+    assert!(m.insert_with_hint(&mut w.vmi, &mut Nothing, there, Some(inside)).unwrap());
+    for pa in [1 << 52, 1 << 63 | inside.0, u64::MAX] {
+        let point = w.global(View(0), 0x20, 0, 1);
+        let refused = m.insert_with_hint(&mut w.vmi, &mut Nothing, point, Some(Pa(pa)));
+        assert!(matches!(refused, Err(VmiError::InvalidArgument { what: "pa", .. })), "{pa:#x}: {refused:?}");
+        assert!(m.insert_with_hint(&mut w.vmi, &mut Nothing, point, None).unwrap());
+        let refused = m.page_in(&mut w.vmi, &mut Nothing, point.va, root, Pa(pa));
+        assert!(matches!(refused, Err(VmiError::InvalidArgument { what: "pa", .. })), "{pa:#x}: {refused:?}");
+        assert_eq!(m.get(View(0), point.va, root, &1).unwrap().pa, None);
+        assert!(m.remove(&mut w.vmi, &mut Nothing, View(0), point.va, root, &1).unwrap());
+        assert_eq!(m.for_each_at(View(0), Pa(pa), point.va, root, |_, _| panic!("nothing is there")), 0);
+        assert_eq!(m.len(), 1);
+    }
+    for view in 0..8 {
+        assert_eq!(m.count_on_page(View(view), Gfn(8 | 1 << 51)), 0);
+        assert_eq!(m.breakpoints_on_page(View(view), Gfn(8 | 1 << 60)).count(), 0);
+    }
+}
+
+#[test]
+fn what_came_with_a_breakpoint_is_given_up_when_it_goes() {
+    let World { mut vmi, roots, .. } = world();
+    let root = roots[0].root;
     let mut m = BreakpointManager::new();
     let (key, tag) = (Rc::new(1), Rc::new(()));
-    for waits in [false, true] {
-        let Breakpoint { view, va, context, global, .. } = w.point(V1, 0x10, 0, 1);
-        let point = Breakpoint { view, va, context, global, key: key.clone(), tag: tag.clone() };
-        let pa = (!waits).then_some(Pa(PAGE + 0x10));
-        assert!(m.insert_with_hint(&mut w.vmi, &mut c, point, pa).unwrap());
-        assert_eq!((Rc::strong_count(&key), Rc::strong_count(&tag)), (2, 2));
-        assert!(m.remove(&mut w.vmi, &mut c, view, va, context.root, &key).unwrap());
-        assert_eq!((Rc::strong_count(&key), Rc::strong_count(&tag)), (1, 1), "waits: {waits}");
+    let kept = || (Rc::strong_count(&key) - 1, Rc::strong_count(&tag) - 1);
+    let point = |at| Breakpoint { view: V1, va: va(at), context: roots[0], key: key.clone(), tag: tag.clone(), global: false };
+    // Those that wait, those that are few on their page, and many.
+    for (count, waits) in [(1, true), (1, false), (4, false), (5, false)] {
+        for at in 0..count {
+            let pa = (!waits).then_some(Pa(PAGE + at));
+            assert!(m.insert_with_hint(&mut vmi, &mut Nothing, point(at), pa).unwrap());
+        }
+        for at in 0..count {
+            assert!(kept().0 >= (count - at) as usize);
+            assert!(m.remove(&mut vmi, &mut Nothing, V1, va(at), root, &key).unwrap());
+        }
+        assert_eq!(kept(), (0, 0), "{count}, waits: {waits}");
     }
+    assert!(m.insert_with_hint(&mut vmi, &mut Nothing, point(0), None).unwrap());
+    let waiting = kept();
+    assert_eq!(m.page_in(&mut vmi, &mut Nothing, va(0), root, Pa(PAGE)).unwrap(), 1);
+    assert_eq!(m.page_out(&mut vmi, &mut Nothing, va(0), root).unwrap(), 1);
+    assert_eq!(kept(), waiting);
 }

@@ -125,6 +125,11 @@ impl World {
     pub(super) fn hit(&self, view: View, pa: u64, offset: u64, root: usize) -> (Vec<u32>, usize) {
         let mut keys = Vec::new();
         let count = self.m.for_each_at(view, Pa(pa), va(offset), self.roots[root].root, |key, _| keys.push(*key));
+        // The other way to ask looks at each breakpoint and not at what its page has in common.
+        if Pa(pa).page_offset() == va(offset).page_offset() {
+            let found = self.m.all_by_event(&self.c, &self.event(view, pa, offset, root));
+            assert_eq!(found.iter().map(|found| *found.key).collect::<Vec<_>>(), keys);
+        }
         (keys, count)
     }
 
