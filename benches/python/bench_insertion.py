@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import sys
@@ -13,8 +14,6 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 from time import process_time
-
-from heap import heap
 
 import vmitap
 
@@ -29,6 +28,23 @@ FIRST_PAGE = 0x1000000
 SECONDS = 1.0
 BYTES = 250
 """What it may take: to insert them all, and for each."""
+
+
+class _Heap(ctypes.Structure):
+    """struct mallinfo2 of glibc 2.33 or newer."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    ]
+
+
+def heap() -> int:
+    """Bytes that this process has from malloc: what the compiled module keeps. Guest memory and shadow pages are mapped, not in it."""
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = _Heap
+    state = ask()
+    return int(state.uordblks + state.hblkhd)
 
 
 def insertion(guest: str, turns: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ mod manager;
 mod memory;
 mod pages;
 mod policy;
+mod roots;
 mod shadow;
 
 pub use crate::rights::Rights;

@@ -5,7 +5,8 @@ use std::hash::BuildHasher;
 use hashbrown::HashTable;
 use rustc_hash::FxBuildHasher;
 
-use crate::addr::{Gfn, PAGE_SHIFT, PHYSICAL_BITS, Pa, Va, View};
+use super::roots::Roots;
+use crate::addr::{Gfn, PAGE_SHIFT, PAGE_SIZE, PHYSICAL_BITS, Pa, Va, View};
 
 /// Up to four offsets in one word, ascending, so that all are looked at in one go: what is hit is anywhere on its page, and a search that
 /// ends where it is found is guessed wrong by the processor.
@@ -88,7 +89,8 @@ impl<O> Point<O> {
 /// always a page is mapped at one address, all on it are global or all of one root, and there are no more than four.
 #[repr(align(32))]
 struct Line<O> {
-    /// Where the page is mapped, and in the low bits what is to be done beside comparing that.
+    /// Where the page is mapped, and in the low bits what is to be done beside comparing that: the flags, and the number of the root
+    /// under which alone they are hit, or 0.
     base: u64,
     offsets: Lanes,
     owners: [Option<O>; 4],
@@ -97,14 +99,18 @@ struct Line<O> {
 const _: () = assert!(size_of::<Line<std::num::NonZeroU32>>() == 32);
 
 impl<O> Line<O> {
-    /// They are hit under [`Rest::root`] alone.
-    const ROOT: u64 = 1;
     /// They have nothing in common: each is to be asked.
-    const EACH: u64 = 2;
+    const EACH: u64 = 1;
     /// They are in [`Points::Many`].
-    const MANY: u64 = 4;
+    const MANY: u64 = 2;
+    /// The least bit of the root's number.
+    const ROOT: u64 = 4;
 
     const EMPTY: Self = Self { base: 0, offsets: Lanes::EMPTY, owners: [const { None }; 4] };
+
+    const fn root(&self) -> u64 {
+        self.base % PAGE_SIZE / Self::ROOT
+    }
 }
 
 /// The numbers of the breakpoints on a page, ascending by offset and then in the order they were planted.
@@ -114,17 +120,9 @@ enum Points<O> {
     Many(Vec<Point<O>>),
 }
 
-/// What is on a page beside its [`Line`].
-struct Rest<O> {
-    root: Pa,
-    points: Points<O>,
-}
+const _: () = assert!(size_of::<Points<std::num::NonZeroU32>>() == 24);
 
-const _: () = assert!(size_of::<Rest<std::num::NonZeroU32>>() == 32);
-
-impl<O> Rest<O> {
-    const EMPTY: Self = Self { root: Pa(0), points: Points::Few([0; 4]) };
-}
+const _: () = assert!((Roots::MOST as u64 + 1) * Line::<()>::ROOT == PAGE_SIZE);
 
 /// Stands for no line.
 const NONE: u32 = u32::MAX;
@@ -164,13 +162,14 @@ pub(super) struct Pages<O> {
     blocks: HashTable<Block>,
     lines: Vec<Line<O>>,
     /// Beside each line.
-    rests: Vec<Rest<O>>,
+    points: Vec<Points<O>>,
     free: Vec<u32>,
+    roots: Roots,
 }
 
 impl<O> Default for Pages<O> {
     fn default() -> Self {
-        Self { blocks: HashTable::new(), lines: Vec::new(), rests: Vec::new(), free: Vec::new() }
+        Self { blocks: HashTable::new(), lines: Vec::new(), points: Vec::new(), free: Vec::new(), roots: Roots::default() }
     }
 }
 
@@ -182,14 +181,14 @@ impl<O> Pages<O> {
         block.lines.get(at).map(|line| *line as usize)
     }
 
-    fn page(&self, view: View, gfn: Gfn) -> Option<(&Line<O>, &Rest<O>)> {
+    fn page(&self, view: View, gfn: Gfn) -> Option<(&Line<O>, &Points<O>)> {
         let line = self.line(view, gfn)?;
-        self.lines.get(line).zip(self.rests.get(line))
+        self.lines.get(line).zip(self.points.get(line))
     }
 
     /// How many breakpoints a page has.
     pub(super) fn count(&self, view: View, gfn: Gfn) -> usize {
-        self.page(view, gfn).map_or(0, |(line, rest)| match &rest.points {
+        self.page(view, gfn).map_or(0, |(line, points)| match points {
             Points::Few(_) => line.offsets.len(),
             Points::Many(points) => points.len(),
         })
@@ -199,8 +198,8 @@ impl<O> Pages<O> {
     pub(super) fn points(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (u16, u32)> {
         let page = self.page(view, gfn);
         (0..self.count(view, gfn)).filter_map(move |at| {
-            let (line, rest) = page?;
-            match &rest.points {
+            let (line, points) = page?;
+            match points {
                 Points::Few(ids) => Some((line.offsets.get(at), *ids.get(at)?)),
                 Points::Many(points) => points.get(at).map(|point| (point.offset, point.id())),
             }
@@ -228,8 +227,7 @@ impl<O> Pages<O> {
         if differs & (Line::<O>::EACH | Line::<O>::MANY) != 0 {
             return self.for_each_in(at, (pa, va), root, fits, f);
         }
-        let is_hit = va.page_offset() == pa.page_offset()
-            && (differs == 0 || differs == Line::<O>::ROOT && self.rests.get(at).is_some_and(|rest| rest.root == root));
+        let is_hit = va.page_offset() == pa.page_offset() && self.is_all_hit(differs, root);
         let (mut found, mut count) = (line.offsets.equal(pa.page_offset() as u16), 0);
         while let Some(Some(owner)) = line.owners.get(lane(found)) {
             if is_hit {
@@ -241,21 +239,27 @@ impl<O> Pages<O> {
         count
     }
 
+    /// Whether what a page has in common says that it is hit, by how [`Line::base`] without the flags differs from where it was run.
+    #[inline]
+    fn is_all_hit(&self, differs: u64, root: Pa) -> bool {
+        differs == 0 || self.roots.is(differs / Line::<O>::ROOT, root)
+    }
+
     /// As [`Self::for_each_at`], on a page whose breakpoints have nothing in common or are many.
     #[inline(never)]
     fn for_each_in(&self, at: usize, (pa, va): (Pa, Va), root: Pa, fits: impl Fn(u32) -> bool, mut f: impl FnMut(&O)) -> usize {
-        let (Some(line), Some(rest)) = (self.lines.get(at), self.rests.get(at)) else { return 0 };
+        let (Some(line), Some(points)) = (self.lines.get(at), self.points.get(at)) else { return 0 };
         let offset = pa.page_offset() as u16;
         let differs = (line.base ^ va.page().0) & !Line::<O>::MANY;
         let is_asked = differs & Line::<O>::EACH != 0;
-        let all = va.page_offset() == pa.page_offset() && (differs == 0 || differs == Line::<O>::ROOT && rest.root == root);
+        let all = va.page_offset() == pa.page_offset() && self.is_all_hit(differs, root);
         let mut tell = |id, owner| {
             let is_hit = if is_asked { fits(id) } else { all };
             if is_hit {
                 f(owner);
             }
         };
-        match &rest.points {
+        match points {
             Points::Few(ids) => {
                 let (mut found, mut count) = (line.offsets.equal(offset), 0);
                 while let (Some(id), Some(Some(owner))) = (ids.get(lane(found)), line.owners.get(lane(found))) {
@@ -287,32 +291,36 @@ impl<O> Pages<O> {
     /// Notes that a breakpoint for `va` is planted at `pa`.
     pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32, owner: O, va: Va, reach: Reach) {
         let offset = pa.page_offset() as u16;
-        let (how, root) = match reach {
-            Reach::Every => (0, Pa(0)),
-            Reach::Only(root) => (Line::<O>::ROOT, root),
-        };
-        // A caller can give an address at another offset than it has by the page tables: no page has that in common.
-        let base = if va.page_offset() == pa.page_offset() { va.page().0 | how } else { Line::<O>::EACH };
         let Some((key, at)) = Block::of(view, pa.gfn()) else { return };
         let slot = self.blocks.entry(Block::hash(key), |block| block.key == key, |block| Block::hash(block.key));
         let Some(at) = slot.or_insert(Block { key, lines: [NONE; 8] }).into_mut().lines.get_mut(at) else { return };
-        if *at == NONE {
+        let is_new = *at == NONE;
+        if is_new {
             *at = self.free.pop().unwrap_or_else(|| {
                 push(&mut self.lines, Line::EMPTY);
-                push(&mut self.rests, Rest::EMPTY);
+                push(&mut self.points, Points::Few([0; 4]));
                 self.lines.len() as u32 - 1
             });
-            if let (Some(line), Some(rest)) = (self.lines.get_mut(*at as usize), self.rests.get_mut(*at as usize)) {
-                (line.base, rest.root) = (base, root);
-            }
         }
-        let (Some(line), Some(rest)) = (self.lines.get_mut(*at as usize), self.rests.get_mut(*at as usize)) else { return };
-        if (line.base & !Line::<O>::MANY, rest.root) != (base, root) {
+        let (Some(line), Some(points)) = (self.lines.get_mut(*at as usize), self.points.get_mut(*at as usize)) else { return };
+        let root = match reach {
+            Reach::Every => Some(0),
+            Reach::Only(root) if !is_new && self.roots.is(line.root(), root) => Some(line.root()),
+            Reach::Only(root) if is_new => self.roots.take(root),
+            Reach::Only(_) => None,
+        };
+        if is_new {
+            line.base = va.page().0 + root.unwrap_or(0) * Line::<O>::ROOT;
+        }
+        // A caller can give an address at another offset than it has by the page tables.
+        let is_alike =
+            va.page_offset() == pa.page_offset() && va.page().0 == line.base & !(PAGE_SIZE - 1) && root == Some(line.root());
+        if !is_alike {
             // That stays so until the page has none: to find out that the last odd one has gone, all would have to be asked.
             line.base |= Line::<O>::EACH;
         }
         let place = line.offsets.up_to(offset);
-        match &mut rest.points {
+        match points {
             Points::Few(ids) if line.offsets.len() < ids.len() => {
                 line.offsets = line.offsets.insert(place, offset);
                 line.owners = with(line.owners.each_mut().map(Option::take), place, Some(owner));
@@ -321,10 +329,10 @@ impl<O> Pages<O> {
             Points::Few(ids) => {
                 let owners = line.owners.iter_mut().zip(&*ids).filter_map(|(owner, id)| Some((*id, owner.take()?)));
                 let few = (0..).zip(owners).map(|(at, (id, owner))| Point::new(line.offsets.get(at), id, owner));
-                let mut points = Vec::with_capacity(8);
-                points.extend(few);
-                points.insert(place, Point::new(offset, id, owner));
-                (line.base, rest.points) = (line.base | Line::<O>::MANY, Points::Many(points));
+                let mut many = Vec::with_capacity(8);
+                many.extend(few);
+                many.insert(place, Point::new(offset, id, owner));
+                (line.base, *points) = (line.base | Line::<O>::MANY, Points::Many(many));
             }
             Points::Many(points) => {
                 let place = points.partition_point(|point| point.offset <= offset);
@@ -339,8 +347,8 @@ impl<O> Pages<O> {
         let Some((key, at)) = Block::of(view, pa.gfn()) else { return };
         let Ok(mut slot) = self.blocks.find_entry(Block::hash(key), |block| block.key == key) else { return };
         let Some(at) = slot.get_mut().lines.get_mut(at) else { return };
-        let (Some(line), Some(rest)) = (self.lines.get_mut(*at as usize), self.rests.get_mut(*at as usize)) else { return };
-        let is_empty = match &mut rest.points {
+        let (Some(line), Some(points)) = (self.lines.get_mut(*at as usize), self.points.get_mut(*at as usize)) else { return };
+        let is_empty = match points {
             Points::Few(ids) => {
                 let is_it = |(at, known): (usize, &u32)| line.offsets.get(at) == offset && *known == id;
                 if let Some(place) = (0..line.offsets.len()).zip(&*ids).position(is_it) {
@@ -360,7 +368,8 @@ impl<O> Pages<O> {
             }
         };
         if is_empty {
-            (*line, *rest) = (Line::EMPTY, Rest::EMPTY);
+            self.roots.give_back(line.root());
+            (*line, *points) = (Line::EMPTY, Points::Few([0; 4]));
             self.free.push(std::mem::replace(at, NONE));
             if slot.get().lines == [NONE; 8] {
                 slot.remove();
@@ -386,5 +395,52 @@ fn without<T>([a, b, c, d]: [T; 4], at: usize, last: T) -> [T; 4] {
         1 => [a, c, d, last],
         2 => [a, b, d, last],
         _ => [a, b, c, last],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const VIEW: View = View(1);
+
+    /// A page with a breakpoint of one root each; on some a second one, of the same root or of another.
+    fn points(turn: u64) -> impl Iterator<Item = (Pa, u32, Pa)> {
+        (0..700).flat_map(move |page| {
+            let at = |id, root| (Pa((page * 5 + turn) << PAGE_SHIFT), id, Pa((turn * 1_000 + root) << PAGE_SHIFT));
+            let second = (page % 7 < 2).then(|| at(2 * page as u32 + 1, page + page % 7));
+            [Some(at(2 * page as u32, page)), second].into_iter().flatten()
+        })
+    }
+
+    #[test]
+    fn pages_that_have_no_breakpoint_any_more_leave_nothing_and_their_roots_make_room_for_others() {
+        let mut pages = Pages::default();
+        for turn in 0..5 {
+            for (pa, id, root) in points(turn) {
+                pages.attach(VIEW, pa, id, (), Va(pa.0), Reach::Only(root));
+            }
+            let asked = pages.lines.iter().filter(|line| line.base & Line::<()>::EACH != 0).count();
+            assert_eq!((asked, pages.lines.len()), (100, 700));
+            for (pa, id, _) in points(turn) {
+                pages.detach(VIEW, pa, id);
+            }
+            assert!(pages.blocks.is_empty());
+            assert_eq!(pages.free.len(), pages.lines.len());
+        }
+    }
+
+    #[test]
+    fn pages_with_more_roots_than_have_numbers_are_asked() {
+        let mut pages = Pages::default();
+        for page in 1..=Roots::MOST as u64 + 10 {
+            pages.attach(VIEW, Pa(page << PAGE_SHIFT), 0, (), Va(0), Reach::Only(Pa(page << PAGE_SHIFT)));
+        }
+        for page in 2_000..4_000 {
+            pages.attach(VIEW, Pa(page << PAGE_SHIFT), 0, (), Va(0), Reach::Only(Pa(7 << PAGE_SHIFT)));
+        }
+        pages.attach(VIEW, Pa(0), 0, (), Va(0), Reach::Every);
+        let asked: Vec<bool> = pages.lines.iter().map(|line| line.base & Line::<()>::EACH != 0).collect();
+        assert_eq!(asked, [vec![false; Roots::MOST], vec![true; 10], vec![false; 2_001]].concat());
     }
 }

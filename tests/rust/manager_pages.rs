@@ -224,6 +224,43 @@ fn of_two_of_one_key_the_one_of_the_events_root_comes_before_the_global_one() {
 }
 
 #[test]
+fn however_many_roots_there_are_and_have_been_each_has_its_own() {
+    let mut w = world();
+    let mut m = BreakpointManager::new();
+    let any = w.point(V1, 0x10, 0, 0);
+    let point = |root: u64, key| Breakpoint { context: AddressContext::new(Pa(root << 12)), key, ..any };
+    let place = |page: u64| Pa(page << 12 | 0x10);
+    let check = |m: &BreakpointManager<u32, &str>, page: u64, root: u64, there: &[u32], hit: &[u32]| {
+        let mut keys = vec![];
+        let count = m.for_each_at(V1, place(page), va(0x10), Pa(root << 12), |key, _| keys.push(*key));
+        assert_eq!((count, keys.as_slice()), (there.len(), hit), "page {page}, root {root}");
+    };
+    // A page with a root of its own each, and every time others: more than have a number, at once and one after the other.
+    for (turn, count) in [3_000, 700, 700, 3].into_iter().enumerate() {
+        let first = turn as u64 * 10_000;
+        for page in 0..count {
+            assert!(m.insert_with_hint(&mut w.vmi, &mut Nothing, point(first + page, 1), Some(place(page))).unwrap());
+            if page % 3 == 0 {
+                assert!(m.insert_with_hint(&mut w.vmi, &mut Nothing, point(first + page, 2), Some(place(page))).unwrap());
+            }
+        }
+        for page in 0..count {
+            let there: &[u32] = if page % 3 == 0 { &[1, 2] } else { &[1] };
+            check(&m, page, first + page, there, there);
+            for other in [0, first + page + 1, (first + page).wrapping_sub(1) & 0xffff_ffff, first + count] {
+                check(&m, page, other, there, if other == first + page { there } else { &[] });
+            }
+        }
+        for page in 0..count {
+            for key in 1..=if page % 3 == 0 { 2 } else { 1 } {
+                assert!(m.remove(&mut w.vmi, &mut Nothing, V1, va(0x10), Pa((first + page) << 12), &key).unwrap());
+            }
+            check(&m, page, first + page, &[], &[]);
+        }
+    }
+}
+
+#[test]
 fn frames_side_by_side_and_in_other_views_are_told_apart_however_they_come_and_go() {
     let mut w = world();
     // Where groups of eight frames begin and end, the same places of other groups, and the last frame that an address can be in.
