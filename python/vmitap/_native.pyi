@@ -2531,7 +2531,11 @@ class BreakpointManager:
         tag: object = None,
         is_global: bool = False,
     ) -> bool:
-        """As `insert`, with the translation given: None makes it pending."""
+        """As `insert`, with the translation given: None makes it pending.
+
+        Raises:
+            InvalidArgumentError: `pa` has more than 52 bits, as no physical address has (Intel SDM vol. 3, 5.1.4).
+        """
     def remove(self, address: int, root: int, view: View, *, key: Hashable | None = None) -> bool:
         """Removes a breakpoint by its identity, wherever it is planted now. Returns whether there was one."""
     def remove_with_hint(self, address: int, root: int, view: View, pa: int | None, *, key: Hashable | None = None) -> bool:

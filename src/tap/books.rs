@@ -21,29 +21,13 @@ pub(super) struct Mapping {
 /// Stands for no address: it has more bits than there are ([`Books::check_place`]).
 const NOWHERE: Pa = Pa(u64::MAX);
 
-/// An address in two halves: what is made of those takes no more room than it needs.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Halves([u32; 2]);
-
-impl Halves {
-    const fn new(address: u64) -> Self {
-        Self([address as u32, (address >> 32) as u32])
-    }
-
-    #[inline]
-    const fn whole(self) -> u64 {
-        let [low, high] = self.0;
-        low as u64 | (high as u64) << 32
-    }
-}
-
 /// A breakpoint with its first root. There can be a million of them.
 pub(super) struct Entry<O> {
     owner: O,
-    va: Halves,
-    root: Halves,
+    pub(super) va: Va,
+    root: Pa,
     /// Where it is planted for that root, or [`NOWHERE`].
-    pa: Halves,
+    pa: Pa,
     pub(super) view: View,
     levels: u8,
     pub(super) global: bool,
@@ -52,33 +36,23 @@ pub(super) struct Entry<O> {
 const _: () = assert!(size_of::<Option<Entry<std::num::NonZeroU32>>>() == 32);
 
 impl<O> Entry<O> {
-    #[inline]
-    pub(super) const fn va(&self) -> Va {
-        Va(self.va.whole())
-    }
-
-    #[inline]
-    pub(super) const fn root(&self) -> Pa {
-        Pa(self.root.whole())
-    }
-
     pub(super) fn first(&self) -> Mapping {
-        let pa = Pa(self.pa.whole());
-        Mapping { context: AddressContext { root: self.root(), levels: self.levels }, pa: (pa != NOWHERE).then_some(pa) }
+        let pa = (self.pa != NOWHERE).then_some(self.pa);
+        Mapping { context: AddressContext { root: self.root, levels: self.levels }, pa }
     }
 
     fn set_first(&mut self, Mapping { context: AddressContext { root, levels }, pa }: Mapping) {
-        (self.root, self.levels, self.pa) = (Halves::new(root.0), levels, Halves::new(pa.unwrap_or(NOWHERE).0));
+        (self.root, self.levels, self.pa) = (root, levels, pa.unwrap_or(NOWHERE));
     }
 
     /// The root its place in the index is for: every root has its own breakpoints, and all of them share the global ones.
     pub(super) fn index_root(&self) -> Option<Pa> {
-        (!self.global).then_some(self.root())
+        (!self.global).then_some(self.root)
     }
 
     /// Whether it is hit at `va` under `root`.
     pub(super) fn fits(&self, va: Va, root: Pa) -> bool {
-        self.va() == va && (self.global || self.root() == root)
+        self.va == va && (self.global || self.root == root)
     }
 }
 
@@ -151,7 +125,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     /// Changes where a breakpoint is under a root, if `which` says so; how it was before.
     fn replace(&mut self, id: u32, root: Pa, which: impl Fn(Option<Pa>) -> bool, to: Option<Pa>) -> Option<Mapping> {
         let entry = self.entries.get_mut(id as usize)?.as_mut()?;
-        if entry.root() == root {
+        if entry.root == root {
             let before = entry.first();
             return which(before.pa).then(|| {
                 entry.set_first(Mapping { pa: to, ..before });
@@ -202,7 +176,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let of_view = move |view: View, of: Option<Pa>| {
             let found = self.ids.iter_hash(id_hash(view, va, of)).copied();
             found.filter(move |id| {
-                let fits = |e: &Entry<_>| e.view == view && e.va() == va && e.global == of.is_none();
+                let fits = |e: &Entry<_>| e.view == view && e.va == va && e.global == of.is_none();
                 self.entry(*id).is_some_and(fits) && self.has_root(*id, root)
             })
         };
@@ -250,7 +224,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     pub(super) fn found(&self, id: u32, pa: Option<Pa>) -> Option<Found<'_, K, T>> {
         let entry = self.entry(id)?;
         let (key, tag) = &entry.owner;
-        Some(Found { view: entry.view, va: entry.va(), pa, context: entry.first().context, key, tag, global: entry.global })
+        Some(Found { view: entry.view, va: entry.va, pa, context: entry.first().context, key, tag, global: entry.global })
     }
 
     /// Calls `f` for each breakpoint that is hit at `va` under `root` of those planted at `pa`, in the order they were planted. Returns how
@@ -270,7 +244,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     /// The one of that root, or the global one if `of` is none.
     pub(super) fn find_exact(&self, view: View, va: Va, of: Option<Pa>, key: &K) -> Option<u32> {
-        let is_it = |e: &Entry<(K, T)>| e.view == view && e.va() == va && e.index_root() == of && e.owner.0 == *key;
+        let is_it = |e: &Entry<(K, T)>| e.view == view && e.va == va && e.index_root() == of && e.owner.0 == *key;
         self.ids.find(id_hash(view, va, of), |id| self.entry(*id).is_some_and(is_it)).copied()
     }
 
@@ -307,10 +281,9 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     pub(super) fn add(&mut self, breakpoint: Breakpoint<K, T>, pa: Option<Pa>) -> u32 {
         let Breakpoint { view, va, context, key, tag, global } = breakpoint;
         let AddressContext { root, levels } = context;
-        let [at, table, place] = [va.0, root.0, pa.unwrap_or(NOWHERE).0].map(Halves::new);
         let owner = (key, tag);
         let planted = pa.map(|pa| (pa, owner.clone()));
-        let entry = Entry { owner, va: at, root: table, pa: place, view, levels, global };
+        let entry = Entry { owner, va, root, pa: pa.unwrap_or(NOWHERE), view, levels, global };
         let hash = id_hash(view, va, entry.index_root());
         let id = self.free.pop().unwrap_or(self.entries.len() as u32);
         match self.entries.get_mut(id as usize) {
@@ -320,7 +293,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
         let entries = &self.entries;
         self.ids.insert_unique(hash, id, |id| {
             let entry = entries.get(*id as usize).and_then(Option::as_ref);
-            entry.map_or(0, |entry| id_hash(entry.view, entry.va(), entry.index_root()))
+            entry.map_or(0, |entry| id_hash(entry.view, entry.va, entry.index_root()))
         });
         match self.views.iter_mut().find(|(known, _)| *known == view) {
             Some((_, count)) => *count += 1,
@@ -336,7 +309,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
     /// Takes a breakpoint out of the books, with wherever it is planted.
     pub(super) fn forget(&mut self, id: u32) {
         let Some(entry) = self.entry(id) else { return };
-        let (view, hash) = (entry.view, id_hash(entry.view, entry.va(), entry.index_root()));
+        let (view, hash) = (entry.view, id_hash(entry.view, entry.va, entry.index_root()));
         if let Some(pa) = self.only_place(id) {
             self.detach(view, pa, id);
         } else {
@@ -377,7 +350,7 @@ impl<K: Eq + Hash + Clone, T: Clone> Books<K, T> {
 
     pub(super) fn attach(&mut self, view: View, pa: Pa, id: u32) {
         let Some(entry) = self.entry(id) else { return };
-        let (va, reach, owner) = (entry.va(), entry.index_root().map_or(Reach::Every, Reach::Only), entry.owner.clone());
+        let (va, reach, owner) = (entry.va, entry.index_root().map_or(Reach::Every, Reach::Only), entry.owner.clone());
         self.pages.attach(view, pa, id, owner, va, reach);
     }
 

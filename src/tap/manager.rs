@@ -66,7 +66,8 @@ enum Where {
     Given(Option<Pa>),
 }
 
-/// The breakpoints of many owners. Several at one address share what is planted there.
+/// The breakpoints of many owners. Several at one address share what is planted there. Key and tag are cloned for each place at which a
+/// breakpoint is planted, so that a hit finds them there: they should be small, or shared, and `Clone` must not panic.
 ///
 /// `insert` and `remove` go to a [`TapController`]; every one of them does all it is asked for, or fails with the guest, the
 /// controller and this as they were ([`VmiError::UndoFailed`] says what is not, should undoing fail).
@@ -113,7 +114,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// As [`Self::insert`], with the physical address as the caller knows it: `None` if the page is not there.
     ///
     /// # Errors
-    /// As [`Self::insert`]; nothing is translated.
+    /// As [`Self::insert`]; nothing is translated. [`VmiError::InvalidArgument`] if `pa` has more than 52 bits.
     pub fn insert_with_hint<D, C>(
         &mut self,
         vmi: &mut VmiCore<D>,
@@ -378,7 +379,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     {
         let mut left = Left::default();
         for id in (0..self.books.entries.len() as u32).rev() {
-            let Some((view, va)) = self.books.entry(id).map(|entry| (entry.view, entry.va())) else { continue };
+            let Some((view, va)) = self.books.entry(id).map(|entry| (entry.view, entry.va)) else { continue };
             left.note(self.take_out(vmi, controller, &[id]), || format!("the breakpoint at {va} in view {view}"));
         }
         left.done()
@@ -427,17 +428,17 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// A page came: what waits at `va` under `root` is planted at `pa`, in every view. Returns how many were planted.
     ///
     /// # Errors
-    /// The controller's, with all of them still waiting.
+    /// [`VmiError::InvalidArgument`] if `pa` has more than 52 bits; the controller's. All of them still wait then.
     pub fn page_in<D, C>(&mut self, vmi: &mut VmiCore<D>, controller: &mut C, va: Va, root: Pa, pa: Pa) -> Result<usize>
     where
         D: VmiDriver + ?Sized,
         C: TapController<D> + ?Sized,
     {
+        Books::<K, T>::check_place(Some(pa))?;
         if let Some((id, view, at)) = self.books.only_owner_at(va, root) {
             if at.is_some() {
                 return Ok(0);
             }
-            Books::<K, T>::check_place(Some(pa))?;
             self.books.set_mapping(id, root, Some(pa));
             self.books.attach(view, pa, id);
             return guarded(controller, |controller| {
@@ -447,7 +448,6 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
                 })
             });
         }
-        Books::<K, T>::check_place(Some(pa))?;
         let is_there: Vec<u32> = self.books.owners_at(va, root).filter(|id| self.books.is_at(*id, pa)).collect();
         let moved = self.books.set_mappings(va, root, |pa| pa.is_none(), Some(pa));
         let fresh: Vec<_> = moved.iter().filter(|(id, ..)| !is_there.contains(id)).map(|(id, view, _)| (*id, *view)).collect();
@@ -512,7 +512,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
     /// Whether anyone has a breakpoint at `va` in `view` that is hit under `root`, planted or waiting.
     pub fn contains_by_address(&self, va: Va, root: Pa, view: View) -> bool {
         [Some(root), None].into_iter().any(|of| {
-            let fits = |e: &Entry<_>| e.view == view && e.va() == va && e.index_root() == of;
+            let fits = |e: &Entry<_>| e.view == view && e.va == va && e.index_root() == of;
             self.books.ids.find(id_hash(view, va, of), |id| self.books.entry(*id).is_some_and(fits)).is_some()
         })
     }
@@ -542,7 +542,7 @@ impl<K: Eq + Hash + Clone, T: Clone> BreakpointManager<K, T> {
 
     /// The breakpoints planted on a page of a view, and where.
     pub fn breakpoints_on_page(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (Breakpoint<K, T>, Pa)> {
-        self.books.pages.points(view, gfn).filter_map(move |(offset, id)| {
+        self.books.pages.points(view, gfn, 0).filter_map(move |(offset, id)| {
             let Found { view, va, context, key, tag, global, .. } = self.books.found(id, None)?;
             let breakpoint = Breakpoint { view, va, context, key: key.clone(), tag: tag.clone(), global };
             Some((breakpoint, gfn.pa(offset.into())))

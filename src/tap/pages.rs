@@ -67,26 +67,14 @@ pub(super) enum Reach {
     Only(Pa),
 }
 
-/// One of more than four breakpoints on a page. Its number is in 16-bit pieces, so that it takes no more room than it needs.
+/// One of more than four breakpoints on a page.
 struct Point<O> {
     offset: u16,
-    id: [u16; 2],
+    id: u32,
     owner: O,
 }
 
-impl<O> Point<O> {
-    const fn new(offset: u16, id: u32, owner: O) -> Self {
-        Self { offset, id: [id as u16, (id >> 16) as u16], owner }
-    }
-
-    const fn id(&self) -> u32 {
-        let [low, high] = self.id;
-        low as u32 | (high as u32) << 16
-    }
-}
-
-/// What a hit on a page looks at, which is half a cache line for owners of four bytes: a million breakpoints are hit out of 8 MB. Nearly
-/// always a page is mapped at one address, all on it are global or all of one root, and there are no more than four.
+/// What a hit on a page looks at, which is half a cache line for owners of four bytes: 8 MB for a million breakpoints. Nearly always a page is mapped at one address, all on it are global or all of one root, and there are no more than four.
 #[repr(align(32))]
 struct Line<O> {
     /// Where the page is mapped, and in the low bits what is to be done beside comparing that: the flags, and the number of the root
@@ -108,8 +96,8 @@ impl<O> Line<O> {
 
     const EMPTY: Self = Self { base: 0, offsets: Lanes::EMPTY, owners: [const { None }; 4] };
 
-    const fn root(&self) -> u64 {
-        self.base % PAGE_SIZE / Self::ROOT
+    const fn root(&self) -> u16 {
+        (self.base % PAGE_SIZE / Self::ROOT) as u16
     }
 }
 
@@ -194,20 +182,23 @@ impl<O> Pages<O> {
         })
     }
 
-    /// The offset and the number of each breakpoint on a page, ascending by offset and then in the order they were planted.
-    pub(super) fn points(&self, view: View, gfn: Gfn) -> impl Iterator<Item = (u16, u32)> {
+    /// The offset and the number of each breakpoint on a page from an offset on, ascending by offset and then in the order they were
+    /// planted.
+    pub(super) fn points(&self, view: View, gfn: Gfn, from: u16) -> impl Iterator<Item = (u16, u32)> {
         let page = self.page(view, gfn);
-        (0..self.count(view, gfn)).filter_map(move |at| {
-            let (line, points) = page?;
-            match points {
-                Points::Few(ids) => Some((line.offsets.get(at), *ids.get(at)?)),
-                Points::Many(points) => points.get(at).map(|point| (point.offset, point.id())),
-            }
-        })
+        let (first, end) = page.map_or((0, 0), |(line, points)| match points {
+            Points::Few(_) => (0, line.offsets.len()),
+            Points::Many(points) => (points.partition_point(|point| point.offset < from), points.len()),
+        });
+        let points = (first..end).filter_map(move |at| match page? {
+            (line, Points::Few(ids)) => Some((line.offsets.get(at), *ids.get(at)?)),
+            (_, Points::Many(points)) => points.get(at).map(|point| (point.offset, point.id)),
+        });
+        points.filter(move |(offset, _)| *offset >= from)
     }
 
-    /// Calls `f` with whose each breakpoint is that is planted at `pa` and hit at `va` under `root`, in the order they were planted, and
-    /// asks `fits` with the number of one where the page does not say whether it is hit. Returns how many are planted at `pa`, hit or not.
+    /// Calls `f` with the owner of each breakpoint that is planted at `pa` and hit at `va` under `root`, in the order they were planted. Asks
+    /// `fits` with the number of one where the page does not say whether it is hit. Returns how many are planted at `pa`, hit or not.
     #[expect(
         clippy::inline_always,
         reason = "the fewer instructions a lookup has, the more of them wait for memory at once: 10%"
@@ -274,7 +265,7 @@ impl<O> Pages<O> {
                 let rest = points.get(first..).unwrap_or_default();
                 let mut count = 0;
                 for point in rest.iter().take_while(|point| point.offset == offset) {
-                    tell(point.id(), &point.owner);
+                    tell(point.id, &point.owner);
                     count += 1;
                 }
                 count
@@ -285,7 +276,7 @@ impl<O> Pages<O> {
     /// The number of each breakpoint planted at `pa`, in the order they were planted.
     pub(super) fn ids_at(&self, view: View, pa: Pa) -> impl Iterator<Item = u32> {
         let offset = pa.page_offset() as u16;
-        self.points(view, pa.gfn()).filter(move |point| point.0 == offset).map(|(_, id)| id)
+        self.points(view, pa.gfn(), offset).take_while(move |point| point.0 == offset).map(|(_, id)| id)
     }
 
     /// Notes that a breakpoint for `va` is planted at `pa`.
@@ -305,12 +296,12 @@ impl<O> Pages<O> {
         let (Some(line), Some(points)) = (self.lines.get_mut(*at as usize), self.points.get_mut(*at as usize)) else { return };
         let root = match reach {
             Reach::Every => Some(0),
-            Reach::Only(root) if !is_new && self.roots.is(line.root(), root) => Some(line.root()),
+            Reach::Only(root) if self.roots.is(line.root().into(), root) => Some(line.root()),
             Reach::Only(root) if is_new => self.roots.take(root),
             Reach::Only(_) => None,
         };
         if is_new {
-            line.base = va.page().0 + root.unwrap_or(0) * Line::<O>::ROOT;
+            line.base = va.page().0 + u64::from(root.unwrap_or(0)) * Line::<O>::ROOT;
         }
         // A caller can give an address at another offset than it has by the page tables.
         let is_alike =
@@ -319,24 +310,24 @@ impl<O> Pages<O> {
             // That stays so until the page has none: to find out that the last odd one has gone, all would have to be asked.
             line.base |= Line::<O>::EACH;
         }
-        let place = line.offsets.up_to(offset);
         match points {
             Points::Few(ids) if line.offsets.len() < ids.len() => {
+                let place = line.offsets.up_to(offset);
                 line.offsets = line.offsets.insert(place, offset);
                 line.owners = with(line.owners.each_mut().map(Option::take), place, Some(owner));
                 *ids = with(*ids, place, id);
             }
             Points::Few(ids) => {
                 let owners = line.owners.iter_mut().zip(&*ids).filter_map(|(owner, id)| Some((*id, owner.take()?)));
-                let few = (0..).zip(owners).map(|(at, (id, owner))| Point::new(line.offsets.get(at), id, owner));
+                let few = (0..).zip(owners).map(|(at, (id, owner))| Point { offset: line.offsets.get(at), id, owner });
                 let mut many = Vec::with_capacity(8);
                 many.extend(few);
-                many.insert(place, Point::new(offset, id, owner));
-                (line.base, *points) = (line.base | Line::<O>::MANY, Points::Many(many));
+                many.insert(line.offsets.up_to(offset), Point { offset, id, owner });
+                (line.base, line.offsets, *points) = (line.base | Line::<O>::MANY, Lanes::EMPTY, Points::Many(many));
             }
             Points::Many(points) => {
                 let place = points.partition_point(|point| point.offset <= offset);
-                points.insert(place, Point::new(offset, id, owner));
+                points.insert(place, Point { offset, id, owner });
             }
         }
     }
@@ -361,7 +352,7 @@ impl<O> Pages<O> {
             Points::Many(points) => {
                 let first = points.partition_point(|point| point.offset < offset);
                 let mut there = points.iter().skip(first).take_while(|point| point.offset == offset);
-                if let Some(place) = there.position(|point| point.id() == id) {
+                if let Some(place) = there.position(|point| point.id == id) {
                     points.remove(first + place);
                 }
                 points.is_empty()
@@ -433,7 +424,7 @@ mod tests {
     #[test]
     fn pages_with_more_roots_than_have_numbers_are_asked() {
         let mut pages = Pages::default();
-        for page in 1..=Roots::MOST as u64 + 10 {
+        for page in 1..=u64::from(Roots::MOST) + 10 {
             pages.attach(VIEW, Pa(page << PAGE_SHIFT), 0, (), Va(0), Reach::Only(Pa(page << PAGE_SHIFT)));
         }
         for page in 2_000..4_000 {
@@ -441,6 +432,6 @@ mod tests {
         }
         pages.attach(VIEW, Pa(0), 0, (), Va(0), Reach::Every);
         let asked: Vec<bool> = pages.lines.iter().map(|line| line.base & Line::<()>::EACH != 0).collect();
-        assert_eq!(asked, [vec![false; Roots::MOST], vec![true; 10], vec![false; 2_001]].concat());
+        assert_eq!(asked, [vec![false; usize::from(Roots::MOST)], vec![true; 10], vec![false; 2_001]].concat());
     }
 }
