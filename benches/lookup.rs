@@ -19,6 +19,7 @@ use vmitap::tap::{Breakpoint, BreakpointController, BreakpointManager};
 use vmitap::{MemoryAccess, Pa, Va, View};
 
 type Manager = BreakpointManager<NonZeroU32, ()>;
+type Placed = (Breakpoint<NonZeroU32, ()>, Pa);
 
 const VIEW: View = View(1);
 const ROOT: Pa = Pa(0x1000);
@@ -26,30 +27,37 @@ const ROOT: Pa = Pa(0x1000);
 const KEY: NonZeroU32 = NonZeroU32::MIN.saturating_add(6);
 
 /// Four a page.
-fn point(index: u64) -> (Breakpoint<NonZeroU32, ()>, Pa) {
+fn point(index: u64) -> Placed {
     let (va, pa) = (Va(0xffff_8000_0000_0000 + index * 1024), Pa(0x10_0000 + index * 1024));
     (Breakpoint { view: VIEW, va, context: AddressContext::new(ROOT), key: KEY, tag: (), global: true }, pa)
 }
 
 /// Four a page, hit under one root.
-fn of_one_root(index: u64) -> (Breakpoint<NonZeroU32, ()>, Pa) {
+fn of_one_root(index: u64) -> Placed {
     let (breakpoint, pa) = point(index);
     (Breakpoint { global: false, ..breakpoint }, pa)
 }
 
 /// Sixteen a page.
-fn close_together(index: u64) -> (Breakpoint<NonZeroU32, ()>, Pa) {
+fn close_together(index: u64) -> Placed {
     let (breakpoint, _) = point(0);
     (Breakpoint { va: Va(breakpoint.va.0 + index * 256), ..breakpoint }, Pa(0x10_0000 + index * 256))
 }
 
-fn filled(vmi: &mut VmiCore<MockDriver>, count: u64, point: impl Fn(u64) -> (Breakpoint<NonZeroU32, ()>, Pa)) -> Manager {
+fn filled(vmi: &mut VmiCore<MockDriver>, count: u64, point: impl Fn(u64) -> Placed) -> Manager {
     let mut manager = BreakpointManager::new();
     for index in 0..count {
         let (breakpoint, pa) = point(index);
         manager.insert_with_hint(vmi, &mut Nothing, breakpoint, Some(pa)).unwrap();
     }
     manager
+}
+
+/// Something that depends on every owner.
+#[inline]
+fn hit(manager: &Manager, (breakpoint, pa): Placed) -> u32 {
+    let mut sum = 0;
+    manager.for_each_at(VIEW, pa, breakpoint.va, ROOT, |key, ()| sum += key.get()) as u32 + sum
 }
 
 /// Places all over, the same in each run.
@@ -70,20 +78,10 @@ fn bare(group: &mut BenchmarkGroup<'_, CpuTime>, count: u64) {
     group.bench_function("bare accesses all over", |b| b.iter(|| black_box(table[at.below(count) as usize])));
 }
 
-fn all_over(
-    group: &mut BenchmarkGroup<'_, CpuTime>,
-    name: &str,
-    manager: &Manager,
-    count: u64,
-    point: impl Fn(u64) -> (Breakpoint<NonZeroU32, ()>, Pa),
-) {
+fn all_over(group: &mut BenchmarkGroup<'_, CpuTime>, name: &str, manager: &Manager, count: u64, point: impl Fn(u64) -> Placed) {
     let mut at = Random(0);
     group.bench_function(name, |b| {
-        b.iter(|| {
-            let (breakpoint, pa) = point(black_box(at.below(count)));
-            let mut sum = 0;
-            manager.for_each_at(VIEW, pa, breakpoint.va, ROOT, |key, ()| sum += key.get()) as u32 + sum
-        });
+        b.iter(|| hit(manager, point(black_box(at.below(count)))));
     });
 }
 
@@ -93,11 +91,7 @@ fn lookup(c: &mut Criterion<CpuTime>) {
         let manager = filled(&mut vmi, count, point);
         let mut group = c.benchmark_group(format!("lookup/{count} breakpoints"));
         bare(&mut group, count);
-        let find = |index: u64| {
-            let (breakpoint, pa) = point(index);
-            let mut sum = 0;
-            manager.for_each_at(VIEW, pa, breakpoint.va, ROOT, |key, ()| sum += key.get()) as u32 + sum
-        };
+        let find = |index| hit(&manager, point(index));
         group.bench_function("the same hit", |b| b.iter(|| find(black_box(count / 2))));
         all_over(&mut group, "hits all over", &manager, count, point);
         // The processor looks several up at once where it can; here each waits for the one before, as hits of one vCPU do.
@@ -131,10 +125,7 @@ fn lookup(c: &mut Criterion<CpuTime>) {
             manager.insert_with_hint(&mut vmi, &mut Nothing, Breakpoint { key, ..breakpoint }, Some(pa)).unwrap();
         }
         group.bench_function("a hit of sixteen owners", |b| {
-            b.iter(|| {
-                let mut sum = 0;
-                manager.for_each_at(VIEW, black_box(pa), breakpoint.va, ROOT, |key, ()| sum += key.get()) as u32 + sum
-            });
+            b.iter(|| hit(&manager, (breakpoint, black_box(pa))));
         });
         group.finish();
     }

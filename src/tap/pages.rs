@@ -74,7 +74,8 @@ struct Point<O> {
     owner: O,
 }
 
-/// What a hit on a page looks at, which is half a cache line for owners of four bytes: 8 MB for a million breakpoints. Nearly always a page is mapped at one address, all on it are global or all of one root, and there are no more than four.
+/// What a hit on a page looks at, which is half a cache line for owners of four bytes: 8 MB for a million breakpoints. Nearly always a page
+/// is mapped at one address, all on it are global or all of one root, and there are no more than four.
 #[repr(align(32))]
 struct Line<O> {
     /// Where the page is mapped, and in the low bits what is to be done beside comparing that: the flags, and the number of the root
@@ -109,7 +110,6 @@ enum Points<O> {
 }
 
 const _: () = assert!(size_of::<Points<std::num::NonZeroU32>>() == 24);
-
 const _: () = assert!((Roots::MOST as u64 + 1) * Line::<()>::ROOT == PAGE_SIZE);
 
 /// Stands for no line.
@@ -145,7 +145,7 @@ fn push<T>(all: &mut Vec<T>, one: T) {
     all.push(one);
 }
 
-/// The breakpoints planted on each page of a view, with whose each is (`O`).
+/// The breakpoints planted on each page of a view, with the owner of each (`O`).
 pub(super) struct Pages<O> {
     blocks: HashTable<Block>,
     lines: Vec<Line<O>>,
@@ -199,10 +199,7 @@ impl<O> Pages<O> {
 
     /// Calls `f` with the owner of each breakpoint that is planted at `pa` and hit at `va` under `root`, in the order they were planted. Asks
     /// `fits` with the number of one where the page does not say whether it is hit. Returns how many are planted at `pa`, hit or not.
-    #[expect(
-        clippy::inline_always,
-        reason = "the fewer instructions a lookup has, the more of them wait for memory at once: 10%"
-    )]
+    #[expect(clippy::inline_always, reason = "the fewer instructions a lookup has, the more of them wait for memory at once: 7%")]
     #[inline(always)]
     pub(super) fn for_each_at(
         &self,

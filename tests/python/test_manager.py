@@ -74,6 +74,15 @@ def test_a_duplicate_keeps_the_first_tag_and_another_flag_is_refused(loop: Loop)
     assert [(each.key, each.tag, each.is_global) for each in loop.manager] == [(1, "first", False)]
 
 
+@pytest.mark.parametrize("pa", [1 << 52, 2**64 - 1])
+def test_a_hint_that_no_physical_address_can_be_is_refused_and_nothing_is_there(loop: Loop, pa: int) -> None:
+    va = loop.vm.symbol("open_file")
+    with pytest.raises(vmitap.InvalidArgumentError, match="more than 52 bits") as caught:
+        loop.manager.insert_with_hint(va, loop.root, loop.view, pa)
+    assert (caught.value.what, list(loop.manager)) == ("pa", [])
+    assert loop.manager.insert(va, loop.root, loop.view)
+
+
 def test_a_global_one_and_one_of_the_events_root_both_match_also_with_the_same_key(loop: Loop) -> None:
     loop.insert("open_file", key="k", tag="global", is_global=True)
     loop.insert("open_file", key="other", is_global=True)
